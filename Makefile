@@ -1,0 +1,45 @@
+# `make` installs everything into .venv and runs the demo once; `make help` lists the rest.
+
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo help test slow lint format doctest check clean
+.DELETE_ON_ERROR:
+
+demo: runs/demo/report.html ## install, then train AdamW, SGD and IVON side by side (the default)
+
+runs/demo/report.html: | $(READY)
+	$(BIN)/bayesrule demo --out runs/demo
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[cli,dev]"
+	touch $@
+
+help: ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST)
+
+test: $(READY) ## the default test suite, with the coverage threshold
+	$(BIN)/pytest -n 2 --cov
+
+slow: $(READY) ## the tests that the default suite leaves out
+	$(BIN)/pytest -m slow
+
+lint: $(READY) ## format, lint and types, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite the files in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+doctest: $(READY) ## the examples in the docstrings
+	$(BIN)/pytest --doctest-modules src
+
+check: lint test doctest ## everything a change must pass
+
+clean: ## remove the environment, the runs and every cache
+	rm -rf .venv runs build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

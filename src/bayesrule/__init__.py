@@ -1,0 +1,44 @@
+"""The Bayesian learning rule for PyTorch: one rule, many algorithms, one posterior."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "rule": "BayesRule Curvature Expectation Family Gaussian Inertia Look NoInertia Oracle Rates Retraction",
+    "vector": "Vector",
+    "noise": "CounterNoise Noise",
+    "families.gaussian": "Diagonal Fixed Full Isotropic",
+    "estimators.oracle": "Loss ModelLoss",
+    "estimators.expectations": "Delta MonteCarlo",
+    "estimators.curvatures": "GaussNewton Hessian Reparameterized SquaredGradient Zero",
+    "retractions": "Additive Natural Riemannian SquareRoot",
+    "momentum": "HeavyBall Momentum",
+    "posterior": "Posterior sampled",
+    "optimizers.optimizer": "BayesOptimizer",
+    "optimizers.first_order": "SGD RMSprop Adam AdamW",
+    "optimizers.variational": "IVON",
+    "algorithms.newton": "gradient_descent laplace newton",
+    "algorithms.conjugate": "linear_regression ridge",
+    "algorithms.table": "table",
+    "uses.prediction": "Prediction evaluate predict",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'bayesrule' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"bayesrule.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Estimates of expectations and curvatures, and the oracles that they ask."""

@@ -1,0 +1,1 @@
+"""Families of distributions: what q may be."""

@@ -1,0 +1,97 @@
+"""Ranges of hyper-parameters, as data; every group is held to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers between two bounds, each inside or outside; "(0, inf]" prints as it reads."""
+
+    text: str
+
+    def __contains__(self, value: Any) -> bool:
+        low, high = (float(bound) for bound in self.text[1:-1].split(","))
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return False
+        above = number > low or (self.text[0] == "[" and number == low)
+        below = number < high or (self.text[-1] == "]" and number == high)
+        return above and below and not math.isnan(number)
+
+    def __str__(self) -> str:
+        return f"a number in {self.text}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two numbers, each in its range."""
+
+    first: Range
+    second: Range
+
+    def __contains__(self, value: Any) -> bool:
+        return isinstance(value, list | tuple) and len(value) == 2 and value[0] in self.first and value[1] in self.second
+
+    def __str__(self) -> str:
+        return f"two numbers in {self.first.text} and {self.second.text}"
+
+
+@dataclass(frozen=True)
+class Count:
+    """Whole numbers from a least one."""
+
+    least: int
+
+    def __contains__(self, value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= self.least
+
+    def __str__(self) -> str:
+        return f"a whole number >= {self.least}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of a few values."""
+
+    values: tuple[Any, ...]
+
+    def __contains__(self, value: Any) -> bool:
+        return any(value is v or (type(value) is type(v) and value == v) for v in self.values)
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(map(repr, self.values))
+
+
+@dataclass(frozen=True)
+class Optional:
+    """None, or what another range holds."""
+
+    inner: Range
+
+    def __contains__(self, value: Any) -> bool:
+        return value is None or value in self.inner
+
+    def __str__(self) -> str:
+        return f"None or {self.inner}"
+
+
+SWITCH = OneOf((True, False))
+AT_LEAST_ZERO = Range("[0, inf)")
+POSITIVE = Range("(0, inf)")
+FRACTION = Range("[0, 1)")
+WHOLE = Count(-(2**63))
+
+type_of_range = Range | Pair | Count | OneOf | Optional
+
+
+def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapping[str, type_of_range]) -> None:
+    """Raise a ValueError that names optimizer, group, hyper-parameter, value and range, if one is outside its range."""
+    for name, allowed in ranges.items():
+        if group[name] not in allowed:
+            raise ValueError(f"{optimizer}: parameter group {number}: {name} must be {allowed}, got {group[name]!r}")

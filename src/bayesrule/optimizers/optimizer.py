@@ -1,0 +1,392 @@
+"""The one torch optimizer: it carries q from step to step and lets the host do the looking.
+
+A subclass is a constructor. It says which slots of the rule are filled by a group's hyper-parameters, and under which
+names q is kept; the step, the draws, the state and its saving are here. The rule itself stays pure: it gets flat copies of a
+bucket of parameters, and its result is copied back in place.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..families.gaussian import Diagonal
+from ..posterior import Posterior
+from ..rule import BayesRule, Gaussian, Rates
+from ..vector import Bucket, buckets
+from .hyperparameters import type_of_range, validate
+from .sampling import Cell, Draws, Injected
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+
+class Names(NamedTuple):
+    """Under which names a parameter's state is kept; None where there is nothing to keep."""
+
+    hess: str | None
+    memory: str
+
+
+class BayesOptimizer(Optimizer, ABC):
+    """The rule as a ``torch.optim.Optimizer``.
+
+    Outside a draw the parameters hold the mean of q. State is per parameter, tensors only, float32 or the parameter's
+    dtype if wider: ``step``, the curvature and the memory under the names of :attr:`names`, and
+    ``prior_mean`` and ``prior_precision`` where the prior is a posterior.
+
+    Args:
+        params: Parameters or groups, as for any torch optimizer; named parameters are welcome.
+        defaults: Hyper-parameters; each may differ by group.
+        prior: A Posterior to start from instead of the prior N(0, 1 / (ess weight_decay)).
+        noise: Unit normals for tests: a function of a parameter, called once per parameter and draw in parameter order.
+
+    Raises:
+        ValueError: A hyper-parameter is outside its range; the message names group, value and range.
+        TypeError: A parameter is complex.
+    """
+
+    names: ClassVar[Names]
+    ranges: ClassVar[Mapping[str, type_of_range]]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        prior: Posterior | None = None,
+        noise: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._prepare(noise)
+        super().__init__(params, defaults)
+        if prior is not None:
+            self._adopt(prior)
+
+    def _prepare(self, noise: Callable[[Tensor], Tensor] | None) -> None:
+        self._draws = Draws(self, Injected(noise) if noise else None)
+        self._layouts: dict[Any, list[Bucket]] = {}
+        self._warned: set[str] = set()
+
+    # What a subclass fills in
+
+    @abstractmethod
+    def rule(self, group: Mapping[str, Any]) -> BayesRule:
+        """The slots, filled by a group's hyper-parameters."""
+
+    @abstractmethod
+    def rates(self, group: Mapping[str, Any], step: int) -> Rates:
+        """The step sizes of a group in its step number ``step``, from 1."""
+
+    @abstractmethod
+    def family(self, group: Mapping[str, Any], mean: Tensor, hess: Any, weight_decay: Any) -> Gaussian:
+        """q from its mean, its curvature (None where nothing is kept) and the prior's precision per unit of ess."""
+
+    def start(self, group: Mapping[str, Any]) -> float:
+        """The curvature before the first step."""
+        return 0.0
+
+    # Looking
+
+    @contextmanager
+    def sampled_params(self, train: bool = True, weight: float = 1.0) -> Iterator[None]:
+        """Put a draw of q into the parameters; leaving the context brings the mean back, bit by bit.
+
+        Args:
+            train: Learn from the gradient that the context leaves in ``p.grad``; forward *and* backward belong inside. With
+                False the draw only looks: it has noise of its own and touches no gradient.
+            weight: Weight of this draw among the draws of the step, for batches of unequal size.
+
+        Raises:
+            RuntimeError: A draw is open already.
+
+        Example:
+            >>> import torch, bayesrule as br
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> opt = br.IVON([w], lr=0.1, ess=100)
+            >>> for _ in range(100):
+            ...     with opt.sampled_params(train=True):
+            ...         (w - 1).square().sum().backward()
+            ...     opt.step()
+            >>> (w - 1).abs().max().item() < 0.1
+            True
+        """
+        opened = self._draws.begin(train=train, weight=weight)
+        try:
+            yield
+        except BaseException:
+            if opened:
+                self._draws.discard()
+            raise
+        if opened:
+            self._draws.close()
+
+    @property
+    def dropped_draws(self) -> int:
+        """Draws thrown away because their gradient was not finite."""
+        return self._draws.dropped
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        """Call an ordinary closure once for every draw of the step; the mean loss."""
+        draws = max(self.rule(group).expectation.draws for group in self.param_groups)
+        if not draws:
+            with torch.enable_grad():
+                return closure()
+        losses = []
+        for _ in range(draws):
+            self._draws.begin(train=True, joinable=True)
+            try:
+                with torch.enable_grad():
+                    losses.append(closure())
+            except BaseException:
+                self._draws.discard()
+                raise
+            self._draws.close()
+        return None if losses[0] is None else sum(losses) / len(losses)
+
+    # Moving
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move q by what was looked at since the last step.
+
+        Args:
+            closure: Clears the gradients, runs forward and backward and returns the loss. It is called once for every draw
+                (``mc_samples``), each time at another sample.
+
+        Returns:
+            The closure's loss, averaged over the draws; None without a closure.
+
+        Raises:
+            RuntimeError: No parameter has a gradient.
+        """
+        loss = self._evaluate(closure) if closure is not None else None
+        self._draws.close()
+        taken, drawn = self._draws.take(), self._draws.begun
+        self._remind(drawn)
+        if taken is not None:
+            params, look_at = taken
+            if not params:
+                self._draws.forget()
+                raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
+            for cell in self.cells(params):
+                q, prior = self.belief(cell)
+                self._keep(cell, *cell.rule.move(q, prior, look_at(cell, q, prior), *self._pace(cell)))
+            for p in params:
+                self.state[p]["step"] += 1
+                if drawn:
+                    p.grad = None
+        self._draws.forget()
+        return loss
+
+    def _pace(self, cell: Cell) -> tuple[Rates, Tensor | None]:
+        states, name = [self.state[p] for p in cell.params], self.names.memory
+        memory = cell.gather([state[name] for state in states]) if name in states[0] else None
+        return self.rates(cell.group, cell.step + 1), memory
+
+    def _keep(self, cell: Cell, q: Gaussian, memory: Tensor | None) -> None:
+        """Copy the result of a move into parameters and state, in place."""
+        cell.scatter(q.mean, cell.params)
+        for name, flat in ((self.names.hess, q.hess), (self.names.memory, memory)):
+            if name is not None and flat is not None:
+                for p in cell.params:
+                    if name not in self.state[p]:
+                        self.state[p][name] = self.like_state(p)
+                cell.scatter(flat, [self.state[p][name] for p in cell.params])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; what a closed draw left there is read first, and not lost."""
+        if not self._draws.is_open:
+            self._draws.read()
+            self._draws.settle()
+        super().zero_grad(set_to_none)
+
+    # q in pieces
+
+    def trainable(self) -> list[Tensor]:
+        """The parameters that want a gradient, over all groups in order."""
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def cells(self, params: Sequence[Tensor]) -> Iterator[Cell]:
+        """Deal parameters into cells, each of one group, dtype, device and number of steps."""
+        chosen, number = set(map(id, params)), 0
+        for group in self.param_groups:
+            rule = self.rule(group)
+            kinds: dict[Any, list[tuple[int, Tensor]]] = {}
+            for p in group["params"]:
+                if id(p) in chosen:
+                    state = self._state(group, p)
+                    key = (p.dtype, p.device, int(state["step"]), self.names.memory in state, "prior_mean" in state)
+                    kinds.setdefault(key, []).append((number, p))
+                number += 1
+            for (dtype, _, step, *_), members in kinds.items():
+                for bucket in self._layout(members):
+                    within = [members[i] for i in bucket.members]
+                    numbers, tensors = tuple(n for n, _ in within), [p for _, p in within]
+                    yield Cell(group, rule, tensors, numbers, bucket, torch.promote_types(dtype, torch.float32), step)
+
+    def _layout(self, members: list[tuple[int, Tensor]]) -> list[Bucket]:
+        key = tuple((number, p.numel(), p.is_contiguous()) for number, p in members)
+        if key not in self._layouts:
+            self._layouts[key] = buckets([p for _, p in members])
+        return self._layouts[key]
+
+    def belief(self, cell: Cell) -> tuple[Gaussian, Gaussian]:
+        """q and the prior of a cell."""
+        states, group = [self.state[p] for p in cell.params], cell.group
+        mean = cell.gather(cell.params)
+        hess = cell.gather([state[self.names.hess] for state in states]) if self.names.hess else None
+        ess, pull, center = group.get("ess", 1.0), group["weight_decay"], 0.0
+        if "prior_mean" in states[0]:
+            center = cell.gather([state["prior_mean"] for state in states])
+            pull = cell.gather([state["prior_precision"] for state in states]) / ess
+        return self.family(group, mean, hess, pull), Diagonal(center, 0.0, pull, ess)
+
+    def like_state(self, param: Tensor) -> Tensor:
+        """Zeros like a parameter, in the dtype of its state."""
+        return torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32), requires_grad=False)
+
+    def _state(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)
+        if self.names.hess is not None and self.names.hess not in state:
+            state[self.names.hess] = self.like_state(param).fill_(self.start(group))
+        return state
+
+    # The posterior
+
+    def posterior(self, model: nn.Module, num_data: int | None = None) -> Posterior:
+        """What was learned, by the model's parameter names; see :meth:`bayesrule.Posterior.from_optimizer`."""
+        ess = {group.get("ess") for group in self.param_groups}
+        if None in ess:
+            raise TypeError(f"{type(self).__name__} learns no posterior; train with bayesrule.IVON, or take Posterior.point(model)")
+        if len(ess) > 1:
+            raise ValueError(f"{type(self).__name__}: parameter groups differ in ess ({sorted(ess)}); a Posterior has one")
+        self._draws.close()
+        blocks: dict[str, dict[str, Tensor]] = {"mean": {}, "precision": {}, "prior_mean": {}, "prior_precision": {}}
+        names = {id(p): name for name, p in model.named_parameters()}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not p.requires_grad:
+                    continue
+                if id(p) not in names:
+                    raise ValueError(f"{type(self).__name__} trains a parameter of shape {tuple(p.shape)} that the model does not hold")
+                for block, tensor in self._marginal(group, p).items():
+                    blocks[block][names[id(p)]] = tensor
+        return Posterior(**blocks, ess=float(ess.pop()), num_data=num_data)
+
+    def _marginal(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+        """Mean, precision and prior of one parameter."""
+        state = self._state(group, param)
+        mean = self.like_state(param).copy_(param.detach())
+        prior_mean = state.get("prior_mean", mean.new_zeros(()))
+        prior_precision = state.get("prior_precision", mean.new_tensor(group["ess"] * group["weight_decay"]))
+        precision = state[self.names.hess] * group["ess"] + prior_precision
+        if not group["noise_scale"]:
+            precision = torch.full_like(precision, math.inf)
+        return dict(
+            mean=mean, precision=precision, prior_mean=prior_mean.clone(), prior_precision=prior_precision.clone()
+        )
+
+    def _adopt(self, prior: Posterior) -> None:
+        """Keep a posterior's mean and precision as every parameter's prior."""
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p, (mean, precision) in zip(params, prior.match(names, params), strict=True):
+            self.state[p]["prior_mean"] = self.like_state(p).copy_(mean)
+            self.state[p]["prior_precision"] = self.like_state(p).copy_(precision)
+        for group in self.param_groups:
+            total = sum(float(self.state[p]["prior_precision"].sum()) for p in group["params"])
+            group["weight_decay"] = total / sum(p.numel() for p in group["params"]) / group["ess"]
+
+    # Groups and checkpoints
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; what it does not set it takes from the defaults."""
+        super().add_param_group(param_group)
+        try:
+            self._check(len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, number: int) -> None:
+        group = self.param_groups[number]
+        validate(type(self).__name__, number, group, self.ranges)
+        if any(p.is_complex() for p in group["params"]):
+            raise TypeError(f"{type(self).__name__}: parameter group {number} has complex parameters; split them into real ones")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of q at the mean: an open draw is closed first."""
+        self._draws.close()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state, exactly; tensors keep the precision they were saved in.
+
+        Raises:
+            ValueError: It is the state of another optimizer, or a hyper-parameter in it is outside its range.
+        """
+        for index, state in state_dict["state"].items():
+            if "step" not in state or (self.names.hess is not None and self.names.hess not in state):
+                raise ValueError(
+                    f"{type(self).__name__}: the state of parameter {index} holds {sorted(state)}, not "
+                    f"step and {self.names.hess}: it was saved by another optimizer"
+                )
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for p, index in zip(params, indices, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                exact = torch.as_tensor(value).detach().clone()
+                self.state[p][name] = exact if name == "step" else self.like_state(p).copy_(exact)
+        for number in range(len(self.param_groups)):
+            self._check(number)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "noise": self._draws.injected and self._draws.injected.function}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        known = getattr(self, "_draws", None)
+        self._prepare(state.pop("noise", known and known.injected and known.injected.function))
+        super().__setstate__(state)
+
+    # Saying so
+
+    def _remind(self, drawn: int) -> None:
+        """Warn, once each, about a step without the draws that the algorithm needs."""
+        group = self.param_groups[0]
+        wanted = max(self.rule(g).expectation.draws for g in self.param_groups)
+        if wanted and not drawn:
+            self._warn(
+                "a step without a draw: it is taken at the mean and the curvature stays as it is; run forward and backward "
+                "inside `with opt.sampled_params(train=True):` or call step(closure)"
+            )
+        elif wanted > 1 and drawn != wanted:
+            self._warn(
+                f"mc_samples={wanted} acts in step(closure); this step had {drawn} draw{'s' * (drawn != 1)}: open as many "
+                "sampled_params() contexts as you want draws, or pass a closure"
+            )
+        if drawn % 2 and group.get("antithetic"):
+            self._warn(f"antithetic draws come in pairs, but this step had {drawn}: open an even number")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"{type(self).__name__}: {message}", UserWarning, stacklevel=4)
+
+    def _why(self, drawn: int) -> str:
+        if drawn:
+            return "a draw was opened, but backward() did not run in it or reached no parameter of this optimizer"
+        return "call backward() before step(), on a loss that depends on this optimizer's parameters"
+
+

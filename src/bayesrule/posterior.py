@@ -1,0 +1,291 @@
+"""A posterior over a model's named weights: what training leaves behind, and what everything after it takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .families.gaussian import Diagonal
+from .noise import POSTERIOR, CounterNoise
+from .vector import Vector
+
+FORMAT, VERSION = "bayesrule-posterior", 1
+_BLOCKS = ("mean", "precision", "prior_mean", "prior_precision")
+
+
+@dataclass(frozen=True)
+class Posterior:
+    r"""The Gaussian :math:`q(\theta) = N(m, S^{-1})` over named weights, S diagonal. A value: nothing changes it.
+
+    Args:
+        mean: m, name -> tensor.
+        precision: The diagonal of S, name -> tensor shaped like the mean; > 0, inf for a weight that is known exactly.
+        prior_mean: Mean of the prior, name -> tensor that broadcasts to the mean.
+        prior_precision: Precision of the prior, likewise.
+        ess: Effective sample size that multiplied the mean loss, in examples.
+        num_data: Number of training examples, where known.
+        structure: Structure of S: "diag".
+
+    Raises:
+        ValueError: Names or shapes do not agree, or a precision is not positive; the message names the tensor.
+
+    Example:
+        >>> post = Posterior({"w": torch.zeros(2)}, {"w": torch.full((2,), 4.0)})
+        >>> post.variance["w"]
+        tensor([0.2500, 0.2500])
+    """
+
+    mean: Mapping[str, Tensor]
+    precision: Mapping[str, Tensor]
+    prior_mean: Mapping[str, Tensor] | None = None
+    prior_precision: Mapping[str, Tensor] | None = None
+    ess: float = 1.0
+    num_data: int | None = None
+    structure: str = "diag"
+
+    def __post_init__(self) -> None:
+        for block in _BLOCKS[1:]:
+            tensors = getattr(self, block)
+            if tensors is None:
+                continue
+            if odd := set(self.mean) ^ set(tensors):
+                raise ValueError(f"posterior mean and {block} disagree on the name {min(odd)!r}")
+            for name, tensor in tensors.items():
+                shape = self.mean[name].shape
+                if tensor.shape != shape and (block == "precision" or tensor.dim() > 0):
+                    raise ValueError(f"posterior {block} of {name!r} has shape {tuple(tensor.shape)}, the mean {tuple(shape)}")
+        for name, tensor in self.precision.items():
+            if bad := int((~(tensor > 0)).sum()):
+                raise ValueError(
+                    f"posterior precision of {name!r} has {bad} non-positive entries (min {tensor.min().item():.2g}); the "
+                    "Hessian estimate went negative or data were subtracted that the posterior never saw"
+                )
+        if not self.ess > 0:
+            raise ValueError(f"ess must be a number > 0, got {self.ess!r}")
+
+    # Made from
+
+    @classmethod
+    def from_optimizer(cls, optimizer: Any, model: nn.Module, num_data: int | None = None) -> Posterior:
+        """The posterior that an optimizer of this library has learned over a model's parameters.
+
+        Args:
+            optimizer: One that learns a posterior, such as :class:`bayesrule.IVON`.
+            model: The module whose parameters it trains; its names are the posterior's.
+            num_data: Number of training examples, for estimates that need the sum over them.
+
+        Raises:
+            TypeError: The optimizer learns no posterior.
+            ValueError: The optimizer trains parameters that the model does not hold, or its groups differ in ess.
+        """
+        learned: Callable[..., Posterior] | None = getattr(optimizer, "posterior", None)
+        if learned is None:
+            raise TypeError(
+                f"{type(optimizer).__name__} learns no posterior; train with bayesrule.IVON, or take Posterior.point(model)"
+            )
+        return learned(model, num_data=num_data)
+
+    @classmethod
+    def point(cls, model: nn.Module) -> Posterior:
+        """A model's weights, known exactly: every draw is the mean."""
+        mean = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return cls(mean, {name: torch.full_like(m, math.inf) for name, m in mean.items()})
+
+    def exact(self) -> Posterior:
+        """The mean, known exactly: every draw is the mean."""
+        return replace(self, precision={name: torch.full_like(m, math.inf) for name, m in self.mean.items()})
+
+    def rescale(self, *, ess: float) -> Posterior:
+        """The posterior raised to the power ess / self.ess: as if each example counted more or less, the prior with it."""
+        if not ess > 0:
+            raise ValueError(f"ess must be a number > 0, got {ess!r}")
+        factor = ess / self.ess
+        precision = {name: s * factor for name, s in self.precision.items()}
+        prior = self.prior_precision and {name: s * factor for name, s in self.prior_precision.items()}
+        return replace(self, precision=precision, prior_precision=prior, ess=ess)
+
+    # The Gaussian
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """The diagonal of S^-1, name -> tensor."""
+        return {name: 1 / s for name, s in self.precision.items()}
+
+    def sample(self, seed: int) -> dict[str, Tensor]:
+        """One draw of the weights, name -> tensor; the same for the same seed."""
+        noise = CounterNoise(seed, POSTERIOR).normal(Vector(list(self.mean.values())))
+        offset = self.sqrt_matvec(dict(zip(self.mean, noise, strict=True)))
+        return {name: m + offset[name] for name, m in self.mean.items()}
+
+    def matvec(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """S^-1 v, by name."""
+        return {name: v[name] / s for name, s in self.precision.items()}
+
+    def sqrt_matvec(self, eps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """S^-1/2 eps, by name: unit normals become offsets from the mean."""
+        return {name: eps[name] / s.sqrt() for name, s in self.precision.items()}
+
+    def log_prob(self, theta: Mapping[str, Tensor]) -> Tensor:
+        """Log density at theta in nats, shape ()."""
+        return self._gaussian.log_prob(Vector([theta[name] for name in self.mean]))
+
+    def kl(self, other: Posterior) -> Tensor:
+        """KL(self || other) in nats, shape ()."""
+        if odd := set(self.mean) ^ set(other.mean):
+            raise ValueError(f"the posteriors disagree on the name {min(odd)!r}")
+        theirs = Diagonal(Vector([other.mean[n] for n in self.mean]), Vector([other.precision[n] for n in self.mean]))
+        return self._gaussian.kl(theirs)
+
+    @property
+    def _gaussian(self) -> Diagonal:
+        return Diagonal(Vector(list(self.mean.values())), Vector(list(self.precision.values())))
+
+    # Meeting models and optimizers
+
+    def match(self, names: Sequence[str], params: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Mean and precision for each parameter, by name where there are names, else in order.
+
+        Raises:
+            ValueError: Number, names or shapes do not agree.
+        """
+        wanted = list(names) if names else list(self.mean)
+        if len(wanted) != len(params):
+            raise ValueError(f"the prior holds {len(self.mean)} tensors but the optimizer {len(params)}; pass named_parameters()")
+        found = []
+        for name, p in zip(wanted, params, strict=True):
+            if name not in self.mean:
+                raise ValueError(f"the prior has no tensor {name!r}; it holds {', '.join(list(self.mean)[:4])}, ...")
+            if self.mean[name].shape != p.shape:
+                raise ValueError(f"the prior's {name!r} has shape {tuple(self.mean[name].shape)}, the parameter {tuple(p.shape)}")
+            if self.precision[name].isinf().any():
+                raise ValueError(f"the prior knows {name!r} exactly (infinite precision); it cannot be learned from there")
+            found.append((self.mean[name], self.precision[name]))
+        return found
+
+    def bind(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters that the posterior is about, name -> parameter.
+
+        Raises:
+            KeyError: The model lacks a name of the posterior; the message says which, and what may mend it.
+            ValueError: Shapes do not agree.
+        """
+        params = dict(model.named_parameters())
+        for name, m in self.mean.items():
+            if name not in params:
+                near = next((p for p in params if name.endswith(f".{p}")), None)
+                hint = f" but the model has {near!r}; pass strip_prefix={name[: -len(near)]!r} to load()" if near else ""
+                raise KeyError(f"posterior holds {name!r}{hint or ' and the model has no parameter of that name'}")
+            if params[name].shape != m.shape:
+                raise ValueError(f"posterior of {name!r} has shape {tuple(m.shape)}, the model {tuple(params[name].shape)}")
+        return {name: params[name] for name in self.mean}
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors = {
+            f"{block}.{name}": tensor.detach().contiguous()
+            for block in _BLOCKS
+            for name, tensor in (getattr(self, block) or {}).items()
+        }
+        about = dict(format=FORMAT, version=VERSION, structure=self.structure, ess=self.ess, num_data=self.num_data)
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file({name: t.clone() for name, t in tensors.items()}, temporary, {"bayesrule": json.dumps(about)})
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: str = "cpu", strip_prefix: str = "") -> Posterior:
+        """Read a file that :meth:`save` wrote; nothing is ever unpickled.
+
+        Args:
+            path: The file.
+            device: Where to put the tensors.
+            strip_prefix: Taken off the front of names, such as "module.".
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, is no posterior, or is of a later format.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no posterior file at {os.fspath(path)!r}")
+        blocks: dict[str, dict[str, Tensor]] = {block: {} for block in _BLOCKS}
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                about = _about(path, file.metadata())
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    block, _, name = key.partition(".")
+                    if block not in blocks:
+                        raise ValueError(f"{os.fspath(path)!r} is no posterior file: it holds a tensor {key!r}")
+                    blocks[block][name.removeprefix(strip_prefix)] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file ({error}); take another copy") from error
+        return cls(
+            blocks["mean"],
+            blocks["precision"],
+            blocks["prior_mean"] or None,
+            blocks["prior_precision"] or None,
+            about["ess"],
+            about["num_data"],
+            about["structure"],
+        )
+
+
+def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    try:
+        about = json.loads((metadata or {})["bayesrule"])
+        known = about["format"] == FORMAT and {"version", "structure", "ess", "num_data"} <= about.keys()
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(f"{os.fspath(path)!r} is no posterior file: its metadata does not say {FORMAT!r}")
+    if about["version"] > VERSION:
+        raise ValueError(f"{os.fspath(path)!r} has format version {about['version']}, this release reads {VERSION}; upgrade bayesrule")
+    return about  # type: ignore[no-any-return]
+
+
+@contextmanager
+def sampled(model: nn.Module, posterior: Posterior, seed: int) -> Iterator[nn.Module]:
+    """Put one draw of a posterior into a model's parameters; leaving brings back what was there, bit by bit.
+
+    Args:
+        model: Holds parameters of the posterior's names.
+        posterior: What to draw from.
+        seed: Which draw.
+
+    Example:
+        >>> model = nn.Linear(1, 1)
+        >>> with sampled(model, Posterior.point(model), seed=0):
+        ...     print(model.training)
+        True
+    """
+    params = posterior.bind(model)
+    before = {name: p.detach().clone() for name, p in params.items()}
+
+    def write(values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(values[name])
+
+    try:
+        write(posterior.sample(seed))
+        yield model
+    finally:
+        write(before)

@@ -1,0 +1,322 @@
+r"""The Bayesian learning rule, and the slots that turn it into an algorithm.
+
+To learn from a loss :math:`\ell(\theta)` is to look for the member :math:`q_\lambda` of a family that minimizes
+:math:`E_q[\ell] + KL(q \| q_0)`. The rule descends along the natural gradient, which for an exponential family is the
+gradient with respect to the expectation parameter :math:`\mu`:
+
+.. math::  \lambda \leftarrow (1 - \rho)\, \lambda + \rho\, (\lambda_0 - \nabla_\mu E_q[\ell]).
+
+Two verbs. To **look** is to estimate :math:`E_q[\ell], E_q[\nabla \ell], E_q[\nabla^2 \ell]`: an :class:`Expectation`
+says where, a :class:`Curvature` what stands in for the Hessian. To **move** is the equation: a :class:`Retraction` says how
+a step stays inside the family, an :class:`Inertia` what is remembered from one step to the next. An algorithm is a choice
+for each slot:
+
+=================  ===============  ==============  =================  =============================  =====================
+algorithm          family           expectation     curvature          retraction                     inertia
+=================  ===============  ==============  =================  =============================  =====================
+gradient descent   Fixed            Delta           Zero               Additive                       NoInertia
+SGD                Fixed            Delta           Zero               Additive                       HeavyBall
+Newton, ridge      Full             Delta           Hessian            Natural, rate 1                NoInertia
+RMSprop            Diagonal         Delta           SquaredGradient    SquareRoot                     HeavyBall of the step
+Adam, AdamW        Diagonal         Delta           SquaredGradient    SquareRoot                     Momentum
+IVON               Diagonal         MonteCarlo      Reparameterized    Riemannian                     Momentum
+=================  ===============  ==============  =================  =============================  =====================
+
+The prior :math:`q_0` is a member of the family, so yesterday's posterior may be today's prior.
+
+Scale, said once: a loss here is the **mean** over examples, and ``ess`` (effective sample size) is how often it counts. A
+Gaussian keeps ``hess``, what the mean loss put into its precision, apart from ``weight_decay``, what the prior put there; its
+**metric** is ``hess + weight_decay`` and its precision ``ess`` times that.
+
+Source: M. E. Khan and H. Rue (2023), The Bayesian Learning Rule, JMLR 24(281).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+from torch import Tensor
+
+from .noise import CounterNoise, Noise
+
+Point = Any
+"""A tensor or a Vector: something with + - * / and the shape of theta."""
+
+
+class Look(NamedTuple):
+    """What was seen: estimates of the mean loss, its gradient and its curvature under q. None where nobody asked."""
+
+    value: Tensor | None  # ()
+    gradient: Point  # like theta; for a family that is not Gaussian, grad_mu itself
+    curvature: Point | None  # in the family's structure: (D,), (D, D), ...; of the loss alone, the prior is not in it
+
+    def lerp(self, other: Look, weight: Any) -> Look:
+        """This look moved towards another: a running mean of looks, whatever their number."""
+        return Look(*(a if b is None else b if a is None else a + (b - a) * weight for a, b in zip(self, other, strict=True)))
+
+
+class Rates(NamedTuple):
+    """Step sizes: of the mean (alpha), of the precision (rho), and how many steps there will have been (from 1)."""
+
+    mean: Any
+    precision: Any
+    step: int = 1
+
+
+class Family(ABC):
+    """A family of distributions q over theta, and one member of it."""
+
+    @abstractmethod
+    def natural(self) -> Point:
+        """Natural parameter lambda, one block per sufficient statistic."""
+
+    @abstractmethod
+    def from_natural(self, natural: Point) -> Self:
+        """The member with this natural parameter."""
+
+    @abstractmethod
+    def expected(self) -> Point:
+        """Expectation parameter mu = E_q[T(theta)], block by block."""
+
+    @abstractmethod
+    def natural_gradient(self, look: Look) -> Point:
+        """grad_mu E_q[total loss], block by block."""
+
+    def kl_gradient(self, prior: Self) -> Point:
+        """grad_mu KL(q || prior) = lambda - lambda_0."""
+        return self.natural() - prior.natural()
+
+    @abstractmethod
+    def sample(self, noise: Noise) -> Point:
+        """One draw of theta."""
+
+    @abstractmethod
+    def entropy(self) -> Tensor:
+        """Entropy in nats, shape ()."""
+
+    @abstractmethod
+    def kl(self, other: Self) -> Tensor:
+        """KL(q || other) in nats, shape ()."""
+
+    @abstractmethod
+    def log_prob(self, theta: Point) -> Tensor:
+        """Log density at theta, shape ()."""
+
+
+class Gaussian(Family):
+    """N(mean, (ess * metric)^-1) with metric = hess + weight_decay, in some structure of matrices.
+
+    A structure says how its metric acts on vectors, and which part of a matrix it keeps.
+    """
+
+    mean: Point
+    hess: Any
+    weight_decay: Any
+    ess: Any
+
+    @property
+    @abstractmethod
+    def metric(self) -> Any:
+        """Precision per unit of ess, hess + weight_decay."""
+
+    @property
+    def precision(self) -> Any:
+        """Precision of q."""
+        return self.metric * self.ess
+
+    @abstractmethod
+    def stretch(self, v: Point) -> Point:
+        """metric v."""
+
+    @abstractmethod
+    def precondition(self, v: Point) -> Point:
+        """metric^-1 v."""
+
+    @abstractmethod
+    def root_precondition(self, v: Point) -> Point:
+        """R v with R R^T = metric^-1."""
+
+    @abstractmethod
+    def sandwich(self, d: Any) -> Any:
+        """d metric^-1 d for a symmetric d of the structure."""
+
+    @abstractmethod
+    def outer(self, a: Point, b: Point) -> Any:
+        """The part of (a b^T + b a^T) / 2 that the structure keeps."""
+
+    @abstractmethod
+    def project(self, matrix: Tensor) -> Any:
+        """The part of a symmetric matrix, shape (D, D), that the structure keeps."""
+
+    @abstractmethod
+    def moved(self, *, mean: Point | None = None, hess: Any = None) -> Self:
+        """The same Gaussian with another mean or another curvature."""
+
+    def solve(self, v: Point) -> Point:
+        """precision^-1 v."""
+        return self.precondition(v) / self.ess
+
+    def root_solve(self, v: Point) -> Point:
+        """R v with R R^T = precision^-1: unit normals become offsets of q."""
+        return self.root_precondition(v) / self.ess**0.5
+
+    def prior_gradient(self, prior: Gaussian) -> Point:
+        """Gradient of -log prior at the mean, per unit of ess: zero once the prior is centered on q."""
+        if prior.mean is self.mean:
+            return 0.0
+        return prior.stretch(self.mean - prior.mean)
+
+    def sample(self, noise: Noise) -> Point:
+        return self.mean + self.root_solve(noise.normal(self.mean))
+
+
+class Oracle(ABC):
+    """What can be asked of the mean loss at one theta. An oracle answers what it can and says what it cannot."""
+
+    def value(self) -> Tensor | None:
+        """Mean loss, shape (); None where it is not known."""
+        return None
+
+    @abstractmethod
+    def gradient(self) -> Point:
+        """Gradient of the mean loss, shaped like theta."""
+
+    def squares(self) -> Point:
+        """Mean over examples of the squared gradient of each, shaped like theta."""
+        raise self._cannot("give the gradient of each example")
+
+    def product(self, v: Point) -> Point:
+        """Hessian of the mean loss times v, shaped like theta."""
+        raise self._cannot("multiply by the Hessian")
+
+    def hessian(self) -> Tensor:
+        """Hessian of the mean loss, shape (D, D)."""
+        raise self._cannot("give the Hessian")
+
+    def gauss_newton(self) -> Tensor:
+        """Generalized Gauss-Newton matrix of the mean loss, shape (D, D)."""
+        raise self._cannot("give the Gauss-Newton matrix")
+
+    def _cannot(self, what: str) -> TypeError:
+        return TypeError(f"{type(self).__name__} cannot {what}; use another curvature or another oracle")
+
+
+class Expectation(ABC):
+    """How E_q[.] is taken.
+
+    Attributes:
+        draws: How many draws of theta make one look; 0 where the mean alone is looked at.
+    """
+
+    draws: int = 0
+
+    @abstractmethod
+    def offset(self, q: Any, noise: Noise, draw: int) -> Point | None:
+        """Where draw number ``draw`` looks, as an offset from the mean; None is the mean itself."""
+
+    @abstractmethod
+    def __call__(self, q: Any, look_at: Callable[[Point | None], Look], noise: Noise) -> Look:
+        """E_q of the look taken at an offset from the mean."""
+
+
+class Curvature(ABC):
+    """What stands in for the Hessian of the mean loss.
+
+    Attributes:
+        degree: How many gradients are multiplied in it; what rescales the gradient rescales it to this power.
+    """
+
+    degree: int = 0
+
+    @abstractmethod
+    def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
+        """One estimate, in the structure of q; None leaves the precision alone."""
+
+
+class Retraction(ABC):
+    """How a step stays inside the family: first a direction, then the way along it."""
+
+    @abstractmethod
+    def direction(self, q: Any, prior: Any, look: Look, rates: Rates) -> tuple[Any, Point]:
+        """q with its precision moved, and the direction against which the rest of q is to move."""
+
+    @abstractmethod
+    def along(self, q: Any, direction: Point, rates: Rates) -> Any:
+        """q moved against the direction."""
+
+
+class Inertia(ABC):
+    """What is remembered between steps: one vector, None before the first."""
+
+    def of_look(self, q: Any, prior: Any, look: Look, memory: Point | None, step: int) -> tuple[Look, Any, Point | None]:
+        """The look and the prior that the retraction gets to see."""
+        return look, prior, memory
+
+    def of_direction(self, direction: Point, memory: Point | None) -> tuple[Point, Point | None]:
+        """The direction in which q really moves."""
+        return direction, memory
+
+
+class NoInertia(Inertia):
+    """Every step stands alone."""
+
+
+@dataclass(frozen=True)
+class BayesRule:
+    """The rule with its slots filled: an algorithm. Pure: nothing is changed in place, nothing kept.
+
+    Args:
+        expectation: How E_q is taken.
+        curvature: What stands in for the Hessian.
+        retraction: How a step stays inside the family.
+        momentum: What is remembered between steps.
+
+    Example:
+        One step of Newton's method, from anywhere to the minimum of a quadratic:
+
+        >>> import torch
+        >>> import bayesrule as br
+        >>> newton = br.BayesRule(br.Delta(), br.Hessian(), br.Natural())
+        >>> start = br.Full(torch.zeros(2), torch.eye(2))
+        >>> flat = br.Full(torch.zeros(2), torch.zeros(2, 2))
+        >>> newton.step(start, flat, br.Loss(lambda x: (x - 1).square().sum())).mean
+        tensor([1., 1.])
+
+    Source: Khan and Rue (2023), equation 3.
+    """
+
+    expectation: Expectation
+    curvature: Curvature
+    retraction: Retraction
+    momentum: Inertia = NoInertia()
+
+    def look(self, q: Any, prior: Any, loss: Callable[[Point], Oracle], noise: Noise | None = None) -> Look:
+        """Estimate E_q[loss], E_q[gradient], E_q[curvature]."""
+
+        def look_at(offset: Point | None) -> Look:
+            oracle = loss(q.mean if offset is None else q.mean + offset)
+            return Look(oracle.value(), oracle.gradient(), self.curvature(q, prior, offset, oracle))
+
+        return self.expectation(q, look_at, noise or CounterNoise())
+
+    def move(self, q: Any, prior: Any, look: Look, rates: Rates, memory: Point | None = None) -> tuple[Any, Point | None]:
+        """Take the step; return the new q and what is to be remembered."""
+        look, prior, memory = self.momentum.of_look(q, prior, look, memory, rates.step)
+        q, direction = self.retraction.direction(q, prior, look, rates)
+        direction, memory = self.momentum.of_direction(direction, memory)
+        return self.retraction.along(q, direction, rates), memory
+
+    def step(self, q: Any, prior: Any, loss: Callable[[Point], Oracle], rate: float = 1.0, noise: Noise | None = None) -> Any:
+        """Look and move once with alpha = rho = rate, remembering nothing.
+
+        Args:
+            q: Where to start, a member of the family.
+            prior: The prior, a member of the same family.
+            loss: From theta to what can be asked there, such as :class:`bayesrule.Loss`.
+            rate: Step size, in (0, 1].
+            noise: Source of the draws, where the expectation draws; a :class:`bayesrule.CounterNoise` by default.
+        """
+        return self.move(q, prior, self.look(q, prior, loss, noise), Rates(rate, rate))[0]

@@ -1,0 +1,1 @@
+"""What a posterior is for: prediction, metrics, calibration, sensitivity, merging."""
