@@ -12,7 +12,7 @@ _HOMES = {
     "vector": "Vector",
     "noise": "CounterNoise Noise",
     "families.gaussian": "Diagonal Fixed Full Isotropic",
-    "estimators.oracle": "Loss ModelLoss",
+    "estimators.oracle": "Loss ModelLoss Quadratic",
     "estimators.expectations": "Delta MonteCarlo",
     "estimators.curvatures": "GaussNewton Hessian Reparameterized SquaredGradient Zero",
     "retractions": "Additive Natural Riemannian SquareRoot",

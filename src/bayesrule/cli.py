@@ -4,14 +4,7 @@ Results go to stdout, progress to stderr. What a user can mend, recipes raise as
 line on stderr and exit code 2. Anything else is our mistake and keeps its traceback.
 """
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
-from io import StringIO
-from pathlib import Path
-from typing import Annotated, Any
 
 try:
     import tyro

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .rule import Inertia, Look, Point
+from .vector import axpy, lerp
 
 
 def _seen(q: Any, prior: Any, look: Look, over: str) -> tuple[Point, Any]:
@@ -40,9 +41,12 @@ class Momentum(Inertia):
 
     def of_look(self, q: Any, prior: Any, look: Look, memory: Point | None, step: int) -> tuple[Look, Any, Point | None]:
         gradient, prior = _seen(q, prior, look, self.over)
-        memory = gradient * (1 - self.beta) if memory is None else memory * self.beta + gradient * (1 - self.beta)
+        memory = gradient * (1 - self.beta) if memory is None else lerp(memory, gradient, 1 - self.beta)
         average = memory / (1 - self.beta**step) if self.debias else memory
         return look._replace(gradient=average), prior, memory
+
+    def of_direction(self, direction: Point, memory: Point | None) -> tuple[Point, Point | None]:
+        return direction, memory
 
 
 @dataclass(frozen=True)
@@ -76,5 +80,5 @@ class HeavyBall(Inertia):
         return self._push(direction, memory) if self.over == "step" else (direction, memory)
 
     def _push(self, force: Point, memory: Point | None) -> tuple[Point, Point]:
-        memory = force if memory is None else memory * self.beta + force * (1 - self.dampening)
-        return (force + memory * self.beta if self.nesterov else memory), memory
+        memory = force if memory is None else axpy(memory * self.beta, force, 1 - self.dampening)
+        return (axpy(force, memory, self.beta) if self.nesterov else memory), memory

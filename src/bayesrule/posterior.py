@@ -162,13 +162,17 @@ class Posterior:
         """
         wanted = list(names) if names else list(self.mean)
         if len(wanted) != len(params):
-            raise ValueError(f"the prior holds {len(self.mean)} tensors but the optimizer {len(params)}; pass named_parameters()")
+            raise ValueError(
+                f"the prior holds {len(self.mean)} tensors but the optimizer {len(params)}; pass named_parameters()"
+            )
         found = []
         for name, p in zip(wanted, params, strict=True):
             if name not in self.mean:
                 raise ValueError(f"the prior has no tensor {name!r}; it holds {', '.join(list(self.mean)[:4])}, ...")
             if self.mean[name].shape != p.shape:
-                raise ValueError(f"the prior's {name!r} has shape {tuple(self.mean[name].shape)}, the parameter {tuple(p.shape)}")
+                raise ValueError(
+                    f"the prior's {name!r} has shape {tuple(self.mean[name].shape)}, the parameter {tuple(p.shape)}"
+                )
             if self.precision[name].isinf().any():
                 raise ValueError(f"the prior knows {name!r} exactly (infinite precision); it cannot be learned from there")
             found.append((self.mean[name], self.precision[name]))
@@ -249,6 +253,7 @@ class Posterior:
 
 
 def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    about: dict[str, Any] = {}
     try:
         about = json.loads((metadata or {})["bayesrule"])
         known = about["format"] == FORMAT and {"version", "structure", "ess", "num_data"} <= about.keys()
@@ -257,8 +262,10 @@ def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> 
     if not known:
         raise ValueError(f"{os.fspath(path)!r} is no posterior file: its metadata does not say {FORMAT!r}")
     if about["version"] > VERSION:
-        raise ValueError(f"{os.fspath(path)!r} has format version {about['version']}, this release reads {VERSION}; upgrade bayesrule")
-    return about  # type: ignore[no-any-return]
+        raise ValueError(
+            f"{os.fspath(path)!r} has format version {about['version']}, this release reads {VERSION}; upgrade bayesrule"
+        )
+    return about
 
 
 @contextmanager

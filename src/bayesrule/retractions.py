@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .rule import Gaussian, Look, Point, Rates, Retraction
+from .vector import axpy, lerp
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class MeanAndPrecision(Retraction):
 
     @abstractmethod
     def precision(self, q: Gaussian, curvature: Any, rho: Any) -> Gaussian:
-        """q with its precision moved towards the curvature."""
+        """Q with its precision moved towards the curvature."""
 
     @abstractmethod
     def slope(self, old: Gaussian, new: Gaussian, prior: Gaussian, look: Look, rates: Rates) -> Point:
@@ -48,7 +49,7 @@ class MeanAndPrecision(Retraction):
         return new, self.slope(q, new, prior, look, rates)
 
     def along(self, q: Gaussian, direction: Point, rates: Rates) -> Gaussian:
-        return q.moved(mean=q.mean - direction * rates.mean)
+        return q.moved(mean=axpy(q.mean, direction, -rates.mean))
 
 
 class _Preconditioned(MeanAndPrecision):
@@ -79,7 +80,7 @@ class Additive(_Preconditioned):
     mean_precision: Literal["new", "old"] = "new"
 
     def precision(self, q: Gaussian, curvature: Any, rho: Any) -> Gaussian:
-        return q.moved(hess=q.hess + (curvature - q.hess) * rho)
+        return q.moved(hess=lerp(q.hess, curvature, rho))
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Riemannian(_Preconditioned):
     mean_precision: Literal["new", "old"] = "new"
 
     def precision(self, q: Gaussian, curvature: Any, rho: Any) -> Gaussian:
-        excess = curvature - q.hess
-        return q.moved(hess=q.hess + excess * rho + q.sandwich(excess) * (0.5 * rho**2))
+        correction = q.sandwich(curvature - q.hess)
+        return q.moved(hess=axpy(lerp(q.hess, curvature, rho), correction, 0.5 * rho**2))
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class SquareRoot(MeanAndPrecision):
     decoupled: bool = False
 
     def precision(self, q: Gaussian, curvature: Any, rho: Any) -> Gaussian:
-        return q.moved(hess=q.hess + (curvature - q.hess) * rho)
+        return q.moved(hess=lerp(q.hess, curvature, rho))
 
     def slope(self, old: Gaussian, new: Gaussian, prior: Gaussian, look: Look, rates: Rates) -> Point:
         pull = old.prior_gradient(prior)

@@ -89,6 +89,10 @@ class Family(ABC):
         """grad_mu KL(q || prior) = lambda - lambda_0."""
         return self.natural() - prior.natural()
 
+    def under(self, prior: Self) -> Self:
+        """The same distribution, written relative to a prior where the family keeps the two apart."""
+        return self
+
     @abstractmethod
     def sample(self, noise: Noise) -> Point:
         """One draw of theta."""
@@ -129,7 +133,7 @@ class Gaussian(Family):
 
     @abstractmethod
     def stretch(self, v: Point) -> Point:
-        """metric v."""
+        """Metric v."""
 
     @abstractmethod
     def precondition(self, v: Point) -> Point:
@@ -141,7 +145,7 @@ class Gaussian(Family):
 
     @abstractmethod
     def sandwich(self, d: Any) -> Any:
-        """d metric^-1 d for a symmetric d of the structure."""
+        """D metric^-1 d for a symmetric d of the structure."""
 
     @abstractmethod
     def outer(self, a: Point, b: Point) -> Any:
@@ -167,7 +171,8 @@ class Gaussian(Family):
         """Gradient of -log prior at the mean, per unit of ess: zero once the prior is centered on q."""
         if prior.mean is self.mean:
             return 0.0
-        return prior.stretch(self.mean - prior.mean)
+        centered = isinstance(prior.mean, float) and prior.mean == 0
+        return prior.stretch(self.mean if centered else self.mean - prior.mean)
 
     def sample(self, noise: Noise) -> Point:
         return self.mean + self.root_solve(noise.normal(self.mean))
@@ -241,27 +246,37 @@ class Retraction(ABC):
 
     @abstractmethod
     def direction(self, q: Any, prior: Any, look: Look, rates: Rates) -> tuple[Any, Point]:
-        """q with its precision moved, and the direction against which the rest of q is to move."""
+        """Q with its precision moved, and the direction against which the rest of q is to move."""
 
     @abstractmethod
     def along(self, q: Any, direction: Point, rates: Rates) -> Any:
-        """q moved against the direction."""
+        """Q moved against the direction."""
 
 
 class Inertia(ABC):
     """What is remembered between steps: one vector, None before the first."""
 
+    @abstractmethod
     def of_look(self, q: Any, prior: Any, look: Look, memory: Point | None, step: int) -> tuple[Look, Any, Point | None]:
-        """The look and the prior that the retraction gets to see."""
+        """The look and the prior that the retraction gets to see, and the memory."""
+
+    @abstractmethod
+    def of_direction(self, direction: Point, memory: Point | None) -> tuple[Point, Point | None]:
+        """The direction in which q really moves, and the memory."""
+
+
+@dataclass(frozen=True)
+class NoInertia(Inertia):
+    """Every step stands alone."""
+
+    def of_look(self, q: Any, prior: Any, look: Look, memory: Point | None, step: int) -> tuple[Look, Any, Point | None]:
         return look, prior, memory
 
     def of_direction(self, direction: Point, memory: Point | None) -> tuple[Point, Point | None]:
-        """The direction in which q really moves."""
         return direction, memory
 
 
-class NoInertia(Inertia):
-    """Every step stands alone."""
+NO_INERTIA = NoInertia()
 
 
 @dataclass(frozen=True)
@@ -291,7 +306,7 @@ class BayesRule:
     expectation: Expectation
     curvature: Curvature
     retraction: Retraction
-    momentum: Inertia = NoInertia()
+    momentum: Inertia = NO_INERTIA
 
     def look(self, q: Any, prior: Any, loss: Callable[[Point], Oracle], noise: Noise | None = None) -> Look:
         """Estimate E_q[loss], E_q[gradient], E_q[curvature]."""
@@ -303,7 +318,7 @@ class BayesRule:
         return self.expectation(q, look_at, noise or CounterNoise())
 
     def move(self, q: Any, prior: Any, look: Look, rates: Rates, memory: Point | None = None) -> tuple[Any, Point | None]:
-        """Take the step; return the new q and what is to be remembered."""
+        """Take the step; return the new q and what is to be remembered. q is to be written under the prior."""
         look, prior, memory = self.momentum.of_look(q, prior, look, memory, rates.step)
         q, direction = self.retraction.direction(q, prior, look, rates)
         direction, memory = self.momentum.of_direction(direction, memory)
@@ -319,4 +334,5 @@ class BayesRule:
             rate: Step size, in (0, 1].
             noise: Source of the draws, where the expectation draws; a :class:`bayesrule.CounterNoise` by default.
         """
+        q = q.under(prior)
         return self.move(q, prior, self.look(q, prior, loss, noise), Rates(rate, rate))[0]

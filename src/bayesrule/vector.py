@@ -8,13 +8,14 @@ one flat tensor and back, so that a step costs few calls and its temporaries nev
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-BUCKET = 1 << 16
+BUCKET = 1 << 17
 """Elements of a bucket; even, so that no pair of noise is cut. Its temporaries stay in a core's cache."""
 
 
@@ -95,7 +96,7 @@ class Vector:
 
     def sum(self) -> Tensor:
         """Sum over all elements, shape ()."""
-        total: Tensor = sum(part.sum() for part in self.parts)  # type: ignore[assignment]
+        total: Tensor = sum(part.sum() for part in self.parts)
         return total
 
     def dot(self, other: Vector) -> Tensor:
@@ -106,8 +107,21 @@ class Vector:
         return sum(part.numel() for part in self.parts)
 
 
-class Stretch(NamedTuple):
-    """Elements ``start .. start + count`` of tensor number ``tensor``, in row-major order, lying at ``at`` in a bucket."""
+def axpy(a: Any, b: Any, scale: Any) -> Any:
+    """The sum a + scale b in one pass over memory."""
+    if isinstance(a, Vector):
+        return a.map(axpy, b, scale)
+    return a.add(b, alpha=scale) if isinstance(scale, int | float) else a + b * scale
+
+
+def lerp(a: Any, b: Any, weight: Any) -> Any:
+    """The point a + weight (b - a) between two vectors in one pass over memory."""
+    return a.map(torch.lerp, b, weight) if isinstance(a, Vector) else a.lerp(b, weight)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Elements ``start .. start + count`` of tensor number ``tensor``, row by row, lying at ``at`` in a bucket."""
 
     tensor: int
     start: int
@@ -116,9 +130,9 @@ class Stretch(NamedTuple):
 
 
 class Bucket:
-    """A layout: stretches of several tensors behind one another in one flat tensor.
+    """A layout: several whole tensors behind one another in one flat tensor, or one piece of a large tensor.
 
-    Every stretch begins at an even place (an odd one is followed by one idle element), so that the noise of
+    Every stretch begins at an even place (one idle element goes before it where need be), so that the noise of
     :mod:`bayesrule.noise`, which is made in pairs, is the same however tensors are dealt into buckets.
 
     Args:
@@ -129,47 +143,74 @@ class Bucket:
     def __init__(self, members: Sequence[int], stretches: Sequence[Stretch]) -> None:
         self.members = tuple(members)
         self.stretches = tuple(stretches)
-        last = self.stretches[-1]
-        self.size = last.at + last.count + last.count % 2
+        ends = [following.at for following in self.stretches[1:]]
+        self.size = self.stretches[-1].at + self.stretches[-1].count
+        self._idle = [s.at + s.count < end for s, end in zip(self.stretches, [*ends, self.size], strict=True)]
+        self._sizes = [
+            n for s, idle in zip(self.stretches, self._idle, strict=True) for n in ((s.count, 1) if idle else (s.count,))
+        ]
 
     def gather(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Copy the members' stretches into one new flat tensor, shape (size,); idle elements are zero."""
+        """The members' stretches as one flat tensor, shape (size,), idle elements zero: for reading, it may be a view."""
         pieces = []
-        for stretch in self.stretches:
-            pieces.append(_flat(tensors[stretch.tensor], stretch).to(dtype))
-            if stretch.count % 2:
+        for stretch, idle in zip(self.stretches, self._idle, strict=True):
+            pieces.append(_piece(tensors[stretch.tensor], stretch))
+            if idle:
                 pieces.append(pieces[-1].new_zeros(1))
-        return torch.cat(pieces)
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(dtype)
 
-    def scatter(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Copy a flat tensor back, in place: storage, memory format and tied views of the tensors stay as they are."""
-        for stretch in self.stretches:
-            tensor, piece = tensors[stretch.tensor], flat[stretch.at : stretch.at + stretch.count]
-            if stretch.count == tensor.numel():
-                tensor.copy_(piece.view(tensor.shape))
-            else:
-                _flat(tensor, stretch).copy_(piece)
+    def scatter(self, flat: Tensor, tensors: Sequence[Tensor], only: Container[int] | None = None) -> None:
+        """Copy a flat tensor back, in place: storage, memory format and tied views of the tensors stay as they are.
+
+        Args:
+            flat: Shape (size,).
+            tensors: One for each member.
+            only: The members to be written; None is all of them.
+        """
+        for number, piece in enumerate(self.split(flat)):
+            if only is None or number in only:
+                tensor, stretch = tensors[number], self.stretches[number]
+                if stretch.count == tensor.numel():
+                    tensor.copy_(piece.view(tensor.shape))
+                else:
+                    _piece(tensor, stretch).copy_(piece)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat tensor, one for each stretch, shape (count,)."""
+        pieces = iter(flat.split(self._sizes))
+        views = []
+        for idle in self._idle:
+            views.append(next(pieces))
+            if idle:
+                next(pieces)
+        return views
 
 
-def _flat(tensor: Tensor, stretch: Stretch) -> Tensor:
-    return tensor.reshape(-1)[stretch.start : stretch.start + stretch.count]
+def _piece(tensor: Tensor, stretch: Stretch) -> Tensor:
+    """The stretch of a tensor, flat: a view where the tensor is contiguous."""
+    flat = tensor.reshape(-1)
+    return flat if stretch.count == len(flat) else flat[stretch.start : stretch.start + stretch.count]
 
 
 def buckets(tensors: Sequence[Tensor], limit: int = BUCKET) -> list[Bucket]:
-    """Deal tensors into buckets of at most ``limit`` elements; contiguous ones may be cut, others stay whole."""
+    """Deal tensors into buckets of at most ``limit`` elements.
+
+    Small ones share a bucket. A larger one is cut and shares with nobody; if it is not contiguous, it stays whole.
+    """
     made: list[Bucket] = []
     members: list[int] = []
     stretches: list[Stretch] = []
     at = 0
     for index, tensor in enumerate(tensors):
-        whole, start = tensor.numel(), 0
-        while start < whole:
-            count = min(limit, whole - start) if tensor.is_contiguous() else whole
-            if at and at + count > limit:
+        count = tensor.numel()
+        if count > limit:
+            length = limit if tensor.is_contiguous() else count
+            made += [Bucket([index], [Stretch(0, i, min(length, count - i), 0)]) for i in range(0, count, length)]
+        elif count:
+            if stretches and at + count > limit:
                 made.append(Bucket(members, stretches))
                 members, stretches, at = [], [], 0
             members.append(index)
-            stretches.append(Stretch(len(members) - 1, start, count, at))
+            stretches.append(Stretch(len(stretches), 0, count, at))
             at += count + count % 2
-            start += count
     return [*made, Bucket(members, stretches)] if stretches else made

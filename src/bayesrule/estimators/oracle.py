@@ -74,6 +74,47 @@ class ModelLoss:
 
 
 @dataclass(frozen=True)
+class Quadratic:
+    r"""The loss :math:`\tfrac12 \theta^T A \theta - b^T \theta` (up to a constant), with everything in closed form.
+
+    Args:
+        matrix: A, shape (D, D), symmetric.
+        vector: b, shape (D,).
+
+    Example:
+        >>> Quadratic(torch.eye(2), torch.ones(2))(torch.zeros(2)).gradient()
+        tensor([-1., -1.])
+    """
+
+    matrix: Tensor
+    vector: Tensor
+
+    def __call__(self, theta: Tensor) -> Oracle:
+        return _QuadraticAt(self.matrix, self.vector, theta)
+
+
+@dataclass(frozen=True)
+class _QuadraticAt(Oracle):
+    matrix: Tensor
+    vector: Tensor
+    theta: Tensor
+
+    def value(self) -> Tensor:
+        return self.theta @ (self.matrix @ self.theta / 2 - self.vector)
+
+    def gradient(self) -> Tensor:
+        return self.matrix @ self.theta - self.vector
+
+    def product(self, v: Tensor) -> Tensor:
+        return self.matrix @ v
+
+    def hessian(self) -> Tensor:
+        return self.matrix
+
+    gauss_newton = hessian
+
+
+@dataclass(frozen=True)
 class _At(Oracle):
     function: Callable[[Tensor], Tensor]
     theta: Tensor
@@ -86,11 +127,11 @@ class _At(Oracle):
         return gradient
 
     def product(self, v: Tensor) -> Tensor:
-        product: Tensor = torch.func.jvp(torch.func.grad(self.function), (self.theta,), (v,))[1]
-        return product
+        back: Callable[[Tensor], tuple[Tensor]] = torch.func.vjp(torch.func.grad(self.function), self.theta)[1]
+        return back(v)[0]
 
     def hessian(self) -> Tensor:
-        hessian: Tensor = torch.func.hessian(self.function)(self.theta)
+        hessian: Tensor = torch.func.jacrev(torch.func.grad(self.function))(self.theta)
         return hessian
 
 
@@ -105,7 +146,7 @@ class _ModelAt(_At):
     def gauss_newton(self) -> Tensor:
         outputs: Any = self.model.outputs(self.theta)
         jacobian: Any = torch.func.jacrev(self.model.outputs)(self.theta)
-        curve: Any = torch.func.vmap(torch.func.hessian(self.model.losses))(outputs, self.model.targets)
+        curve: Any = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(self.model.losses)))(outputs, self.model.targets)
         examples, size = len(outputs), outputs[0].numel()
         jacobian, curve = jacobian.reshape(examples, size, -1), curve.reshape(examples, size, size)
         total: Tensor = torch.einsum("nkd,nkl,nle->de", jacobian, curve, jacobian)

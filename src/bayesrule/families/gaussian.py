@@ -34,7 +34,7 @@ class _Elementwise(Gaussian):
     def sandwich(self, d: Any) -> Any:
         return d * d / self.metric
 
-    @property
+    @cached_property
     def metric(self) -> Any:
         return self.hess + self.weight_decay
 
@@ -127,6 +127,11 @@ class _TwoBlocks(Gaussian):
 
     def moved(self, *, mean: Point | None = None, hess: Any = None) -> Self:
         return replace(self, mean=self.mean if mean is None else mean, hess=self.hess if hess is None else hess)  # type: ignore[type-var]
+
+    def under(self, prior: Gaussian) -> Self:
+        pull = prior.precision / self.ess
+        same = pull is self.weight_decay or (isinstance(pull, float) and pull == self.weight_decay)
+        return self if same else replace(self, hess=self.metric - pull, weight_decay=pull)  # type: ignore[type-var]
 
     def natural(self) -> Vector:
         precision = self.precision
@@ -236,7 +241,7 @@ class Full(_TwoBlocks):
                 object.__setattr__(self, name, value * eye)
 
     @cached_property
-    def metric(self) -> Tensor:  # type: ignore[override]
+    def metric(self) -> Tensor:
         metric: Tensor = self.hess + self.weight_decay
         return metric
 

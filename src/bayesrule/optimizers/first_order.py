@@ -44,7 +44,9 @@ class SGD(BayesOptimizer):
         >>> import torch
         >>> w = torch.nn.Parameter(torch.ones(()))
         >>> opt = SGD([w], lr=0.25)
-        >>> w.square().backward(); opt.step(); w.item()
+        >>> w.square().backward()
+        >>> opt.step()
+        >>> w.item()
         0.5
 
     Differs from: torch.optim.SGD has ``maximize``; a step without any gradient raises here.
@@ -52,7 +54,7 @@ class SGD(BayesOptimizer):
     """
 
     names = Names(None, "momentum_buffer")
-    ranges = {
+    ranges: ClassVar = {
         "lr": AT_LEAST_ZERO,
         "momentum": FRACTION,
         "dampening": FRACTION,
@@ -97,7 +99,12 @@ class _TwoMoments(_Rooted):
     """Adam, with the prior before the square (Adam) or apart from it (AdamW)."""
 
     names = Names("exp_avg_sq", "exp_avg")
-    ranges = {"lr": AT_LEAST_ZERO, "betas": Pair(FRACTION, FRACTION), "eps": AT_LEAST_ZERO, "weight_decay": AT_LEAST_ZERO}
+    ranges: ClassVar = {
+        "lr": AT_LEAST_ZERO,
+        "betas": Pair(FRACTION, FRACTION),
+        "eps": AT_LEAST_ZERO,
+        "weight_decay": AT_LEAST_ZERO,
+    }
     decoupled: ClassVar[bool]
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
@@ -136,7 +143,9 @@ class RMSprop(_Rooted):
         >>> import torch
         >>> w = torch.nn.Parameter(torch.ones(()))
         >>> opt = RMSprop([w], lr=0.1, alpha=0.0)
-        >>> w.square().backward(); opt.step(); round(w.item(), 4)
+        >>> w.square().backward()
+        >>> opt.step()
+        >>> round(w.item(), 4)
         0.9
 
     Differs from: torch.optim.RMSprop has ``centered`` and ``maximize``.
@@ -144,7 +153,7 @@ class RMSprop(_Rooted):
     """
 
     names = Names("square_avg", "momentum_buffer")
-    ranges = {
+    ranges: ClassVar = {
         "lr": AT_LEAST_ZERO,
         "alpha": FRACTION,
         "eps": AT_LEAST_ZERO,
@@ -193,7 +202,9 @@ class Adam(_TwoMoments):
         >>> import torch
         >>> w = torch.nn.Parameter(torch.ones(()))
         >>> opt = Adam([w], lr=0.1)
-        >>> w.square().backward(); opt.step(); round(w.item(), 4)
+        >>> w.square().backward()
+        >>> opt.step()
+        >>> round(w.item(), 4)
         0.9
 
     Differs from: torch.optim.Adam has ``amsgrad`` and ``maximize``.
@@ -218,7 +229,7 @@ class AdamW(_TwoMoments):
 
     Costs two tensors of state.
 
-    .. math::  m \leftarrow m - \alpha\, (\hat v / (\sqrt{\hat s} + \epsilon) + \delta m), \qquad v, s \text{ of } g \text{ alone.}
+    .. math::  m \leftarrow m - \alpha (\hat v / (\sqrt{\hat s} + \epsilon) + \delta m), \quad v, s \text{ of } g \text{ alone.}
 
     As an instance of the rule: Adam whose prior pulls apart from the scaled gradient; not derivable from the rule.
 
@@ -233,7 +244,9 @@ class AdamW(_TwoMoments):
         >>> import torch
         >>> w = torch.nn.Parameter(torch.ones(()))
         >>> opt = AdamW([w], lr=0.1, weight_decay=1.0)
-        >>> w.square().backward(); opt.step(); round(w.item(), 4)
+        >>> w.square().backward()
+        >>> opt.step()
+        >>> round(w.item(), 4)
         0.8
 
     Differs from: torch.optim.AdamW has ``amsgrad`` and ``maximize``.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..families.gaussian import Diagonal
+from ..noise import addresses
 from ..posterior import Posterior
 from ..rule import BayesRule, Gaussian, Rates
-from ..vector import Bucket, buckets
+from .cells import Cell, Plot, plots
 from .hyperparameters import type_of_range, validate
-from .sampling import Cell, Draws, Injected
+from .sampling import Draws, Injected
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -72,7 +73,8 @@ class BayesOptimizer(Optimizer, ABC):
 
     def _prepare(self, noise: Callable[[Tensor], Tensor] | None) -> None:
         self._draws = Draws(self, Injected(noise) if noise else None)
-        self._layouts: dict[Any, list[Bucket]] = {}
+        self._plots: dict[int, tuple[Any, list[Plot]]] = {}  # by group
+        self._plan: list[Cell] | None = None  # the cells of all trainable parameters, within a step
         self._warned: set[str] = set()
 
     # What a subclass fills in
@@ -87,7 +89,7 @@ class BayesOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def family(self, group: Mapping[str, Any], mean: Tensor, hess: Any, weight_decay: Any) -> Gaussian:
-        """q from its mean, its curvature (None where nothing is kept) and the prior's precision per unit of ess."""
+        """Q from its mean, its curvature (None where nothing is kept) and the prior's precision per unit of ess."""
 
     def start(self, group: Mapping[str, Any]) -> float:
         """The curvature before the first step."""
@@ -154,7 +156,7 @@ class BayesOptimizer(Optimizer, ABC):
     # Moving
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move q by what was looked at since the last step.
 
         Args:
@@ -178,28 +180,25 @@ class BayesOptimizer(Optimizer, ABC):
                 raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
             for cell in self.cells(params):
                 q, prior = self.belief(cell)
-                self._keep(cell, *cell.rule.move(q, prior, look_at(cell, q, prior), *self._pace(cell)))
-            for p in params:
-                self.state[p]["step"] += 1
-                if drawn:
+                look = look_at(cell, q, prior)
+                self._keep(cell, *cell.rule.move(q, prior, look, self.rates(cell.group, cell.step + 1), self._memory(cell)))
+            torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+            if drawn:
+                for p in params:
                     p.grad = None
         self._draws.forget()
+        self._plan = None
         return loss
 
-    def _pace(self, cell: Cell) -> tuple[Rates, Tensor | None]:
-        states, name = [self.state[p] for p in cell.params], self.names.memory
-        memory = cell.gather([state[name] for state in states]) if name in states[0] else None
-        return self.rates(cell.group, cell.step + 1), memory
+    def _memory(self, cell: Cell) -> Tensor | None:
+        return cell.plot.shared(self.names.memory, self._states(cell)) if cell.remembers else None
 
     def _keep(self, cell: Cell, q: Gaussian, memory: Tensor | None) -> None:
         """Copy the result of a move into parameters and state, in place."""
-        cell.scatter(q.mean, cell.params)
+        cell.scatter(q.mean, cell.plot.params)
         for name, flat in ((self.names.hess, q.hess), (self.names.memory, memory)):
             if name is not None and flat is not None:
-                for p in cell.params:
-                    if name not in self.state[p]:
-                        self.state[p][name] = self.like_state(p)
-                cell.scatter(flat, [self.state[p][name] for p in cell.params])
+                cell.keep(flat, cell.plot.shared(name, self._states(cell)))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; what a closed draw left there is read first, and not lost."""
@@ -214,44 +213,56 @@ class BayesOptimizer(Optimizer, ABC):
         """The parameters that want a gradient, over all groups in order."""
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def cells(self, params: Sequence[Tensor]) -> Iterator[Cell]:
-        """Deal parameters into cells, each of one group, dtype, device and number of steps."""
-        chosen, number = set(map(id, params)), 0
-        for group in self.param_groups:
-            rule = self.rule(group)
-            kinds: dict[Any, list[tuple[int, Tensor]]] = {}
-            for p in group["params"]:
-                if id(p) in chosen:
-                    state = self._state(group, p)
-                    key = (p.dtype, p.device, int(state["step"]), self.names.memory in state, "prior_mean" in state)
-                    kinds.setdefault(key, []).append((number, p))
-                number += 1
-            for (dtype, _, step, *_), members in kinds.items():
-                for bucket in self._layout(members):
-                    within = [members[i] for i in bucket.members]
-                    numbers, tensors = tuple(n for n, _ in within), [p for _, p in within]
-                    yield Cell(group, rule, tensors, numbers, bucket, torch.promote_types(dtype, torch.float32), step)
+    def cells(self, params: Sequence[Tensor]) -> list[Cell]:
+        """Trainable parameters, dealt into cells, each of one plot and number of steps."""
+        trainable = self.trainable()
+        whole = len(params) == len(trainable)
+        if whole and self._plan is not None:
+            return self._plan
+        chosen = set(map(id, params))
+        found = [
+            cell for i, g in enumerate(self.param_groups) for plot in self._plot(i) for cell in self._visit(g, plot, chosen)
+        ]
+        if whole:
+            self._plan = found
+        return found
 
-    def _layout(self, members: list[tuple[int, Tensor]]) -> list[Bucket]:
-        key = tuple((number, p.numel(), p.is_contiguous()) for number, p in members)
-        if key not in self._layouts:
-            self._layouts[key] = buckets([p for _, p in members])
-        return self._layouts[key]
+    def _visit(self, group: dict[str, Any], plot: Plot, chosen: set[int]) -> Iterator[Cell]:
+        states = [self._state(group, p) for p in plot.params]
+        steps = [int(s["step"]) if id(p) in chosen else -1 for s, p in zip(states, plot.params, strict=True)]
+        for step in sorted(set(steps) - {-1}):
+            only = None if len(set(steps)) == 1 else frozenset(i for i, own in enumerate(steps) if own == step)
+            remembers = step > 0 and self.names.memory in states[0]
+            yield Cell(plot, group, self.rule(group), step, remembers, only)
+
+    def _plot(self, index: int) -> list[Plot]:
+        """The plots of a group, dealt anew when its parameters have changed in kind or number."""
+        params = self.param_groups[index]["params"]
+        key = [(id(p), p.requires_grad, p.shape, p.dtype, p.device, p.is_contiguous()) for p in params]
+        if index not in self._plots or self._plots[index][0] != key:
+            every = [p for group in self.param_groups for p in group["params"]]
+            starts = dict(zip(map(id, every), addresses(p.numel() for p in every), strict=True))
+            self._plots[index] = key, plots([(starts[id(p)], p) for p in params if p.requires_grad])
+        return self._plots[index][1]
 
     def belief(self, cell: Cell) -> tuple[Gaussian, Gaussian]:
-        """q and the prior of a cell."""
-        states, group = [self.state[p] for p in cell.params], cell.group
-        mean = cell.gather(cell.params)
-        hess = cell.gather([state[self.names.hess] for state in states]) if self.names.hess else None
-        ess, pull, center = group.get("ess", 1.0), group["weight_decay"], 0.0
+        """The q and the prior of a cell."""
+        states, group, plot = self._states(cell), cell.group, cell.plot
+        mean = cell.gather(plot.params)
+        hess = plot.shared(self.names.hess, states, self.start(group)) if self.names.hess else None
+        ess, pull = group.get("ess", 1.0), group["weight_decay"]
+        center: Tensor | float = 0.0
         if "prior_mean" in states[0]:
-            center = cell.gather([state["prior_mean"] for state in states])
-            pull = cell.gather([state["prior_precision"] for state in states]) / ess
+            center = plot.shared("prior_mean", states)
+            pull = plot.shared("prior_precision", states) / ess
         return self.family(group, mean, hess, pull), Diagonal(center, 0.0, pull, ess)
 
+    def _states(self, cell: Cell) -> list[dict[str, Any]]:
+        return [self.state[p] for p in cell.plot.params]
+
     def like_state(self, param: Tensor) -> Tensor:
-        """Zeros like a parameter, in the dtype of its state."""
-        return torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32), requires_grad=False)
+        """Zeros shaped like a parameter, in the dtype of its state."""
+        return param.new_zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32))
 
     def _state(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
@@ -265,36 +276,39 @@ class BayesOptimizer(Optimizer, ABC):
 
     def posterior(self, model: nn.Module, num_data: int | None = None) -> Posterior:
         """What was learned, by the model's parameter names; see :meth:`bayesrule.Posterior.from_optimizer`."""
-        ess = {group.get("ess") for group in self.param_groups}
-        if None in ess:
-            raise TypeError(f"{type(self).__name__} learns no posterior; train with bayesrule.IVON, or take Posterior.point(model)")
+        if "ess" not in self.defaults:
+            raise TypeError(
+                f"{type(self).__name__} learns no posterior; train with bayesrule.IVON, or take Posterior.point(model)"
+            )
+        ess = sorted({float(group["ess"]) for group in self.param_groups})
         if len(ess) > 1:
-            raise ValueError(f"{type(self).__name__}: parameter groups differ in ess ({sorted(ess)}); a Posterior has one")
+            raise ValueError(f"{type(self).__name__}: parameter groups differ in ess {ess}; a Posterior has one")
         self._draws.close()
-        blocks: dict[str, dict[str, Tensor]] = {"mean": {}, "precision": {}, "prior_mean": {}, "prior_precision": {}}
+        blocks: list[dict[str, Tensor]] = [{}, {}, {}, {}]
         names = {id(p): name for name, p in model.named_parameters()}
         for group in self.param_groups:
             for p in group["params"]:
                 if not p.requires_grad:
                     continue
                 if id(p) not in names:
-                    raise ValueError(f"{type(self).__name__} trains a parameter of shape {tuple(p.shape)} that the model does not hold")
-                for block, tensor in self._marginal(group, p).items():
-                    blocks[block][names[id(p)]] = tensor
-        return Posterior(**blocks, ess=float(ess.pop()), num_data=num_data)
+                    raise ValueError(
+                        f"{type(self).__name__} trains a parameter of shape {tuple(p.shape)} that the model does not hold"
+                    )
+                for block, tensor in zip(blocks, self._marginal(group, p), strict=True):
+                    block[names[id(p)]] = tensor
+        mean, precision, prior_mean, prior_precision = blocks
+        return Posterior(mean, precision, prior_mean, prior_precision, ess[0], num_data)
 
-    def _marginal(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+    def _marginal(self, group: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean, precision and prior of one parameter."""
         state = self._state(group, param)
         mean = self.like_state(param).copy_(param.detach())
         prior_mean = state.get("prior_mean", mean.new_zeros(()))
         prior_precision = state.get("prior_precision", mean.new_tensor(group["ess"] * group["weight_decay"]))
-        precision = state[self.names.hess] * group["ess"] + prior_precision
+        precision = state[self.names.hess or ""] * group["ess"] + prior_precision
         if not group["noise_scale"]:
             precision = torch.full_like(precision, math.inf)
-        return dict(
-            mean=mean, precision=precision, prior_mean=prior_mean.clone(), prior_precision=prior_precision.clone()
-        )
+        return mean, precision, prior_mean.clone(), prior_precision.clone()
 
     def _adopt(self, prior: Posterior) -> None:
         """Keep a posterior's mean and precision as every parameter's prior."""
@@ -322,7 +336,9 @@ class BayesOptimizer(Optimizer, ABC):
         group = self.param_groups[number]
         validate(type(self).__name__, number, group, self.ranges)
         if any(p.is_complex() for p in group["params"]):
-            raise TypeError(f"{type(self).__name__}: parameter group {number} has complex parameters; split them into real ones")
+            raise TypeError(
+                f"{type(self).__name__}: parameter group {number} has complex parameters; split them into real ones"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state of q at the mean: an open draw is closed first."""
@@ -388,5 +404,3 @@ class BayesOptimizer(Optimizer, ABC):
         if drawn:
             return "a draw was opened, but backward() did not run in it or reached no parameter of this optimizer"
         return "call backward() before step(), on a loss that depends on this optimizer's parameters"
-
-

@@ -20,46 +20,26 @@ and no further draw costs more. Reading clears ``p.grad``: nothing counts twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..estimators.oracle import Seen
 from ..noise import EVALUATE, TRAIN, CounterNoise, Noise
-from ..rule import BayesRule, Gaussian, Look
-from ..vector import Bucket
-
-
-class Cell(NamedTuple):
-    """A bucket of parameters of one group that have made the same number of steps: what one call of the rule works on."""
-
-    group: dict[str, Any]
-    rule: BayesRule
-    params: list[Tensor]
-    numbers: tuple[int, ...]
-    bucket: Bucket
-    dtype: torch.dtype
-    step: int
-
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One flat tensor of what belongs to the cell's parameters, in the dtype of their state."""
-        return self.bucket.gather(tensors, self.dtype)
-
-    def scatter(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Copy a flat tensor back, in place."""
-        self.bucket.scatter(flat, tensors)
+from ..rule import Gaussian, Look
+from .cells import Cell, Plot
 
 
 class Host(Protocol):
     """What the draws need of their optimizer."""
 
     def trainable(self) -> list[Tensor]: ...
-    def cells(self, params: Sequence[Tensor]) -> Iterator[Cell]: ...
+    def cells(self, params: Sequence[Tensor]) -> list[Cell]: ...
     def belief(self, cell: Cell) -> tuple[Gaussian, Gaussian]: ...
-    def like_state(self, param: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -71,11 +51,13 @@ class Injected:
     held: tuple[int, dict[Tensor, Tensor]] | None = None
 
     def draw(self, number: int) -> dict[Tensor, Tensor]:
+        """The normals of a draw, parameter -> tensor."""
         if self.held is None or self.held[0] != number:
-            self.held = (number, {p: self.function(p) for p in self.params})
-            for p, values in self.held[1].items():
-                if values.shape != p.shape:
-                    raise ValueError(f"noise returned shape {tuple(values.shape)} for a parameter of {tuple(p.shape)}")
+            values = {p: self.function(p) for p in self.params}
+            for p, value in values.items():
+                if value.shape != p.shape:
+                    raise ValueError(f"noise returned shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}")
+            self.held = (number, values)
         return self.held[1]
 
 
@@ -92,20 +74,20 @@ class InjectedNoise(Noise):
 
     def normal(self, like: Any) -> Tensor:
         values = self.source.draw(self.number)
-        return self.cell.gather([values[p] for p in self.cell.params])
+        return self.cell.gather([values[p] for p in self.cell.plot.params])
 
     uniform = normal
 
 
 @dataclass
 class Written:
-    """A sample written into the parameters: the mean while it is open, the offset from the mean once it is closed."""
+    """A sample written into the parameters of some cells.
 
-    stash: dict[Tensor, Tensor] = field(default_factory=dict)
-    params: dict[Tensor, None] = field(default_factory=dict)
+    Its block holds the mean while the sample is open, and the offset from the mean once it is closed.
+    """
 
-    def of(self, cell: Cell) -> list[Tensor]:
-        return [self.stash[p] for p in cell.params]
+    block: str
+    cells: list[Cell] = field(default_factory=list)
 
 
 class Draws:
@@ -122,9 +104,7 @@ class Draws:
         self._looked = 0  # draws without training, which number their noise
         self._open: Written | None = None
         self._joinable = False
-        self._train = Written()
-        self._gradient: dict[Tensor, Tensor] = {}
-        self._curvature: dict[Tensor, Tensor] = {}
+        self._train = Written("offset")
         self.forget()
 
     def forget(self) -> None:
@@ -133,9 +113,10 @@ class Draws:
         self._pending = False
         self._weight, self._total = 1.0, 0.0
         self._averaged: dict[Tensor, None] = {}  # parameters that have running means
-        self._curved: dict[Tensor, None] = {}  # those whose curvature was seen
-        self._handed: dict[Tensor, Tensor] = {}  # largest element of the mean gradients that stand in p.grad
-        self._train.params.clear()
+        self._begun_means: set[int] = set()  # plots whose running means belong to this step
+        self._curved: set[int] = set()  # those whose curvature was seen
+        self._handed: dict[Tensor, float] = {}  # largest element of the mean gradients that stand in p.grad
+        self._train.cells = []
         if self.injected:
             self.injected.held = None
 
@@ -147,16 +128,16 @@ class Draws:
             if train and self._joinable:
                 return False
             raise RuntimeError("a draw is open already: leave its sampled_params() context before another one opens")
-        if not 0 < weight < float("inf"):
+        if not 0 < weight < math.inf:
             raise ValueError(f"the weight of a draw must be a number in (0, inf), got {weight!r}")
+        self._joinable = joinable
         if train:
             self.read()
             self.settle()
-            self._weight, self._joinable = float(weight), joinable
+            self._weight = float(weight)
             self._write(self._train, TRAIN, self.begun)
         else:
-            self._joinable = False
-            self._write(Written(), EVALUATE, self._looked)
+            self._write(Written("looked"), EVALUATE, self._looked)
             self._looked += 1
         return True
 
@@ -185,6 +166,7 @@ class Draws:
 
     @property
     def is_open(self) -> bool:
+        """Whether the parameters hold a sample."""
         return self._open is not None
 
     @torch.no_grad()
@@ -192,34 +174,35 @@ class Draws:
         params = self.host.trainable()
         if self.injected:
             self.injected.params = params
-        written.params.clear()
+        written.cells = []
         self._open = written
         for cell in self.host.cells(params):
             q, _ = self.host.belief(cell)
             offset = cell.rule.expectation.offset(q, self._noise(cell, stream), draw)
-            if offset is None:
-                continue
-            for p in cell.params:
-                written.params[p] = None
-                written.stash.setdefault(p, self.host.like_state(p))
-            cell.scatter(q.mean, written.of(cell))
-            cell.scatter(q.mean + offset, cell.params)
+            if offset is not None:
+                cell.keep(q.mean, cell.plot.flat(written.block))
+                written.cells.append(cell)
+                cell.scatter(q.mean + offset, cell.plot.params)
 
     @torch.no_grad()
     def _restore(self, keep_offset: bool = False) -> None:
         written, self._open = self._open, None
         if written is None:
             return
-        for cell in self.host.cells(list(written.params)):
-            mean = cell.gather(written.of(cell))
-            if keep_offset:
-                cell.scatter(cell.gather(cell.params) - mean, written.of(cell))
-            cell.scatter(mean, cell.params)
+        for cell in written.cells:
+            block = cell.plot.flat(written.block)
+            offset = cell.gather(cell.plot.params) - block if keep_offset else None
+            cell.scatter(block, cell.plot.params)
+            if offset is not None:
+                cell.keep(offset, block)
+        if written is not self._train:
+            for cell in written.cells:
+                cell.plot.flats.pop(written.block, None)
 
     def _noise(self, cell: Cell, stream: int) -> Noise:
         if self.injected:
             return InjectedNoise(self.injected, cell)
-        return CounterNoise(cell.group["seed"], stream, cell.step).on(cell.bucket, cell.numbers)
+        return CounterNoise(cell.group["seed"], stream, cell.step).on(cell.plot.bucket, cell.plot.starts)
 
     # Reading
 
@@ -235,40 +218,48 @@ class Draws:
         _clear(fresh)
 
     def _average(self, fresh: list[Tensor]) -> None:
+        """A running mean over draws; a parameter without a gradient in one of them had the gradient zero there."""
+        self._averaged.update(dict.fromkeys(fresh))
         self._total += self._weight
-        for p in fresh:
-            if p not in self._averaged:
-                self._averaged[p] = None
-                for means in (self._gradient, self._curvature):
-                    means.setdefault(p, self.host.like_state(p)).zero_()
-        for cell in self.host.cells(list(self._averaged)):
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in cell.params]
-            look = self._look(cell, *self.host.belief(cell), cell.gather(gradients))
-            means = [self._gradient[p] for p in cell.params], [self._curvature[p] for p in cell.params]
-            mean = Look(None, *(cell.gather(tensors) for tensors in means)).lerp(look, self._weight / self._total)
-            for flat, tensors in zip(mean[1:], means, strict=True):
-                cell.scatter(flat, tensors)
-            if look.curvature is not None:
-                self._curved.update(dict.fromkeys(cell.params))
+        for cell in {id(cell.plot): cell for cell in self.host.cells(list(self._averaged))}.values():
+            plot, (gradient, curvature) = cell.plot, self._means(cell.plot)
+            look = self._at_hand(cell, *self.host.belief(cell))
+            mean = Look(None, gradient, curvature).lerp(look, self._weight / self._total)
+            gradient.copy_(mean.gradient)
+            if look.curvature is not None and mean.curvature is not None:
+                curvature.copy_(mean.curvature)
+                self._curved.add(id(plot))
+
+    def _means(self, plot: Plot) -> tuple[Tensor, Tensor]:
+        """The blocks of a plot's running means, zero when they are first asked for in a step."""
+        means = plot.flat("gradient"), plot.flat("curvature")
+        if id(plot) not in self._begun_means:
+            self._begun_means.add(id(plot))
+            for mean in means:
+                mean.zero_()
+        return means
 
     def _hand_over(self) -> None:
         """Put the mean gradient into ``p.grad``, so that unscaling and clipping act on the mean."""
-        for p in self._averaged:
-            self._handed[p] = torch.linalg.vector_norm(self._gradient[p], float("inf"))
-            p.grad = self._gradient[p].to(p.dtype)
+        mean = {p: torch.empty_like(p) for p in self._averaged}
+        for cell in self.host.cells(list(mean)):
+            cell.scatter(self._means(cell.plot)[0], [mean.get(p, p) for p in cell.plot.params])
+        for p, gradient in mean.items():
+            p.grad = gradient
+        self._handed = {p: _largest(gradient) for p, gradient in mean.items()}
 
     @torch.no_grad()
     def settle(self) -> None:
         """Take the mean gradient back as it now stands; the curvature follows whatever rescaled it."""
-        degree = {p: cell.rule.curvature.degree for cell in self.host.cells(list(self._handed)) for p in cell.params}
-        for p, before in self._handed.items():
-            if p.grad is None:
-                continue
-            after = torch.linalg.vector_norm(p.grad, float("inf")).to(before.dtype)
-            self._gradient[p].copy_(p.grad)
-            self._curvature[p].mul_(torch.where(before > 0, after / before, 1.0) ** degree[p])
-            p.grad = None
+        handed = {p: before for p, before in self._handed.items() if p.grad is not None}
         self._handed = {}
+        for cell in self.host.cells(list(handed)):
+            gradient, curvature = self._means(cell.plot)
+            cell.keep(cell.gather(_gradients(cell.plot.params)), gradient)
+            for p, piece in zip(cell.plot.params, cell.plot.bucket.split(curvature), strict=True):
+                if handed.get(p):
+                    piece.mul_((_largest(p.grad) / handed[p]) ** cell.rule.curvature.degree)
+        _clear(list(handed))
 
     # The step
 
@@ -279,7 +270,8 @@ class Draws:
             self.read()
             self.settle()
             kept = list(self._averaged)
-            return (kept, self._mean) if self._finite([self._gradient[p] for p in kept]) else None
+            finite = self._finite([self._means(cell.plot)[0] for cell in self.host.cells(kept)])
+            return (kept, self._mean) if finite else None
         fresh = self._with_gradient()
         if not self.begun:
             return fresh, self._at_hand
@@ -290,36 +282,35 @@ class Draws:
 
     def _mean(self, cell: Cell, q: Gaussian, prior: Gaussian) -> Look:
         """The mean over the draws that were read."""
-        gradient = cell.gather([self._gradient[p] for p in cell.params])
-        curved = all(p in self._curved for p in cell.params)
-        return Look(None, gradient, cell.gather([self._curvature[p] for p in cell.params]) if curved else None)
+        gradient, curvature = self._means(cell.plot)
+        return Look(None, gradient, curvature if id(cell.plot) in self._curved else None)
 
     def _at_hand(self, cell: Cell, q: Gaussian, prior: Gaussian) -> Look:
-        """The gradient that stands in p.grad; without a draw it says nothing about a curvature that needs one."""
-        gradient = cell.gather([_dense(p) for p in cell.params])
+        """The gradient that stands in ``p.grad``; without a draw it tells no curvature to a rule that draws."""
+        gradient = cell.gather(_gradients(cell.plot.params))
         if cell.rule.expectation.draws and not self.begun:
             return Look(None, gradient, None)
-        return self._look(cell, q, prior, gradient)
-
-    def _look(self, cell: Cell, q: Gaussian, prior: Gaussian, gradient: Tensor) -> Look:
-        drawn = all(p in self._train.params for p in cell.params)
-        offset = cell.gather(self._train.of(cell)) if drawn else None
+        drawn = any(cell.plot is other.plot for other in self._train.cells)
+        offset = cell.plot.flats["offset"] if drawn else None
         return Look(None, gradient, cell.rule.curvature(q, prior, offset, Seen(gradient)))
 
     def _with_gradient(self) -> list[Tensor]:
         return [p for p in self.host.trainable() if p.grad is not None]
 
     def _finite(self, gradients: Sequence[Tensor | None]) -> bool:
-        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None], float("inf"))
-        finite = bool(norm.isfinite())
+        """Whether all are finite: one pass over each, and a second only where a sum is not."""
+        given = [g for g in gradients if g is not None]
+        finite = all(math.isfinite(g.sum()) or bool(g.isfinite().all()) for g in given)
         self.dropped += not finite
         return finite
 
 
-def _dense(param: Tensor) -> Tensor:
-    gradient = param.grad
-    assert gradient is not None
-    return gradient
+def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+
+
+def _largest(gradient: Tensor | None) -> float:
+    return 0.0 if gradient is None or not gradient.numel() else gradient.abs().max().item()
 
 
 def _clear(params: Sequence[Tensor]) -> None:

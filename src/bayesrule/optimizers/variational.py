@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -66,8 +66,8 @@ class IVON(BayesOptimizer):
 
     Example:
         >>> import torch
-        >>> torch.manual_seed(0) and None
-        >>> x = torch.randn(200, 1); y = 3 * x + 0.1 * torch.randn(200, 1)
+        >>> x = torch.linspace(-1, 1, 200)[:, None]
+        >>> y = 3 * x
         >>> model = torch.nn.Linear(1, 1)
         >>> opt = IVON(model.parameters(), lr=0.1, ess=200)
         >>> for _ in range(200):
@@ -84,7 +84,7 @@ class IVON(BayesOptimizer):
     """
 
     names = Names("hess", "momentum")
-    ranges = {
+    ranges: ClassVar = {
         "lr": AT_LEAST_ZERO,
         "ess": Range("(0, inf]"),
         "hess_init": POSITIVE,
@@ -143,7 +143,11 @@ class IVON(BayesOptimizer):
         scale = group["gradsq_scale"] or group["ess"]
         return BayesRule(
             MonteCarlo(group["mc_samples"], group["antithetic"]) if group["noise_scale"] else Delta(),
-            Reparameterized() if group["hess_approx"] == "price" else SquaredGradient(scale) if math.isfinite(scale) else Zero(),
+            Reparameterized()
+            if group["hess_approx"] == "price"
+            else SquaredGradient(scale)
+            if math.isfinite(scale)
+            else Zero(),
             Riemannian(group["clip_radius"]),
             Momentum(group["betas"][0], over="loss", debias=group["debias"]),
         )

@@ -1,0 +1,1 @@
+"""Algorithms that are the rule run to an end: closed forms and classics."""
