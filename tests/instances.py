@@ -42,9 +42,7 @@ SMALL_IVON = dict(lr=0.3, ess=50.0, hess_init=0.5, betas=(0.9, 0.99), weight_dec
 ALGORITHMS = [
     Algorithm("sgd", br.SGD, dict(lr=0.1), "first-order", torch.optim.SGD),
     Algorithm("sgd-decay", br.SGD, dict(lr=0.1, weight_decay=0.05), "first-order", torch.optim.SGD),
-    Algorithm(
-        "sgd-momentum", br.SGD, dict(lr=0.05, momentum=0.9, weight_decay=0.01), "first-order", torch.optim.SGD
-    ),
+    Algorithm("sgd-momentum", br.SGD, dict(lr=0.05, momentum=0.9, weight_decay=0.01), "first-order", torch.optim.SGD),
     Algorithm(
         "sgd-dampening",
         br.SGD,

@@ -4,9 +4,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from tests.contracts import close, flat, normal
 
 from bayesrule.vector import BUCKET, Vector, axpy, buckets, lerp
-from tests.contracts import close, flat, normal
 
 SHAPES = [(2, 3), (), (4,)]
 

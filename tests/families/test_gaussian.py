@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from tests.contracts import GaussianContract, close, normal, positive, shaped, symmetric
 
 import bayesrule as br
-from tests.contracts import GaussianContract, close, normal, positive, shaped, symmetric
 
 
 def deviation(seed: int, *shape: int) -> torch.Tensor:

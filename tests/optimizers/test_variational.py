@@ -137,9 +137,7 @@ class TestHalfBound:
 
     @settings(derandomize=True, deadline=None, max_examples=60)
     @given(
-        gradients=st.lists(
-            st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=1, max_size=8
-        ),
+        gradients=st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=1, max_size=8),
         beta2=st.sampled_from([0.0, 0.5, 0.9, 0.999, 1.0]),
         approximation=st.sampled_from(["price", "gradsq"]),
         dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -347,9 +345,7 @@ class TestSteps:
         rescale_lr=st.booleans(),
         hess_init=st.floats(1e-3, 10),
     )
-    def test_no_weight_moves_further_than_rate_times_clip_radius(
-        self, gradient, clip_radius, lr, rescale_lr, hess_init
-    ):
+    def test_no_weight_moves_further_than_rate_times_clip_radius(self, gradient, clip_radius, lr, rescale_lr, hess_init):
         w = nn.Parameter(torch.tensor([1.0, -3.0, 1e3], dtype=torch.float64))
         before = w.detach().clone()
         hyper = dict(ess=100.0, hess_init=hess_init, weight_decay=0.01)

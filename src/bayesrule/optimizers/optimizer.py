@@ -74,7 +74,7 @@ class BayesOptimizer(Optimizer, ABC):
     def _prepare(self, noise: Callable[[Tensor], Tensor] | None) -> None:
         self._draws = Draws(self, Injected(noise) if noise else None)
         self._plots: dict[int, tuple[Any, list[Plot]]] = {}  # by group
-        self._plan: list[Cell] | None = None  # the cells of all trainable parameters, within a step
+        self._plan: tuple[list[int], list[Cell]] | None = None  # the last parameters dealt, and their cells
         self._warned: set[str] = set()
 
     # What a subclass fills in
@@ -120,6 +120,7 @@ class BayesOptimizer(Optimizer, ABC):
             >>> (w - 1).abs().max().item() < 0.1
             True
         """
+        self._renew()
         opened = self._draws.begin(train=train, weight=weight)
         try:
             yield
@@ -142,6 +143,7 @@ class BayesOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 return closure()
         losses = []
+        self._renew()
         for _ in range(draws):
             self._draws.begin(train=True, joinable=True)
             try:
@@ -178,11 +180,13 @@ class BayesOptimizer(Optimizer, ABC):
             if not params:
                 self._draws.forget()
                 raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
-            for cell in self.cells(params):
+            cells = self.cells(params)
+            for cell in cells:
                 q, prior = self.belief(cell)
                 look = look_at(cell, q, prior)
                 self._keep(cell, *cell.rule.move(q, prior, look, self.rates(cell.group, cell.step + 1), self._memory(cell)))
-            torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+            moved = {id(p): self.state[p]["step"] for cell in cells for p in cell.params}
+            torch._foreach_add_(list(moved.values()), 1)
             if drawn:
                 for p in params:
                     p.grad = None
@@ -215,17 +219,16 @@ class BayesOptimizer(Optimizer, ABC):
 
     def cells(self, params: Sequence[Tensor]) -> list[Cell]:
         """Trainable parameters, dealt into cells, each of one plot and number of steps."""
-        trainable = self.trainable()
-        whole = len(params) == len(trainable)
-        if whole and self._plan is not None:
-            return self._plan
-        chosen = set(map(id, params))
-        found = [
-            cell for i, g in enumerate(self.param_groups) for plot in self._plot(i) for cell in self._visit(g, plot, chosen)
-        ]
-        if whole:
-            self._plan = found
-        return found
+        wanted = list(map(id, params))
+        if self._plan is None or self._plan[0] != wanted:
+            groups, chosen = enumerate(self.param_groups), set(wanted)
+            self._plan = wanted, [cell for i, g in groups for plot in self._plot(i) for cell in self._visit(g, plot, chosen)]
+        return self._plan[1]
+
+    def _renew(self) -> None:
+        """Before the first draw of a step: hyper-parameters may have changed."""
+        if not self._draws.begun:
+            self._plan = None
 
     def _visit(self, group: dict[str, Any], plot: Plot, chosen: set[int]) -> Iterator[Cell]:
         states = [self._state(group, p) for p in plot.params]
@@ -326,6 +329,7 @@ class BayesOptimizer(Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not set it takes from the defaults."""
         super().add_param_group(param_group)
+        self._plan = None
         try:
             self._check(len(self.param_groups) - 1)
         except Exception:

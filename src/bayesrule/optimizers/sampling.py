@@ -130,15 +130,20 @@ class Draws:
             raise RuntimeError("a draw is open already: leave its sampled_params() context before another one opens")
         if not 0 < weight < math.inf:
             raise ValueError(f"the weight of a draw must be a number in (0, inf), got {weight!r}")
-        self._joinable = joinable
         if train:
             self.read()
             self.settle()
             self._weight = float(weight)
-            self._write(self._train, TRAIN, self.begun)
-        else:
-            self._write(Written("looked"), EVALUATE, self._looked)
-            self._looked += 1
+        try:
+            if train:
+                self._write(self._train, TRAIN, self.begun)
+            else:
+                self._write(Written("looked"), EVALUATE, self._looked)
+        except BaseException:
+            self.discard()
+            raise
+        self._joinable = joinable
+        self._looked += not train
         return True
 
     def end(self) -> None:
@@ -181,7 +186,7 @@ class Draws:
             offset = cell.rule.expectation.offset(q, self._noise(cell, stream), draw)
             if offset is not None:
                 cell.keep(q.mean, cell.plot.flat(written.block))
-                written.cells.append(cell)
+                written.cells.append(cell)  # from here on there is something to restore
                 cell.scatter(q.mean + offset, cell.plot.params)
 
     @torch.no_grad()
@@ -295,7 +300,10 @@ class Draws:
         return Look(None, gradient, cell.rule.curvature(q, prior, offset, Seen(gradient)))
 
     def _with_gradient(self) -> list[Tensor]:
-        return [p for p in self.host.trainable() if p.grad is not None]
+        fresh = [p for p in self.host.trainable() if p.grad is not None]
+        if any(p.grad is not None and p.grad.layout != torch.strided for p in fresh):
+            raise RuntimeError("sparse gradients are not supported; make the embedding with sparse=False")
+        return fresh
 
     def _finite(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether all are finite: one pass over each, and a second only where a sum is not."""

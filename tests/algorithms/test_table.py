@@ -1,0 +1,43 @@
+"""The table of algorithms: complete, computed when asked, and every row close to its twin."""
+
+import math
+
+import pytest
+import torch
+
+import bayesrule as br
+from bayesrule.algorithms import table as module
+
+KEYS = ["algorithm", "family", "expectation", "curvature", "retraction", "rates", "twin", "difference", "source"]
+ROWS = {row["algorithm"]: row for row in br.table()}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_is_complete_and_close_to_its_twin(name):
+    row = ROWS[name]
+    assert list(row) == KEYS
+    assert all(isinstance(row[key], str) and row[key] for key in KEYS if key != "difference")
+    assert math.isfinite(row["difference"]) and row["difference"] < 1e-12
+
+
+def test_every_algorithm_of_this_release_has_a_row():
+    built = {"SGD", "RMSprop", "Adam", "AdamW", "Newton", "Laplace", "ridge", "linear regression", "gradient descent"}
+    assert built | {"IVON (price)", "IVON (gradsq)"} == set(ROWS)
+
+
+def test_slots_are_read_off_the_rule():
+    assert [ROWS["IVON (price)"][key] for key in KEYS[1:5]] == ["Diagonal", "MonteCarlo", "Reparameterized", "Riemannian"]
+    assert [ROWS["ridge"][key] for key in KEYS[1:5]] == ["Full", "Delta", "Hessian", "Natural"]
+
+
+def test_difference_is_computed_when_the_table_is_called(monkeypatch):
+    monkeypatch.setattr(br.Riemannian, "precision", lambda self, q, curvature, rho: q.moved(hess=q.hess * 1.5))
+    row = next(row for row in module.ROWS if row.algorithm == "IVON (price)").read()
+    assert row["difference"] > 1e-3
+
+
+def test_the_table_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    br.table()
+    assert torch.equal(before, torch.get_rng_state())
