@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,6 +66,11 @@ class Posterior:
                 shape = self.mean[name].shape
                 if tensor.shape != shape and (block == "precision" or tensor.dim() > 0):
                     raise ValueError(f"posterior {block} of {name!r} has shape {tuple(tensor.shape)}, the mean {tuple(shape)}")
+        if not self.mean:
+            raise ValueError("a posterior needs the mean of at least one tensor")
+        for name, tensor in self.mean.items():
+            if bad := int((~tensor.isfinite()).sum()):
+                raise ValueError(f"posterior mean of {name!r} has {bad} entries that are not finite")
         for name, tensor in self.precision.items():
             if bad := int((~(tensor > 0)).sum()):
                 raise ValueError(
@@ -204,15 +209,24 @@ class Posterior:
             for block in _BLOCKS
             for name, tensor in (getattr(self, block) or {}).items()
         }
-        about = dict(format=FORMAT, version=VERSION, structure=self.structure, ess=self.ess, num_data=self.num_data)
+        about = dict(
+            format=FORMAT,
+            version=VERSION,
+            structure=self.structure,
+            ess=self.ess,
+            num_data=self.num_data,
+            names=list(self.mean),
+        )
         target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file({name: t.clone() for name, t in tensors.items()}, temporary, {"bayesrule": json.dumps(about)})
+            temporary.chmod(mode)  # save_file keeps files to their owner
             os.replace(temporary, target)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -241,30 +255,39 @@ class Posterior:
                     blocks[block][name.removeprefix(strip_prefix)] = file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file ({error}); take another copy") from error
-        return cls(
-            blocks["mean"],
-            blocks["precision"],
-            blocks["prior_mean"] or None,
-            blocks["prior_precision"] or None,
-            about["ess"],
-            about["num_data"],
-            about["structure"],
-        )
+        order = [name.removeprefix(strip_prefix) for name in about.get("names", ())]
+        for block, found in blocks.items():
+            blocks[block] = {**{name: found[name] for name in order if name in found}, **found}
+        mean, precision, prior_mean, prior_precision = blocks.values()
+        about = {key: about[key] for key in ("ess", "num_data", "structure")}
+        try:
+            return cls(mean, precision, prior_mean or None, prior_precision or None, **about)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r}: {error}") from error
 
 
 def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
     about: dict[str, Any] = {}
     try:
         about = json.loads((metadata or {})["bayesrule"])
-        known = about["format"] == FORMAT and {"version", "structure", "ess", "num_data"} <= about.keys()
+        known = about["format"] == FORMAT and isinstance(about["version"], int)
     except (KeyError, TypeError, ValueError):
         known = False
     if not known:
-        raise ValueError(f"{os.fspath(path)!r} is no posterior file: its metadata does not say {FORMAT!r}")
+        raise ValueError(f"{os.fspath(path)!r} is no posterior file: its metadata does not say {FORMAT!r} and a version")
     if about["version"] > VERSION:
         raise ValueError(
             f"{os.fspath(path)!r} has format version {about['version']}, this release reads {VERSION}; upgrade bayesrule"
         )
+    fits = {
+        "structure": about.get("structure") == "diag",
+        "ess": isinstance(about.get("ess"), int | float),
+        "num_data": about.get("num_data") is None or isinstance(about["num_data"], int),
+        "names": isinstance(about.get("names", []), list) and all(isinstance(name, str) for name in about.get("names", [])),
+    }
+    for key, fit in fits.items():
+        if not fit:
+            raise ValueError(f"{os.fspath(path)!r} has a {key} that this release cannot read: {about.get(key)!r}")
     return about
 
 

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor
 
 from .noise import CounterNoise, Noise
+from .vector import lerp
 
 Point = Any
 """A tensor or a Vector: something with + - * / and the shape of theta."""
@@ -55,7 +56,8 @@ class Look(NamedTuple):
 
     def lerp(self, other: Look, weight: Any) -> Look:
         """This look moved towards another: a running mean of looks, whatever their number."""
-        return Look(*(a if b is None else b if a is None else a + (b - a) * weight for a, b in zip(self, other, strict=True)))
+        pairs = zip(self, other, strict=True)
+        return Look(*(a if b is None else b if a is None else lerp(a, b, weight) for a, b in pairs))
 
 
 class Rates(NamedTuple):
@@ -171,8 +173,9 @@ class Gaussian(Family):
         """Gradient of -log prior at the mean, per unit of ess: zero once the prior is centered on q."""
         if prior.mean is self.mean:
             return 0.0
-        centered = isinstance(prior.mean, float) and prior.mean == 0
-        return prior.stretch(self.mean if centered else self.mean - prior.mean)
+        at_zero = isinstance(prior.mean, float) and prior.mean == 0
+        pull = prior.stretch(self.mean if at_zero else self.mean - prior.mean)
+        return pull if prior.ess == self.ess else pull * (prior.ess / self.ess)
 
     def sample(self, noise: Noise) -> Point:
         return self.mean + self.root_solve(noise.normal(self.mean))

@@ -111,12 +111,14 @@ def axpy(a: Any, b: Any, scale: Any) -> Any:
     """The sum a + scale b in one pass over memory."""
     if isinstance(a, Vector):
         return a.map(axpy, b, scale)
-    return a.add(b, alpha=scale) if isinstance(scale, int | float) else a + b * scale
+    return a.add(b, alpha=scale) if isinstance(a, Tensor) and isinstance(scale, int | float) else a + b * scale
 
 
 def lerp(a: Any, b: Any, weight: Any) -> Any:
     """The point a + weight (b - a) between two vectors in one pass over memory."""
-    return a.map(torch.lerp, b, weight) if isinstance(a, Vector) else a.lerp(b, weight)
+    if isinstance(a, Vector):
+        return a.map(lerp, b, weight)
+    return a.lerp(b, weight) if isinstance(a, Tensor) else a + (b - a) * weight
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,12 @@ def buckets(tensors: Sequence[Tensor], limit: int = BUCKET) -> list[Bucket]:
     """Deal tensors into buckets of at most ``limit`` elements.
 
     Small ones share a bucket. A larger one is cut and shares with nobody; if it is not contiguous, it stays whole.
+
+    Raises:
+        ValueError: The limit is odd or not positive.
     """
+    if limit < 2 or limit % 2:
+        raise ValueError(f"the limit of a bucket must be an even number >= 2, got {limit}")
     made: list[Bucket] = []
     members: list[int] = []
     stretches: list[Stretch] = []

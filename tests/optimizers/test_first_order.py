@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
+from tests.instances import ALGORITHMS, PROBLEMS, TWINS, Network, Quadratic, flat, named, train
 from torch import Tensor, nn
 
 import bayesrule as br
-from tests.instances import ALGORITHMS, PROBLEMS, TWINS, Network, Quadratic, flat, named, train
 
 STEPS = 200
 HYPER = {

@@ -12,11 +12,11 @@ import warnings
 
 import pytest
 import torch
+from tests.instances import ALGORITHMS as EVERY
+from tests.instances import SMALL_IVON, Network, Quadratic, draw, flat, living_bytes, named, replay, state, train
 from torch import Tensor, nn
 
 import bayesrule as br
-from tests.instances import SMALL_IVON, Network, Quadratic, draw, flat, living_bytes, named, replay, state, train
-from tests.instances import ALGORITHMS as EVERY
 
 VARIATIONAL = [a for a in EVERY if a.kind == "variational"]
 APPROXIMATIONS = [
@@ -527,7 +527,7 @@ class TestWithoutDraws:
         if opened:
             with optimizer.sampled_params(train=True):
                 pass
-        with quietly(), pytest.raises(RuntimeError, match="no parameter has a gradient.*backward"):
+        with quietly(), pytest.raises(RuntimeError, match=r"no parameter has a gradient.*backward"):
             optimizer.step()
         assert torch.equal(flat(problem.parameters()), before)
         train(problem, optimizer, 1)
@@ -765,6 +765,28 @@ class TestLeftAlone:
         assert optimizer.state[problem.inner.weight]["step"].item() == 3
         assert optimizer.state[problem.outer.weight]["step"].item() == 5
 
+    @pytest.mark.parametrize("draws", [1, 2, 3])
+    @pytest.mark.parametrize("approximation", APPROXIMATIONS)
+    def test_parameters_of_different_age_do_not_mix(self, approximation, draws):
+        """In one group, where they are worked on together, as in groups of their own."""
+
+        def run(groups: bool) -> Tensor:
+            problem = Network()
+            params = [{"params": [p]} for p in problem.parameters()] if groups else problem.parameters()
+            optimizer = br.IVON(params, **SMALL_IVON, **approximation)
+            for step in range(8):
+                for number in range(draws):
+                    with optimizer.sampled_params(train=True):
+                        if step % 3 == 1 or (step == 5 and number == 0):
+                            problem.outer(torch.ones(7, dtype=torch.float64)).square().sum().backward()
+                        else:
+                            problem.loss(step).backward()
+                optimizer.step()
+            assert optimizer.state[problem.inner.bias]["step"].item() < optimizer.state[problem.outer.bias]["step"].item()
+            return everything(optimizer, problem)
+
+        same(run(groups=False), run(groups=True))
+
     def test_the_noise_of_the_others_is_the_same_with_one_frozen(self):
         problem, optimizer = pair()
         other, plain = pair()
@@ -774,28 +796,23 @@ class TestLeftAlone:
 
 
 class TestSparse:
-    def test_sparse_gradients_work_as_dense_ones_or_say_that_they_do_not(self):
+    def test_sparse_gradients_are_refused_in_words_and_move_nothing(self):
         """Fault 18: a missing reshape deep inside."""
-        table = nn.Embedding(5, 3, sparse=True)
-        dense = nn.Embedding(5, 3)
-        dense.load_state_dict(table.state_dict())
-
-        def step(module: nn.Embedding) -> None:
-            optimizer = br.IVON(module.parameters(), lr=0.1, ess=10.0)
-            with optimizer.sampled_params(train=True):
-                module(torch.tensor([1, 3])).square().sum().backward()
+        first, table = nn.Parameter(torch.ones(3)), nn.Embedding(5, 3, sparse=True)
+        optimizer = br.IVON([first, *table.parameters()], lr=0.1, ess=10.0)
+        before = flat([first, table.weight])
+        with optimizer.sampled_params(train=True):
+            (table(torch.tensor([1, 3])) * first).sum().backward()
+        with pytest.raises((RuntimeError, TypeError, ValueError), match="sparse gradients"):
             optimizer.step()
-
-        step(dense)
-        before = table.weight.detach().clone()
-        try:
-            step(table)
-        except (RuntimeError, TypeError, ValueError) as error:
-            assert "sparse" in str(error)
-            assert "IVON" in str(error)
-            assert torch.equal(table.weight, before)
-        else:
-            torch.testing.assert_close(table.weight, dense.weight)
+        assert torch.equal(flat([first, table.weight]), before)
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            for _ in range(2):
+                with optimizer.sampled_params(train=True):
+                    (table(torch.tensor([1, 3])) * first).sum().backward()
+            optimizer.step()
+            pytest.fail("two draws with sparse gradients were taken")
+        assert torch.equal(flat([first, table.weight]), before)
 
 
 class TestResume:

@@ -2,17 +2,18 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from tests.instances import ALGORITHMS, PROBLEMS, SMALL_IVON, Network, Quadratic, draw, flat, named, replay, state, train
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bayesrule as br
-from tests.instances import ALGORITHMS, PROBLEMS, SMALL_IVON, Network, Quadratic, draw, flat, named, replay, state, train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
@@ -498,7 +499,7 @@ class TestPrior:
             step_with(optimizer, torch.zeros(1))
             gaps.append(abs(w.item() - 2.0))
         assert gaps[-1] < 1e-6
-        assert all(later < earlier for earlier, later in zip(gaps[:50], gaps[1:51], strict=True))
+        assert all(later < earlier for earlier, later in pairwise(gaps[:50]))
 
     def test_the_second_task_ends_where_both_together_would(self):
         """Two quadratics with diagonal Hessians: there the mean-field posterior is exact, so Bayes adds up."""

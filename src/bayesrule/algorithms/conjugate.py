@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ..estimators.oracle import Quadratic
@@ -42,11 +44,12 @@ def linear_regression(X: Tensor, y: Tensor, prior: Full, noise_variance: float =
     for name, values in (("X", X), ("y", y)):
         if bad := int((~values.isfinite()).sum()):
             raise ValueError(f"{name} has {bad} entries that are not finite; remove or impute them")
-    if not 0 < noise_variance < float("inf"):
-        raise ValueError(f"noise_variance must be a number in (0, inf), got {noise_variance}")
+    if len(prior.mean) != X.shape[1]:
+        raise ValueError(f"X has {X.shape[1]} features, the prior is over {len(prior.mean)}")
+    _check_variance(noise_variance)
     loss = Quadratic(X.T @ X / noise_variance, X.T @ y / noise_variance)
     try:
-        return NEWTON.step(prior, prior, loss)
+        return NEWTON.step(Full(prior.mean, prior.precision), prior, loss)
     except ValueError as error:
         raise ValueError(
             f"the posterior is improper: {len(X)} rows of X and the prior leave some direction of {X.shape[1]} undetermined; "
@@ -82,6 +85,12 @@ def ridge(X: Tensor, y: Tensor, penalty: float, noise_variance: float = 1.0) -> 
 
     Source: Khan and Rue (2023), section 2.
     """
-    if not 0 <= penalty < float("inf"):
+    _check_variance(noise_variance)
+    if not 0 <= penalty < math.inf:
         raise ValueError(f"penalty must be a number in [0, inf), got {penalty}")
     return linear_regression(X, y, Full(X.new_zeros(X.shape[-1]), penalty / noise_variance), noise_variance)
+
+
+def _check_variance(noise_variance: float) -> None:
+    if not 0 < noise_variance < math.inf:
+        raise ValueError(f"noise_variance must be a number in (0, inf), got {noise_variance}")

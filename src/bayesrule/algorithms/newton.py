@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -73,7 +74,7 @@ def newton(
         prior: Gaussian prior; None is flat.
         rate: Step size rho, in (0, 1].
         steps: Number of steps at most.
-        tolerance: Stop when no element of m moved by more than this, relative to the largest element.
+        tolerance: Stop when no element of m moved by more than this, relative to the largest element and deviation.
 
     Returns:
         N(m, S^-1); ``.mean`` of shape (D,), ``.precision`` of shape (D, D): the Hessian where the last step began.
@@ -87,11 +88,11 @@ def newton(
 
     Source: Khan and Rue (2023), sections 3.2-3.3.
     """
-    q = Full(_checked(start, rate))
+    q = Full(_checked(start, rate, most=1.0))
     prior = prior or Full(torch.zeros_like(start), 0.0)
     for _ in range(steps):
         before, q = q.mean, NEWTON.step(q, prior, Loss(loss), rate)
-        if (q.mean - before).abs().max() <= tolerance * q.mean.abs().max().clamp_min(1e-30):
+        if _still(before, q, tolerance):
             break
     return q
 
@@ -129,15 +130,20 @@ def laplace(
     """
     q = newton(loss, start, prior=prior, steps=steps, tolerance=tolerance)
     last = NEWTON.step(q, prior or Full(torch.zeros_like(start), 0.0), Loss(loss))
-    moved, size = (last.mean - q.mean).abs().max(), q.mean.abs().max().clamp_min(1e-30)
-    if moved > max(tolerance, 10 * torch.finfo(start.dtype).eps) * size:
-        raise ValueError(f"Newton's method still moves by {moved.item():.2g} after {steps} steps; take more or another start")
+    if not _still(q.mean, last, tolerance):
+        moved = (last.mean - q.mean).abs().max().item()
+        raise ValueError(f"Newton's method still moves by {moved:.2g} after {steps} steps; take more or another start")
     return last
 
 
-def _checked(start: Tensor, rate: float) -> Tensor:
+def _still(before: Tensor, q: Full, tolerance: float) -> bool:
+    size = q.mean.abs().max() + q.covariance.diagonal().max().sqrt()
+    return bool((q.mean - before).abs().max() <= max(tolerance, 10 * torch.finfo(before.dtype).eps) * size)
+
+
+def _checked(start: Tensor, rate: float, most: float = math.inf) -> Tensor:
     if start.dim() != 1:
         raise ValueError(f"start must have shape (D,), got {tuple(start.shape)}")
-    if not rate > 0:
-        raise ValueError(f"rate must be > 0, got {rate}")
+    if not 0 < rate <= most:
+        raise ValueError(f"rate must be a number in (0, {most}], got {rate}")
     return start

@@ -32,7 +32,7 @@ class _Elementwise(Gaussian):
         return v / self.metric**0.5
 
     def sandwich(self, d: Any) -> Any:
-        return d * d / self.metric
+        return d * (d / self.metric)
 
     @cached_property
     def metric(self) -> Any:

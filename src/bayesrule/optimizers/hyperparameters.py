@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,11 +18,10 @@ class Range:
     text: str
 
     def __contains__(self, value: Any) -> bool:
-        low, high = (float(bound) for bound in self.text[1:-1].split(","))
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
+        if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
             return False
+        low, high = (float(bound) for bound in self.text[1:-1].split(","))
+        number = float(value)
         above = number > low or (self.text[0] == "[" and number == low)
         below = number < high or (self.text[-1] == "]" and number == high)
         return above and below and not math.isnan(number)
@@ -93,5 +95,7 @@ type_of_range = Range | Pair | Count | OneOf | Optional
 def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapping[str, type_of_range]) -> None:
     """Raise a ValueError that names optimizer, group, hyper-parameter, value and range, if one is outside its range."""
     for name, allowed in ranges.items():
+        if name not in group:
+            raise ValueError(f"{optimizer}: parameter group {number} has no {name}: it belongs to another optimizer")
         if group[name] not in allowed:
             raise ValueError(f"{optimizer}: parameter group {number}: {name} must be {allowed}, got {group[name]!r}")

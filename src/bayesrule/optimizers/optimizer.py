@@ -362,6 +362,8 @@ class BayesOptimizer(Optimizer, ABC):
                     f"{type(self).__name__}: the state of parameter {index} holds {sorted(state)}, not "
                     f"step and {self.names.hess}: it was saved by another optimizer"
                 )
+        for number, group in enumerate(state_dict["param_groups"]):
+            validate(type(self).__name__, number, group, self.ranges)
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -369,8 +371,6 @@ class BayesOptimizer(Optimizer, ABC):
             for name, value in state_dict["state"].get(index, {}).items():
                 exact = torch.as_tensor(value).detach().clone()
                 self.state[p][name] = exact if name == "step" else self.like_state(p).copy_(exact)
-        for number in range(len(self.param_groups)):
-            self._check(number)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "noise": self._draws.injected and self._draws.injected.function}

@@ -48,16 +48,16 @@ class Injected:
 
     function: Callable[[Tensor], Tensor]
     params: list[Tensor] = field(default_factory=list)
-    held: tuple[int, dict[Tensor, Tensor]] | None = None
+    held: tuple[tuple[int, int], dict[Tensor, Tensor]] | None = None
 
-    def draw(self, number: int) -> dict[Tensor, Tensor]:
+    def draw(self, stream: int, number: int) -> dict[Tensor, Tensor]:
         """The normals of a draw, parameter -> tensor."""
-        if self.held is None or self.held[0] != number:
+        if self.held is None or self.held[0] != (stream, number):
             values = {p: self.function(p) for p in self.params}
             for p, value in values.items():
                 if value.shape != p.shape:
                     raise ValueError(f"noise returned shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}")
-            self.held = (number, values)
+            self.held = ((stream, number), values)
         return self.held[1]
 
 
@@ -67,13 +67,14 @@ class InjectedNoise(Noise):
 
     source: Injected
     cell: Cell
+    stream: int
     number: int = 0
 
     def at(self, *, step: int | None = None, draw: int | None = None) -> InjectedNoise:
         return replace(self, number=self.number if draw is None else draw)
 
     def normal(self, like: Any) -> Tensor:
-        values = self.source.draw(self.number)
+        values = self.source.draw(self.stream, self.number)
         return self.cell.gather([values[p] for p in self.cell.plot.params])
 
     uniform = normal
@@ -206,8 +207,8 @@ class Draws:
 
     def _noise(self, cell: Cell, stream: int) -> Noise:
         if self.injected:
-            return InjectedNoise(self.injected, cell)
-        return CounterNoise(cell.group["seed"], stream, cell.step).on(cell.plot.bucket, cell.plot.starts)
+            return InjectedNoise(self.injected, cell, stream)
+        return CounterNoise(cell.group.get("seed", 0), stream, cell.step).on(cell.plot.bucket, cell.plot.starts)
 
     # Reading
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..posterior import Posterior, sampled
-from .metrics import auroc, classification_metrics, entropy
+from .metrics import auroc, classification_metrics
 
 type_of_method = Literal["mean", "mc"]
 
@@ -175,7 +175,7 @@ def _outputs(
         if num_samples < 1:
             raise ValueError(f"num_samples must be a whole number >= 1, got {num_samples!r}")
         if num_samples < 4:
-            warnings.warn(f"an average over {num_samples} draws may be worse than the mean", UserWarning, stacklevel=5)
+            warnings.warn(f"an average over {num_samples} draws may be worse than the mean", UserWarning, stacklevel=4)
         for number in range(num_samples):
             with sampled(model, posterior, seed * num_samples + number):
                 outputs = forward()
@@ -200,18 +200,22 @@ class _Averages:
         if self.link == "softmax":
             probs = outputs.softmax(dim=-1)
             self.probs = self.probs + (probs - self.probs) * step
-            self.noise = self.noise + (entropy(probs) - self.noise) * step
+            self.noise = self.noise + (_entropy(probs) - self.noise) * step
 
     def prediction(self) -> Prediction:
         variance = self.squares / self.count
         if self.link == "identity":
             return Prediction(None, self.mean, variance, None, None)
-        total = entropy(self.probs)
+        total = _entropy(self.probs)
         return Prediction(self.probs, self.mean, variance, total, (total - self.noise).clamp_min(0))
 
 
+def _entropy(probs: Tensor) -> Tensor:
+    return torch.special.entr(probs).sum(dim=-1)
+
+
 def _check(outputs: Tensor, number: int, posterior: Posterior | None, link: str) -> None:
-    rows = outputs.reshape(len(outputs), -1)
+    rows = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
     if bad := int((~rows.isfinite()).any(dim=1).sum()):
         where = ""
         if posterior is not None:
@@ -220,5 +224,11 @@ def _check(outputs: Tensor, number: int, posterior: Posterior | None, link: str)
             where = f"; posterior variance may be too large (max std {widest:.2g} at {name!r}); try rescale(ess=...)"
         raise RuntimeError(f"draw {number} gave non-finite outputs in {bad} of {len(rows)} rows{where}")
     sums = outputs.sum(dim=-1)
-    if link == "softmax" and outputs.shape[-1] > 1 and (outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums)):
+    if (
+        link == "softmax"
+        and outputs.numel()
+        and outputs.shape[-1] > 1
+        and (outputs >= 0).all()
+        and torch.allclose(sums, torch.ones_like(sums))
+    ):
         raise ValueError("outputs sum to 1 in every row; let the model give logits, not probabilities")
