@@ -120,8 +120,8 @@ class CounterNoise(Noise):
         if isinstance(like, Vector):
             return Vector([part.uniform(tensor) for part, tensor in self._parts(like)])
         dtype = torch.promote_types(like.dtype, torch.float32)
-        below_one = 1 - torch.finfo(like.dtype).eps / 2
-        first, second = (_unit(word, dtype).clamp_(max=below_one) for word in self._words(like))
+        kind = torch.finfo(like.dtype)
+        first, second = (_unit(word, dtype).clamp_(kind.tiny, 1 - kind.eps / 2) for word in self._words(like))
         return _trim(first, second, like)
 
     def _parts(self, like: Vector) -> Iterator[tuple[CounterNoise, Tensor]]:

@@ -38,7 +38,7 @@ class MeanAndPrecision(Retraction):
 
     @abstractmethod
     def precision(self, q: Gaussian, curvature: Any, rho: Any) -> Gaussian:
-        """Q with its precision moved towards the curvature."""
+        """q with its precision moved towards the curvature."""
 
     @abstractmethod
     def slope(self, old: Gaussian, new: Gaussian, prior: Gaussian, look: Look, rates: Rates) -> Point:

@@ -135,7 +135,7 @@ class Gaussian(Family):
 
     @abstractmethod
     def stretch(self, v: Point) -> Point:
-        """Metric v."""
+        """metric v."""
 
     @abstractmethod
     def precondition(self, v: Point) -> Point:
@@ -147,7 +147,7 @@ class Gaussian(Family):
 
     @abstractmethod
     def sandwich(self, d: Any) -> Any:
-        """D metric^-1 d for a symmetric d of the structure."""
+        """d metric^-1 d for a symmetric d of the structure."""
 
     @abstractmethod
     def outer(self, a: Point, b: Point) -> Any:
@@ -155,7 +155,7 @@ class Gaussian(Family):
 
     @abstractmethod
     def project(self, matrix: Tensor) -> Any:
-        """The part of a symmetric matrix, shape (D, D), that the structure keeps."""
+        """The part of a symmetric matrix, shape (D, D), that the structure keeps; for a mean of shape (D,)."""
 
     @abstractmethod
     def moved(self, *, mean: Point | None = None, hess: Any = None) -> Self:
@@ -249,11 +249,11 @@ class Retraction(ABC):
 
     @abstractmethod
     def direction(self, q: Any, prior: Any, look: Look, rates: Rates) -> tuple[Any, Point]:
-        """Q with its precision moved, and the direction against which the rest of q is to move."""
+        """q with its precision moved, and the direction against which the rest of q is to move."""
 
     @abstractmethod
     def along(self, q: Any, direction: Point, rates: Rates) -> Any:
-        """Q moved against the direction."""
+        """q moved against the direction."""
 
 
 class Inertia(ABC):

@@ -11,7 +11,7 @@ from tests.instances import ALGORITHMS, named
 from torch import nn
 
 import bayesrule as br
-from bayesrule.optimizers.hyperparameters import Count, OneOf, Optional, Pair, Range, validate
+from bayesrule.optimizers.hyperparameters import Count, OneOf, OrNone, Pair, Range, validate
 
 IVON = dict(lr=0.1, ess=10.0)
 
@@ -77,9 +77,9 @@ class TestRanges:
         assert torch.ones(2) not in OneOf((True, False))
 
     def test_optional_takes_none_too(self):
-        assert None in Optional(Range("(0, inf)"))
-        assert 3.0 in Optional(Range("(0, inf)"))
-        assert 0.0 not in Optional(Range("(0, inf)"))
+        assert None in OrNone(Range("(0, inf)"))
+        assert 3.0 in OrNone(Range("(0, inf)"))
+        assert 0.0 not in OrNone(Range("(0, inf)"))
 
     def test_validate_names_optimizer_group_hyper_parameter_range_and_value(self):
         validate("Some", 0, {"lr": 0.5}, {"lr": Range("[0, 1)")})

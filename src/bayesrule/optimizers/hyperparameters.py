@@ -71,7 +71,7 @@ class OneOf:
 
 
 @dataclass(frozen=True)
-class Optional:
+class OrNone:
     """None, or what another range holds."""
 
     inner: Range
@@ -89,10 +89,10 @@ POSITIVE = Range("(0, inf)")
 FRACTION = Range("[0, 1)")
 WHOLE = Count(-(2**63))
 
-type_of_range = Range | Pair | Count | OneOf | Optional
+Allowed = Range | Pair | Count | OneOf | OrNone
 
 
-def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapping[str, type_of_range]) -> None:
+def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> None:
     """Raise a ValueError that names optimizer, group, hyper-parameter, value and range, if one is outside its range."""
     for name, allowed in ranges.items():
         if name not in group:

@@ -23,7 +23,7 @@ from ..noise import addresses
 from ..posterior import Posterior
 from ..rule import BayesRule, Gaussian, Rates
 from .cells import Cell, Plot, plots
-from .hyperparameters import type_of_range, validate
+from .hyperparameters import Allowed, validate
 from .sampling import Draws, Injected
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class BayesOptimizer(Optimizer, ABC):
     """
 
     names: ClassVar[Names]
-    ranges: ClassVar[Mapping[str, type_of_range]]
+    ranges: ClassVar[Mapping[str, Allowed]]
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class BayesOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def family(self, group: Mapping[str, Any], mean: Tensor, hess: Any, weight_decay: Any) -> Gaussian:
-        """Q from its mean, its curvature (None where nothing is kept) and the prior's precision per unit of ess."""
+        """q from its mean, its curvature (None where nothing is kept) and the prior's precision per unit of ess."""
 
     def start(self, group: Mapping[str, Any]) -> float:
         """The curvature before the first step."""

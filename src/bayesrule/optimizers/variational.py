@@ -15,7 +15,7 @@ from ..momentum import Momentum
 from ..posterior import Posterior
 from ..retractions import Riemannian
 from ..rule import BayesRule, Gaussian, Rates
-from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, Optional, Pair, Range
+from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
 from .optimizer import BayesOptimizer, Names
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class IVON(BayesOptimizer):
         "weight_decay": AT_LEAST_ZERO,
         "mc_samples": Count(1),
         "hess_approx": OneOf(("price", "gradsq")),
-        "gradsq_scale": Optional(POSITIVE),
+        "gradsq_scale": OrNone(POSITIVE),
         "clip_radius": Range("(0, inf]"),
         "debias": SWITCH,
         "rescale_lr": SWITCH,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..posterior import Posterior, sampled
 from .metrics import auroc, classification_metrics
 
-type_of_method = Literal["mean", "mc"]
+Method = Literal["mean", "mc"]
 
 
 class Prediction(NamedTuple):
@@ -33,7 +33,7 @@ def predict(
     model: nn.Module,
     posterior: Posterior | None,
     x: Tensor,
-    method: type_of_method | None = None,
+    method: Method | None = None,
     num_samples: int = 32,
     *,
     link: Literal["softmax", "identity"] = "softmax",
@@ -77,7 +77,7 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     task: Literal["classification"] = "classification",
     *,
-    method: type_of_method | None = None,
+    method: Method | None = None,
     num_samples: int = 32,
     seed: int = 0,
     ood: Iterable[Any] | None = None,
@@ -131,7 +131,7 @@ def _predict(
     model: nn.Module,
     posterior: Posterior | None,
     batches: Sequence[Tensor],
-    method: type_of_method | None,
+    method: Method | None,
     num_samples: int,
     link: str,
     seed: int,
