@@ -103,9 +103,7 @@ class TestHeavyBall:
 
     @pytest.mark.parametrize("nesterov", [False, True])
     def test_over_the_step_it_sums_what_the_retraction_made(self, nesterov):
-        rule = br.BayesRule(
-            br.Delta(), br.SquaredGradient(), br.SquareRoot(eps=0.01), br.HeavyBall(0.8, "step", nesterov=nesterov)
-        )
+        rule = br.BayesRule(br.Delta(), br.SquaredGradient(), br.SquareRoot(eps=0.01), br.HeavyBall(0.8, "step", nesterov=nesterov))
         prior = br.Diagonal(PRIOR.mean, 0.4)
         v, m, s = None, START.mean, ZERO
         for _, g, q, memory in walk(rule, br.Diagonal(m, ZERO), prior, squared=True):

@@ -318,10 +318,7 @@ def documented():
     ]
     assert cells[0] == ["algorithm", "family", "expectation", "curvature", "retraction", "inertia"]
     return {
-        name: [re.match(r"\w+", cell)[0] for cell in rest]
-        for row in cells[1:]
-        for name in row[0].split(", ")
-        for rest in [row[1:]]
+        name: [re.match(r"\w+", cell)[0] for cell in rest] for row in cells[1:] for name in row[0].split(", ") for rest in [row[1:]]
     }
 
 

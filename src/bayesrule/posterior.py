@@ -167,17 +167,13 @@ class Posterior:
         """
         wanted = list(names) if names else list(self.mean)
         if len(wanted) != len(params):
-            raise ValueError(
-                f"the prior holds {len(self.mean)} tensors but the optimizer {len(params)}; pass named_parameters()"
-            )
+            raise ValueError(f"the prior holds {len(self.mean)} tensors but the optimizer {len(params)}; pass named_parameters()")
         found = []
         for name, p in zip(wanted, params, strict=True):
             if name not in self.mean:
                 raise ValueError(f"the prior has no tensor {name!r}; it holds {', '.join(list(self.mean)[:4])}, ...")
             if self.mean[name].shape != p.shape:
-                raise ValueError(
-                    f"the prior's {name!r} has shape {tuple(self.mean[name].shape)}, the parameter {tuple(p.shape)}"
-                )
+                raise ValueError(f"the prior's {name!r} has shape {tuple(self.mean[name].shape)}, the parameter {tuple(p.shape)}")
             if self.precision[name].isinf().any():
                 raise ValueError(f"the prior knows {name!r} exactly (infinite precision); it cannot be learned from there")
             found.append((self.mean[name], self.precision[name]))

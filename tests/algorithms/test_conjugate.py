@@ -9,9 +9,7 @@ from tests.contracts import close, normal, positive
 
 import bayesrule as br
 
-GOLDEN = {
-    case["name"]: case for case in json.loads((Path(__file__).parents[1] / "golden" / "analytic.json").read_text())["cases"]
-}
+GOLDEN = {case["name"]: case for case in json.loads((Path(__file__).parents[1] / "golden" / "analytic.json").read_text())["cases"]}
 SHAPES = [(30, 4), (5, 5), (4, 9), (1, 3), (8, 1), (200, 20)]
 
 

@@ -8,9 +8,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bayesrule as br
 
-GOLDEN = {
-    case["name"]: case for case in json.loads((Path(__file__).parents[1] / "golden" / "analytic.json").read_text())["cases"]
-}
+GOLDEN = {case["name"]: case for case in json.loads((Path(__file__).parents[1] / "golden" / "analytic.json").read_text())["cases"]}
 CASE = GOLDEN["newton_logistic_delta_rho1"]
 X, Y = (torch.tensor(CASE[name], dtype=torch.float64) for name in "xy")
 PRIOR = br.Full(torch.zeros(3, dtype=torch.float64), CASE["prior_precision"])

@@ -68,9 +68,7 @@ class TestGolden:
 
     def test_entropy(self, case):
         probs, expected = case
-        torch.testing.assert_close(
-            entropy(probs), torch.tensor(expected["entropy"], dtype=torch.float64), atol=1e-9, rtol=0
-        )
+        torch.testing.assert_close(entropy(probs), torch.tensor(expected["entropy"], dtype=torch.float64), atol=1e-9, rtol=0)
 
     def test_mutual_information_from_entropies(self):
         information = entropy(SAMPLES.mean(0)) - entropy(SAMPLES).mean(0)
@@ -108,9 +106,7 @@ class TestAgainstOthers:
 
     @pytest.mark.parametrize("decimals", [16, 1, 0])  # the fewer, the more ties
     def test_auroc_is_scikit_learns(self, decimals):
-        scores = torch.randn(300, generator=torch.Generator().manual_seed(3), dtype=torch.float64).round(
-            decimals=decimals
-        )
+        scores = torch.randn(300, generator=torch.Generator().manual_seed(3), dtype=torch.float64).round(decimals=decimals)
         positives = torch.rand(300, generator=torch.Generator().manual_seed(4)) < 0.3
         assert auroc(scores, positives).item() == pytest.approx(sklearn.roc_auc_score(positives, scores), abs=1e-12)
 

@@ -112,9 +112,7 @@ class TestAverages:
     def test_golden_metrics_are_of_averaged_probabilities_not_logits(self):
         model = Scripted(LOGITS)
         with pytest.warns(UserWarning, match="an average over 3 draws"):
-            figures = br.evaluate(
-                model, model.posterior(), [(torch.zeros(40, 1), torch.tensor(GOLDEN["labels"]))], num_samples=3
-            )
+            figures = br.evaluate(model, model.posterior(), [(torch.zeros(40, 1), torch.tensor(GOLDEN["labels"]))], num_samples=3)
         wanted, wrong = GOLDEN["average_of_probabilities"], GOLDEN["probabilities_of_average"]
         for ours, theirs in (("nll", "nll"), ("ece", "ece15"), ("brier", "brier"), ("aurc", "aurc")):
             assert figures[ours] == pytest.approx(wanted[theirs], abs=1e-9)

@@ -280,9 +280,7 @@ class BayesOptimizer(Optimizer, ABC):
     def posterior(self, model: nn.Module, num_data: int | None = None) -> Posterior:
         """What was learned, by the model's parameter names; see :meth:`bayesrule.Posterior.from_optimizer`."""
         if "ess" not in self.defaults:
-            raise TypeError(
-                f"{type(self).__name__} learns no posterior; train with bayesrule.IVON, or take Posterior.point(model)"
-            )
+            raise TypeError(f"{type(self).__name__} learns no posterior; train with bayesrule.IVON, or take Posterior.point(model)")
         ess = sorted({float(group["ess"]) for group in self.param_groups})
         if len(ess) > 1:
             raise ValueError(f"{type(self).__name__}: parameter groups differ in ess {ess}; a Posterior has one")
@@ -340,9 +338,7 @@ class BayesOptimizer(Optimizer, ABC):
         group = self.param_groups[number]
         validate(type(self).__name__, number, group, self.ranges)
         if any(p.is_complex() for p in group["params"]):
-            raise TypeError(
-                f"{type(self).__name__}: parameter group {number} has complex parameters; split them into real ones"
-            )
+            raise TypeError(f"{type(self).__name__}: parameter group {number} has complex parameters; split them into real ones")
 
     def state_dict(self) -> dict[str, Any]:
         """The state of q at the mean: an open draw is closed first."""

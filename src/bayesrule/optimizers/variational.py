@@ -143,11 +143,7 @@ class IVON(BayesOptimizer):
         scale = group["gradsq_scale"] or group["ess"]
         return BayesRule(
             MonteCarlo(group["mc_samples"], group["antithetic"]) if group["noise_scale"] else Delta(),
-            Reparameterized()
-            if group["hess_approx"] == "price"
-            else SquaredGradient(scale)
-            if math.isfinite(scale)
-            else Zero(),
+            Reparameterized() if group["hess_approx"] == "price" else SquaredGradient(scale) if math.isfinite(scale) else Zero(),
             Riemannian(group["clip_radius"]),
             Momentum(group["betas"][0], over="loss", debias=group["debias"]),
         )

@@ -69,7 +69,7 @@ def load(name: str, held_out: Sequence[int] = (), seed: int = 0) -> ImageData:
     Example:
         >>> data = load("digits", held_out=(8, 9))
         >>> data.classes, len(data.train[1]), len(data.unknown[1])
-        (('0', '1', '2', '3', '4', '5', '6', '7'), 719, 354)
+        (('0', '1', '2', '3', '4', '5', '6', '7'), 721, 354)
     """
     images, labels = lookup("data", name, DATA)()
     digits = sorted(set(labels.tolist()))

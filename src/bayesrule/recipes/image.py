@@ -115,13 +115,10 @@ class Run:
 
     def probabilities(self, inputs: Tensor, num_samples: int = 0) -> Tensor:
         """Class probabilities averaged over draws from the posterior, or at the mean if there are to be none."""
-        if num_samples and self.posterior is not None:
-            posterior, method = self.posterior, "mc"
-        else:
-            posterior, method = br.Posterior.point(self.model), "mean"
-        return br.predict(
-            self.model, posterior, inputs, method=method, num_samples=num_samples, batch_size=500
-        ).probs
+        posterior = self.posterior if num_samples else None
+        probs = br.predict(self.model, posterior, inputs, num_samples=num_samples).probs
+        assert probs is not None
+        return probs
 
     def methods(self, num_samples: int) -> list[Method]:
         """What the run predicts at its mean and, if it has a posterior, averaged over draws from it."""
@@ -148,7 +145,9 @@ def read(folder: Path) -> Run:
     """
     record = read_record(folder)
     if record["kind"] != "image":
-        raise ValueError(f"{folder} holds a run of kind {record['kind']!r}, not 'image'")
+        parts = [f"{folder / name}" for name in record.get("runs", ())]
+        hint = f"; name one of its runs: {', '.join(parts)}" if parts else ""
+        raise ValueError(f"{folder} holds a {record['kind']}, not a single run{hint}")
     try:
         settings = Settings(**record["settings"])
         data = load_data(settings.data, tuple(settings.held_out))
@@ -159,7 +158,8 @@ def read(folder: Path) -> Run:
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged or of another model: {error}") from error
+        why = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{folder / 'model.safetensors'} is damaged or of another model: {why}") from error
     return Run(
         settings,
         data,

@@ -24,14 +24,14 @@ def mlp(channels: int, size: int, classes: int) -> nn.Module:
 def lenet(channels: int, size: int, classes: int) -> nn.Module:
     """Two convolutions with max pooling and one hidden layer, after LeCun et al. (1998) with rectifiers."""
     return nn.Sequential(
-        nn.Conv2d(channels, 12, 5, padding=2),
+        nn.Conv2d(channels, 16, 5, padding=2),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(12, 24, 5, padding=2),
+        nn.Conv2d(16, 32, 5, padding=2),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(24 * (size // 4) ** 2, 64),
+        nn.Linear(32 * (size // 4) ** 2, 64),
         nn.ReLU(),
         nn.Linear(64, classes),
     )
@@ -72,7 +72,7 @@ def build(name: str, images: Tensor, classes: int, seed: int = 0) -> nn.Module:
 
     Example:
         >>> sum(p.numel() for p in build("lenet", torch.zeros(1, 1, 28, 28), 10).parameters())
-        83642
+        114378
     """
     make = lookup("model", name, MODELS)
     with torch.random.fork_rng(devices=()):

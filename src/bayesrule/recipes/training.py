@@ -59,9 +59,7 @@ OPTIMIZERS: dict[str, Choice] = {
     ),
     # torch's own, to compare with
     "torch-sgd": Choice("SGD", _momentum(torch.optim.SGD), {"lr": 0.03, "weight_decay": 5e-4}),
-    "torch-adamw": Choice(
-        "AdamW", _betas(torch.optim.AdamW, fused=True), {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999}
-    ),
+    "torch-adamw": Choice("AdamW", _betas(torch.optim.AdamW, fused=True), {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999}),
 }
 
 
@@ -76,14 +74,14 @@ def settle(name: str, given: Mapping[str, float | None], num_data: int) -> dict[
         {'lr': 0.1, 'weight_decay': 0.0005}
     """
     choice = lookup("optimizer", name, OPTIMIZERS)
-    given = {setting: value for setting, value in given.items() if value is not None}
-    for setting, value in given.items():
+    chosen = {setting: value for setting, value in given.items() if value is not None}
+    for setting, value in chosen.items():
         if setting not in choice.settings:
             raise ValueError(f"{name} has no {setting} (got {value:g}); its settings are {', '.join(choice.settings)}")
     settings = dict(choice.settings)
     if "ess" in settings:
         settings["ess"] *= num_data
-    return settings | given
+    return settings | chosen
 
 
 class Training:
@@ -127,7 +125,7 @@ class Training:
 
         ``seconds`` counts the training steps only, not the validation. ``tick`` is called after every step.
         """
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])
         self.model.train()
         order = torch.randperm(len(self.train[1]), generator=self.generator)
         total = 0.0
@@ -138,7 +136,7 @@ class Training:
         seconds = time.perf_counter() - began
 
         loss, accuracy = self._validate()
-        line = {
+        line: dict[str, float] = {
             "epoch": len(self.history) + 1,
             "train_loss": total / len(order),
             "validation_nll": loss,
@@ -147,7 +145,7 @@ class Training:
             "lr": rate,
         }
         if not all(map(torch.isfinite, torch.tensor(list(line.values())))):
-            raise ValueError(f"training diverged in epoch {line['epoch']} (loss {line['train_loss']:g}); lower the lr, now {rate:g}")
+            raise ValueError(f"training diverged in epoch {line['epoch']} (loss {line['train_loss']:g}); lower the lr ({rate:g})")
         self.history.append(line)
         return line
 
@@ -158,9 +156,9 @@ class Training:
             loss.backward()
             return loss
 
-        loss = self.optimizer.step(closure)
+        loss: Tensor = self.optimizer.step(closure)  # type: ignore[arg-type,assignment]  # torch says float, any will do
         self.schedule.step()
-        return float(loss)
+        return loss.item()
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float]:

@@ -18,7 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -73,9 +74,7 @@ COLUMNS = (
         f"Expected calibration error: the distance between what the method promised and what it kept, over {BINS} equal bins "
         "of confidence. Smaller is better.",
     ),
-    Column(
-        "brier", "Brier", "{:.3f}".format, min, "Squared error of the probabilities, from 0 to 2. Smaller is better."
-    ),
+    Column("brier", "Brier", "{:.3f}".format, min, "Squared error of the probabilities, from 0 to 2. Smaller is better."),
     Column(
         "auroc_ood",
         "AUROC unknown",
@@ -179,10 +178,8 @@ def render(report: Report) -> str:
     styles = [STYLES[i % len(STYLES)] for i in range(len(report.methods))]
     styled = list(zip(report.methods, styles, strict=True))
     columns, cells = table(report.rows)
-    settings = {"font.size": 10, "svg.hashsalt": "bayesrule", "svg.fonttype": "path", "axes.spines.top": False}
-    with matplotlib.rc_context(
-        {**settings, "axes.spines.right": False, "axes.edgecolor": "#555", "font.family": "DejaVu Sans"}
-    ):
+    settings: Any = {"font.size": 10, "svg.hashsalt": "bayesrule", "svg.fonttype": "path", "axes.spines.top": False}
+    with matplotlib.rc_context(settings | {"axes.spines.right": False, "axes.edgecolor": "#555", "font.family": "DejaVu Sans"}):
         return template.render(
             report=report,
             styled=styled,
@@ -205,8 +202,7 @@ Styled = Sequence[tuple[Method, tuple[str, str]]]
 
 def _chart(width: float, height: float, draw: Callable[..., None], rows: Sequence[float] = (1,)) -> str:
     """The address of an SVG chart of so many inches; ``draw`` gets its axes, one a row."""
-    figure = Figure((width, height), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.03, w_pad=0.03)  # type: ignore[union-attr]
+    figure = Figure((width, height), layout=ConstrainedLayoutEngine(h_pad=0.03, w_pad=0.03))
     draw(*figure.subplots(len(rows), 1, height_ratios=rows, sharex=True, squeeze=False)[:, 0])
     file = BytesIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
@@ -216,15 +212,15 @@ def _chart(width: float, height: float, draw: Callable[..., None], rows: Sequenc
 def _percent(axes: Axes, which: str = "xy") -> None:
     for name in which:
         axis = getattr(axes, f"{name}axis")
-        axis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
+        axis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
 
 
 def _reliability(probs: Tensor, labels: Tensor, color: str) -> str:
     confidence, accuracy, count, edges = reliability(probs, labels, BINS)
     filled = count > 0
-    x, y, n = (part[filled].double() for part in (confidence, accuracy, count))
+    x, y, n, left = (part[filled].double().numpy() for part in (confidence, accuracy, count, edges[:-1]))
     # Wilson's interval at one standard error: honest for few examples and for shares near 0 and 1
-    center, half = (y + 0.5 / n) / (1 + 1 / n), (y * (1 - y) / n + 0.25 / n**2).sqrt() / (1 + 1 / n)
+    center, half = (y + 0.5 / n) / (1 + 1 / n), (y * (1 - y) / n + 0.25 / n**2) ** 0.5 / (1 + 1 / n)
 
     def draw(above: Axes, below: Axes) -> None:
         above.plot([0, 1], [0, 1], color="#999", linewidth=1, linestyle="dashed")
@@ -232,7 +228,7 @@ def _reliability(probs: Tensor, labels: Tensor, color: str) -> str:
         above.plot(x, y, color=color, marker="o", markersize=4.5, linewidth=1.2)
         above.set(ylim=(-0.03, 1.03), ylabel="right", yticks=[0, 0.25, 0.5, 0.75, 1])
         _percent(above, "y")
-        below.bar(edges[:-1][filled], n, width=1 / BINS, align="edge", color=color, edgecolor="white", linewidth=0.5)
+        below.bar(left, n, width=1 / BINS, align="edge", color=color, edgecolor="white", linewidth=0.5)
         below.set(yscale="log", ylim=(0.7, max(10.0, 1.5 * len(labels))), ylabel="images")
         below.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="confidence")
         below.minorticks_off()
@@ -246,10 +242,8 @@ def _risk(report: Report, styled: Styled) -> str:
         for method, (color, dash) in styled:
             confidence, predicted = method.test.max(1)
             coverage, risk = risk_coverage(confidence, predicted == report.labels)
-            axes.plot(coverage, risk, color=color, linestyle=dash, linewidth=1.8)
-        axes.set(
-            xlim=(0, 1), xlabel="share of images answered, most confident first", ylabel="wrong among those answered"
-        )
+            axes.plot(coverage.numpy(), risk.numpy(), color=color, linestyle=dash, linewidth=1.8)
+        axes.set(xlim=(0, 1), xlabel="share of images answered, most confident first", ylabel="wrong among those answered")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _percent(axes)
@@ -264,9 +258,9 @@ def _confidences(method: Method, color: str) -> str:
         return torch.histogram(probs.max(1).values.clamp(0, 1).float(), edges).hist / len(probs)
 
     def draw(axes: Axes) -> None:
-        axes.stairs(share(method.test), edges, fill=True, color=color, alpha=0.8)
+        axes.stairs(share(method.test).numpy(), edges.numpy(), fill=True, color=color, alpha=0.8)
         if method.unknown is not None:
-            axes.stairs(share(method.unknown), edges, color="#222", linewidth=1.6)
+            axes.stairs(share(method.unknown).numpy(), edges.numpy(), color="#222", linewidth=1.6)
         axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, 0.25, 0.5, 0.75, 1])
         axes.set(xlabel="confidence", ylabel="share of images")
         _percent(axes)
@@ -356,17 +350,13 @@ def _galleries(report: Report, styled: Styled) -> list[tuple[str, str, list[Tile
             assert method.unknown is not None
             chosen = method.unknown.max(1).values.argsort(descending=True, stable=True)
             fooled = tiles(report.unknown_images, report.unknown_names, "unknown", chosen)
-            rows.append(
-                (f"Unknown, yet confident: {method.name}", "No answer can be right; small confidence would be.", fooled)
-            )
+            rows.append((f"Unknown, yet confident: {method.name}", "No answer can be right; small confidence would be.", fooled))
     return rows
 
 
 def _picture(image: Tensor, lowest: float, highest: float) -> str:
     """The address of a PNG."""
-    pixels = (
-        (255 * (image - lowest) / (highest - lowest)).round().clamp(0, 255).to(torch.uint8).movedim(0, -1).squeeze(-1)
-    )
+    pixels = (255 * (image - lowest) / (highest - lowest)).round().clamp(0, 255).to(torch.uint8).movedim(0, -1).squeeze(-1)
     file = BytesIO()
     Image.fromarray(pixels.numpy()).save(file, "PNG")
     return "data:image/png;base64," + b64encode(file.getvalue()).decode()
