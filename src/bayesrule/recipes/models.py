@@ -72,7 +72,7 @@ def build(name: str, images: Tensor, classes: int, seed: int = 0) -> nn.Module:
 
     Example:
         >>> sum(p.numel() for p in build("lenet", torch.zeros(1, 1, 28, 28), 10).parameters())
-        114378
+        114314
     """
     make = lookup("model", name, MODELS)
     with torch.random.fork_rng(devices=()):

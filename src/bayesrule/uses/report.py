@@ -245,7 +245,7 @@ def _risk(report: Report, styled: Styled) -> str:
             axes.plot(coverage.numpy(), risk.numpy(), color=color, linestyle=dash, linewidth=1.8)
         axes.set(xlim=(0, 1), xlabel="share of images answered, most confident first", ylabel="wrong among those answered")
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         _percent(axes)
 
     return _chart(4.8, 3.2, draw)
@@ -278,7 +278,7 @@ def _curves(styled: Styled) -> list[tuple[str, str]]:
                     x, y = ([line[k] for line in method.history] for k in ("epoch", key))
                     axes.plot(x, y, color=color, linestyle=dash, linewidth=1.6, marker="" if len(x) > 1 else "o")
             axes.set(xlabel="epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
             if share:
                 _percent(axes, "y")
             else:
