@@ -138,11 +138,13 @@ class CounterNoise(Noise):
         a, b0, b1 = self._key
         pairs = torch.arange((like.numel() + 1) // 2, dtype=torch.int32, device=like.device)
         for run in self.runs or (Run(0, 0, like.numel()),):
-            pairs[run.at // 2 : (run.at + run.count + 1) // 2] += _wrap((run.address - run.at) // 2 + a)
-        spare = torch.empty_like(pairs)
-        common = _mix(pairs, spare)
-        first = _mix(common + b0, spare)
-        return first, _mix(common.add_(b1), spare)
+            pairs[run.at // 2 : (run.at + run.count + 1) // 2].add_(_wrap((run.address - run.at) // 2 + a))
+        words, spare = torch.empty((2, 2, len(pairs)), dtype=torch.int32, device=like.device)
+        common = _mix(pairs, spare[0])
+        torch.add(common, b0, out=words[0])
+        torch.add(common, b1, out=words[1])
+        first, second = _mix(words, spare)
+        return first, second
 
 
 def _trim(even: Tensor, odd: Tensor, like: Tensor) -> Tensor:

@@ -169,9 +169,8 @@ class Bucket:
             tensors: One for each member.
             only: The members to be written; None is all of them.
         """
-        for number, piece in enumerate(self.split(flat)):
+        for number, (tensor, stretch, piece) in enumerate(zip(tensors, self.stretches, self.split(flat), strict=True)):
             if only is None or number in only:
-                tensor, stretch = tensors[number], self.stretches[number]
                 if stretch.count == tensor.numel():
                     tensor.copy_(piece.view(tensor.shape))
                 else:
@@ -191,7 +190,7 @@ class Bucket:
 def _piece(tensor: Tensor, stretch: Stretch) -> Tensor:
     """The stretch of a tensor, flat: a view where the tensor is contiguous."""
     flat = tensor.reshape(-1)
-    return flat if stretch.count == len(flat) else flat[stretch.start : stretch.start + stretch.count]
+    return flat if stretch.count == tensor.numel() else flat[stretch.start : stretch.start + stretch.count]
 
 
 def buckets(tensors: Sequence[Tensor], limit: int = BUCKET) -> list[Bucket]:

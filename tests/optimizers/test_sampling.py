@@ -376,6 +376,19 @@ class TestSeveralDraws:
         plain.step()
         assert torch.equal(everything(clipped, problem), everything(plain, other))
 
+    @pytest.mark.parametrize("draws", [1, 2, 3])
+    def test_clipping_counts_even_if_gradients_are_cleared_before_the_step(self, draws):
+        problem, cleared = pair()
+        other, plain = pair()
+        for optimizer, net in ((cleared, problem), (plain, other)):
+            for step in range(draws):
+                draw(optimizer, net, step)
+            nn.utils.clip_grad_norm_(net.parameters(), max_norm=0.1)
+        cleared.zero_grad()
+        cleared.step()
+        plain.step()
+        same(everything(cleared, problem), everything(plain, other))
+
     def test_rescaling_between_draws_acts_on_what_was_averaged_so_far(self):
         problem, optimizer = pair(betas=(0.0, 0.9), lr=0.0)
         gradients = []
@@ -509,6 +522,15 @@ class TestWithoutDraws:
         with quietly():
             plain.step()
         torch.testing.assert_close(flat(again.parameters()), first, rtol=1e-12, atol=1e-14)
+
+    @pytest.mark.parametrize("approximation", APPROXIMATIONS)
+    def test_a_step_without_a_draw_keeps_the_curvature_whatever_its_estimate(self, approximation):
+        problem, optimizer = pair(**approximation)
+        problem.loss(0).backward()
+        with quietly():
+            optimizer.step()
+        assert (state(optimizer, "hess") == 0.5).all()
+        assert (state(optimizer, "momentum") != 0).all()
 
     def test_a_step_without_a_draw_leaves_the_draws_after_it_in_order(self):
         problem, optimizer = pair()

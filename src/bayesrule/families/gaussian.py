@@ -29,7 +29,10 @@ class _Elementwise(Gaussian):
         return v / self.metric
 
     def root_precondition(self, v: Point) -> Point:
-        return v / self.metric**0.5
+        return v * self.metric**-0.5
+
+    def root_solve(self, v: Point) -> Point:
+        return v * self.precision**-0.5
 
     def sandwich(self, d: Any) -> Any:
         return d * (d / self.metric)
