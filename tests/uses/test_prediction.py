@@ -331,7 +331,8 @@ class TestEvaluate:
         expected = (at_zero > entropy).double().mean() + 0.5 * (at_zero == entropy).double().mean()
         assert figures["auroc_ood"] == pytest.approx(expected.item(), abs=1e-9)
         same = br.evaluate(net, post, loader, num_samples=8, ood=[net.x.flip(0)])
-        assert same["auroc_ood"] == pytest.approx(0.5, abs=1e-9)
+        # each of the 64 inputs meets itself once among the 64 x 64 pairs, and there rounding may break the tie
+        assert same["auroc_ood"] == pytest.approx(0.5, abs=64 / 64**2 / 2)
 
     def test_the_ood_data_do_not_touch_the_other_figures(self):
         net, post = learned()

@@ -22,7 +22,7 @@ def mlp(channels: int, size: int, classes: int) -> nn.Module:
 
 
 def lenet(channels: int, size: int, classes: int) -> nn.Module:
-    """Two convolutions with max pooling and one hidden layer, after LeCun et al. (1998) with rectifiers."""
+    """Three convolutions, each followed by max pooling, and a linear layer, after LeCun et al. (1998) with rectifiers."""
     return nn.Sequential(
         nn.Conv2d(channels, 16, 5, padding=2),
         nn.ReLU(),
@@ -30,10 +30,11 @@ def lenet(channels: int, size: int, classes: int) -> nn.Module:
         nn.Conv2d(16, 32, 5, padding=2),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * (size // 4) ** 2, 64),
+        nn.Conv2d(32, 64, 3, padding=1),
         nn.ReLU(),
-        nn.Linear(64, classes),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * (size // 8) ** 2, classes),
     )
 
 
