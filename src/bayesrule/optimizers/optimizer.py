@@ -8,6 +8,8 @@ bucket of parameters, and its result is copied back in place.
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -398,9 +400,18 @@ class BayesOptimizer(Optimizer, ABC):
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"{type(self).__name__}: {message}", UserWarning, stacklevel=4)
+            warnings.warn(f"{type(self).__name__}: {message}", UserWarning, stacklevel=_callers_level())
 
     def _why(self, drawn: int) -> str:
         if drawn:
             return "a draw was opened, but backward() did not run in it or reached no parameter of this optimizer"
         return "call backward() before step(), on a loss that depends on this optimizer's parameters"
+
+
+def _callers_level() -> int:
+    """The stacklevel of the first caller outside torch and this library, for a warning given by the caller of this."""
+    inside = tuple(os.path.dirname(module.__file__ or "") for module in (torch, sys.modules[__package__.split(".")[0]]))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level
