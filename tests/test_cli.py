@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,8 @@ def test_demo_prints_the_table_and_then_has_nothing_to_do(tmp_path, capsys, monk
     code, second, _ = call(f"demo --out {out}", capsys)
     assert code == 0 and f"Nothing to do: {out}" in second
     assert first.splitlines()[:8] == second.splitlines()[:8]
+    (out / "report.html").unlink()
+    assert call(f"demo --out {out}", capsys)[0] == 0 and (out / "report.html").exists()
     code, again, _ = call(f"report {out}", capsys)
     assert code == 0 and "report.html" in again
 
@@ -95,7 +98,8 @@ REFUSALS = {
     "demo into other files": ("demo --out {foreign}", "already holds other files"),
     "no run": ("evaluate {new}", "there is no run folder"),
     "not a run": ("report {foreign}", "is not a run folder"),
-    "negative draws": ("evaluate {run} --num-samples -1", "num_samples must be a whole number >= 1, got -1"),
+    "no draws": ("evaluate {run} --num-samples 0", "num_samples must be a whole number >= 1, got 0"),
+    "no place": (f"{TRAIN} {{foreign}}/thesis.tex/run", "thesis.tex: File exists"),
     "no such command": ("evalute {run}", "evalute"),
     "no such flag": (f"{TRAIN} {{new}} --momentum 3", "--momentum"),
     "not a number": (f"{TRAIN} {{new}} --epochs many", "many"),
@@ -124,6 +128,17 @@ def test_a_missing_extra_is_one_line_and_exit_code_2():
     assert done.stderr.splitlines() == [
         'bayesrule: the command line needs tyro, which is not installed: pip install "bayesrule[cli]"'
     ]
+
+
+def test_a_killed_run_leaves_nothing(tmp_path):
+    command = f"train image --data digits --optimizer sgd --epochs 100000 --out {tmp_path / 'run'}"
+    killed = subprocess.Popen([sys.executable, "-m", "bayesrule.cli", *command.split()], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.terminate()
+    assert "bayesrule: interrupted; nothing was kept" in killed.communicate(timeout=60)[1]
+    assert killed.returncode == 130 and not list(tmp_path.iterdir())
 
 
 def test_an_interrupt_is_one_line(capsys, monkeypatch):

@@ -51,12 +51,12 @@ class TestPurity:
     def test_look_move_and_step_leave_their_inputs_as_they_are(self, rule, make):
         prior, loss = make(1, ess=5.0), br.Loss(bumpy)
         q, memory = make(0, ess=5.0).under(prior), normal(3, 3)
-        look, rates = rule.look(q, prior, loss), br.Rates(0.1, 0.2, 4)
+        look, rates = rule.look(q, prior, loss, br.CounterNoise()), br.Rates(0.1, 0.2, 4)
         inputs = (q, prior, look, memory)
         before = copy.deepcopy(inputs)
-        rule.look(q, prior, loss)
+        rule.look(q, prior, loss, br.CounterNoise())
         rule.move(q, prior, look, rates, memory)
-        rule.step(q, prior, loss, 0.1)
+        rule.step(q, prior, loss, 0.1, br.CounterNoise())
         for now, then in zip(inputs, before, strict=True):
             for a, b in zip(tensors(now), tensors(then), strict=True):
                 assert torch.equal(a, b)
@@ -64,7 +64,7 @@ class TestPurity:
     @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
     def test_the_same_step_twice_is_the_same(self, rule, make):
         prior, loss, q = make(1), br.Loss(bumpy), make(0)
-        first, second = rule.step(q, prior, loss, 0.1), rule.step(q, prior, loss, 0.1)
+        first, second = (rule.step(q, prior, loss, 0.1, br.CounterNoise()) for _ in range(2))
         assert torch.equal(first.mean, second.mean)
         assert torch.equal(first.metric, second.metric)
 
@@ -270,11 +270,13 @@ class TestLooking:
         close(look.gradient, torch.stack([torch.func.grad(bumpy)(t) for t in thetas]).mean(dim=0))
         close(look.curvature, torch.stack([torch.autograd.functional.hessian(bumpy, t) for t in thetas]).mean(dim=0))
 
-    def test_another_noise_gives_another_look_and_none_the_default(self):
+    def test_another_noise_gives_another_look_and_a_rule_that_draws_needs_one(self):
         q, loss = full(0), br.Loss(bumpy)
         rule = br.BayesRule(br.MonteCarlo(), br.Zero(), br.Additive())
-        looks = [rule.look(q, q, loss, noise).value for noise in (None, br.CounterNoise(), br.CounterNoise(seed=1))]
-        assert looks[0] == looks[1] != looks[2]
+        looks = [rule.look(q, q, loss, noise).value for noise in (br.CounterNoise(), br.CounterNoise(seed=1))]
+        assert looks[0] != looks[1]
+        with pytest.raises(ValueError, match=r"this rule draws: pass noise=CounterNoise\(seed, step=t\)"):
+            rule.step(q, q, loss)
 
     def test_the_loss_is_asked_once_a_draw(self):
         asked = []
@@ -287,7 +289,7 @@ class TestLooking:
         br.BayesRule(br.Delta(), br.Hessian(), br.Natural()).look(q, q, loss)
         assert len(asked) == 1
         assert asked[0] is q.mean
-        br.BayesRule(br.MonteCarlo(5), br.Zero(), br.Natural()).look(q, q, loss)
+        br.BayesRule(br.MonteCarlo(5), br.Zero(), br.Natural()).look(q, q, loss, br.CounterNoise())
         assert len(asked) == 6
 
     def test_no_look_needs_more_than_the_oracle_offers(self):
@@ -357,6 +359,6 @@ def test_the_families_of_the_table_exist():
 
 def test_infinite_ess_has_no_spread_and_no_draws():
     q = br.Diagonal(torch.zeros(2), torch.ones(2), ess=math.inf)
-    look = SAMPLED.look(q, q, br.Loss(lambda theta: (theta - 1).square().sum()))
+    look = SAMPLED.look(q, q, br.Loss(lambda theta: (theta - 1).square().sum()), br.CounterNoise())
     close(look.gradient, torch.full((2,), -2.0), 0)
     assert look.curvature is None

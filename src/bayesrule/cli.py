@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -47,10 +48,13 @@ class Demo:
 
     def run(self) -> None:
         """Do it, unless it is done."""
+        page = self.out / "report.html"
         done = demo.is_complete(self.out)
         if not done:
             with _progress() as bars:
                 demo.demo(self.out, bars=bars)
+        elif not page.exists():
+            folder.write(page, render(demo.summarize(self.out)))
         results = demo.results(self.out)
         if self.json:
             _print_json(results)
@@ -59,7 +63,7 @@ class Demo:
         print(results["speed"])
         if done:
             print(f"Nothing to do: {self.out} holds the finished demo. To run it again, delete the folder.")
-        print(f"Report: {self.out / 'report.html'}")
+        print(f"Report: {page}")
 
 
 @dataclass(frozen=True)
@@ -264,12 +268,17 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, or 2 for what the user can mend."""
+    """Run the command line and return its exit code: 0, 2 for what the user can mend, 130 if interrupted."""
     if ABSENT:
         return _refuse(f'the command line needs {ABSENT}, which is not installed: pip install "bayesrule[cli]"')
+    if arguments is None:
+        arguments = sys.argv[1:]
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` leaves as little behind as Ctrl-C
     try:
-        parse(sys.argv[1:] if arguments is None else arguments).run()
-    except (ValueError, OSError) as error:
+        parse(arguments).run()
+    except OSError as error:
+        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ValueError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
         _refuse("interrupted; nothing was kept")

@@ -62,6 +62,7 @@ class Posterior:
                 continue
             if odd := set(self.mean) ^ set(tensors):
                 raise ValueError(f"posterior mean and {block} disagree on the name {min(odd)!r}")
+            object.__setattr__(self, block, {name: tensors[name] for name in self.mean})
             for name, tensor in tensors.items():
                 shape = self.mean[name].shape
                 if tensor.shape != shape and (block == "precision" or tensor.dim() > 0):
@@ -309,6 +310,7 @@ def sampled(model: nn.Module, posterior: Posterior, seed: int) -> Iterator[nn.Mo
         with torch.no_grad():
             for name, p in params.items():
                 p.copy_(values[name])
+        torch.clear_autocast_cache()
 
     try:
         write(posterior.sample(seed))

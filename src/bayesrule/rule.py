@@ -313,6 +313,8 @@ class BayesRule:
 
     def look(self, q: Any, prior: Any, loss: Callable[[Point], Oracle], noise: Noise | None = None) -> Look:
         """Estimate E_q[loss], E_q[gradient], E_q[curvature]."""
+        if noise is None and self.expectation.draws:
+            raise ValueError("this rule draws: pass noise=CounterNoise(seed, step=t) with another step t in every call")
 
         def look_at(offset: Point | None) -> Look:
             oracle = loss(q.mean if offset is None else q.mean + offset)
@@ -335,7 +337,7 @@ class BayesRule:
             prior: The prior, a member of the same family.
             loss: From theta to what can be asked there, such as :class:`bayesrule.Loss`.
             rate: Step size, in (0, 1].
-            noise: Source of the draws, where the expectation draws; a :class:`bayesrule.CounterNoise` by default.
+            noise: Source of the draws, needed where the expectation draws: ``CounterNoise(seed, step=t)``, t counting the calls.
         """
         q = q.under(prior)
         return self.move(q, prior, self.look(q, prior, loss, noise), Rates(rate, rate))[0]

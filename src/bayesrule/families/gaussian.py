@@ -132,6 +132,8 @@ class _TwoBlocks(Gaussian):
         return replace(self, mean=self.mean if mean is None else mean, hess=self.hess if hess is None else hess)  # type: ignore[type-var]
 
     def under(self, prior: Gaussian) -> Self:
+        if isinstance(prior, Full) != isinstance(self, Full):
+            raise TypeError(f"a {type(self).__name__} needs a prior of its own structure, got a {type(prior).__name__}")
         pull = prior.precision / self.ess
         same = pull is self.weight_decay or (isinstance(pull, float) and pull == self.weight_decay)
         return self if same else replace(self, hess=self.metric - pull, weight_decay=pull)  # type: ignore[type-var]

@@ -32,7 +32,8 @@ class Plot:
     def flat(self, name: str) -> Tensor:
         """A block of the plot's own, shape (size,); zeros at first."""
         if name not in self.flats:
-            self.flats[name] = self.params[0].new_zeros(self.bucket.size, dtype=self.dtype)
+            with torch.inference_mode(False):  # it must outlive an evaluation in inference mode
+                self.flats[name] = self.params[0].new_zeros(self.bucket.size, dtype=self.dtype)
         return self.flats[name]
 
     def shared(self, name: str, states: Sequence[dict[str, Any]], fill: float = 0.0) -> Tensor:
@@ -45,6 +46,8 @@ class Plot:
             self._share(name, states, fill)
         return self.flats[name]
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _share(self, name: str, states: Sequence[dict[str, Any]], fill: float) -> None:
         stretch, param = self.bucket.stretches[0], self.params[0]
         if stretch.count < param.numel():  # a piece of a large tensor: the tensor owns the memory

@@ -8,9 +8,6 @@ bucket of parameters, and its result is copied back in place.
 from __future__ import annotations
 
 import math
-import os
-import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +23,7 @@ from ..posterior import Posterior
 from ..rule import BayesRule, Gaussian, Rates
 from .cells import Cell, Plot, plots
 from .hyperparameters import Allowed, validate
+from .reminders import Reminders
 from .sampling import Draws, Injected
 
 if TYPE_CHECKING:
@@ -77,7 +75,7 @@ class BayesOptimizer(Optimizer, ABC):
         self._draws = Draws(self, Injected(noise) if noise else None)
         self._plots: dict[int, tuple[Any, list[Plot]]] = {}  # by group
         self._plan: tuple[list[int], list[Cell]] | None = None  # the last parameters dealt, and their cells
-        self._warned: set[str] = set()
+        self._reminders = Reminders(type(self).__name__)
 
     # What a subclass fills in
 
@@ -175,20 +173,24 @@ class BayesOptimizer(Optimizer, ABC):
         """
         loss = self._evaluate(closure) if closure is not None else None
         self._draws.close()
+        self._plan = None
         taken, drawn = self._draws.take(), self._draws.begun
-        self._remind(drawn)
+        if taken is not None and not taken[0]:
+            self._draws.forget()
+            raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
+        wanted = max(self.rule(group).expectation.draws for group in self.param_groups)
+        self._reminders.of_draws(wanted, drawn, self.defaults.get("antithetic", False))
         if taken is not None:
             params, look_at = taken
-            if not params:
-                self._draws.forget()
-                raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
             cells = self.cells(params)
             for cell in cells:
                 q, prior = self.belief(cell)
                 look = look_at(cell, q, prior)
                 self._keep(cell, *cell.rule.move(q, prior, look, self.rates(cell.group, cell.step + 1), self._memory(cell)))
             moved = {id(p): self.state[p]["step"] for cell in cells for p in cell.params}
-            torch._foreach_add_(list(moved.values()), 1)
+            if moved:
+                torch._foreach_add_(list(moved.values()), 1)
+            torch.clear_autocast_cache()
             if drawn:
                 for p in params:
                     p.grad = None
@@ -208,9 +210,8 @@ class BayesOptimizer(Optimizer, ABC):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; what a closed draw left there is read first, and not lost."""
-        if not self._draws.is_open:
-            self._draws.read()
-            self._draws.settle()
+        if not self._draws.is_training:
+            self._draws.renew()
         super().zero_grad(set_to_none)
 
     # q in pieces
@@ -237,7 +238,7 @@ class BayesOptimizer(Optimizer, ABC):
         steps = [int(s["step"]) if id(p) in chosen else -1 for s, p in zip(states, plot.params, strict=True)]
         for step in sorted(set(steps) - {-1}):
             only = None if len(set(steps)) == 1 else frozenset(i for i, own in enumerate(steps) if own == step)
-            remembers = step > 0 and self.names.memory in states[0]
+            remembers = step > 0 and any(self.names.memory in s for s, own in zip(states, steps, strict=True) if own == step)
             yield Cell(plot, group, self.rule(group), step, remembers, only)
 
     def _plot(self, index: int) -> list[Plot]:
@@ -269,6 +270,8 @@ class BayesOptimizer(Optimizer, ABC):
         """Zeros shaped like a parameter, in the dtype of its state."""
         return param.new_zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _state(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if "step" not in state:
@@ -309,7 +312,7 @@ class BayesOptimizer(Optimizer, ABC):
         prior_mean = state.get("prior_mean", mean.new_zeros(()))
         prior_precision = state.get("prior_precision", mean.new_tensor(group["ess"] * group["weight_decay"]))
         precision = state[self.names.hess or ""] * group["ess"] + prior_precision
-        if not group["noise_scale"]:
+        if not group["noise_scale"] or math.isinf(group["ess"]):
             precision = torch.full_like(precision, math.inf)
         return mean, precision, prior_mean.clone(), prior_precision.clone()
 
@@ -354,7 +357,18 @@ class BayesOptimizer(Optimizer, ABC):
         Raises:
             ValueError: It is the state of another optimizer, or a hyper-parameter in it is outside its range.
         """
+        own = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for p, index in zip(own, indices, strict=False):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name != "step" and torch.as_tensor(value).shape != p.shape:
+                    raise ValueError(
+                        f"{type(self).__name__}: {name} of parameter {index} has shape {tuple(torch.as_tensor(value).shape)}, "
+                        f"the parameter {tuple(p.shape)}: it was saved for another model"
+                    )
         for index, state in state_dict["state"].items():
+            if set(state) <= {"prior_mean", "prior_precision"}:  # not trained yet
+                continue
             if "step" not in state or (self.names.hess is not None and self.names.hess not in state):
                 raise ValueError(
                     f"{type(self).__name__}: the state of parameter {index} holds {sorted(state)}, not "
@@ -362,15 +376,17 @@ class BayesOptimizer(Optimizer, ABC):
                 )
         for number, group in enumerate(state_dict["param_groups"]):
             validate(type(self).__name__, number, group, self.ranges)
+        self._draws.discard()
         super().load_state_dict(state_dict)
-        params = [p for group in self.param_groups for p in group["params"]]
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for p, index in zip(params, indices, strict=True):
+        for p, index in zip(own, indices, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 exact = torch.as_tensor(value).detach().clone()
                 self.state[p][name] = exact if name == "step" else self.like_state(p).copy_(exact)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._draws.begun:
+            raise RuntimeError(f"{type(self).__name__} cannot be copied between a draw and its step(); copy it after the step")
+        self._draws.close()
         return {**super().__getstate__(), "noise": self._draws.injected and self._draws.injected.function}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -378,40 +394,7 @@ class BayesOptimizer(Optimizer, ABC):
         self._prepare(state.pop("noise", known and known.injected and known.injected.function))
         super().__setstate__(state)
 
-    # Saying so
-
-    def _remind(self, drawn: int) -> None:
-        """Warn, once each, about a step without the draws that the algorithm needs."""
-        group = self.param_groups[0]
-        wanted = max(self.rule(g).expectation.draws for g in self.param_groups)
-        if wanted and not drawn:
-            self._warn(
-                "a step without a draw: it is taken at the mean and the curvature stays as it is; run forward and backward "
-                "inside `with opt.sampled_params(train=True):` or call step(closure)"
-            )
-        elif wanted > 1 and drawn != wanted:
-            self._warn(
-                f"mc_samples={wanted} acts in step(closure); this step had {drawn} draw{'s' * (drawn != 1)}: open as many "
-                "sampled_params() contexts as you want draws, or pass a closure"
-            )
-        if drawn % 2 and group.get("antithetic"):
-            self._warn(f"antithetic draws come in pairs, but this step had {drawn}: open an even number")
-
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"{type(self).__name__}: {message}", UserWarning, stacklevel=_callers_level())
-
     def _why(self, drawn: int) -> str:
         if drawn:
             return "a draw was opened, but backward() did not run in it or reached no parameter of this optimizer"
         return "call backward() before step(), on a loss that depends on this optimizer's parameters"
-
-
-def _callers_level() -> int:
-    """The stacklevel of the first caller outside torch and this library, for a warning given by the caller of this."""
-    inside = tuple(os.path.dirname(module.__file__ or "") for module in (torch, sys.modules[__package__.split(".")[0]]))
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -116,7 +116,7 @@ class Draws:
         self._averaged: dict[Tensor, None] = {}  # parameters that have running means
         self._begun_means: set[int] = set()  # plots whose running means belong to this step
         self._curved: set[int] = set()  # those whose curvature was seen
-        self._handed: dict[Tensor, float] = {}  # largest element of the mean gradients that stand in p.grad
+        self._handed: dict[Tensor, Tensor] = {}  # mean gradients that stand in p.grad
         self._train.cells = []
         if self.injected:
             self.injected.held = None
@@ -132,8 +132,7 @@ class Draws:
         if not 0 < weight < math.inf:
             raise ValueError(f"the weight of a draw must be a number in (0, inf), got {weight!r}")
         if train:
-            self.read()
-            self.settle()
+            self.renew()
             self._weight = float(weight)
         try:
             if train:
@@ -161,9 +160,12 @@ class Draws:
 
     def discard(self) -> None:
         """Bring the mean back and forget the draw with its gradient."""
-        if self._open is self._train:
-            _clear(self.host.trainable())
+        train = self._open is self._train
         self._restore()
+        if train:
+            _clear(self.host.trainable())
+            if self._averaged:
+                self._hand_over()
 
     def close(self) -> None:
         """End a draw if one is open."""
@@ -171,9 +173,9 @@ class Draws:
             self.end()
 
     @property
-    def is_open(self) -> bool:
-        """Whether the parameters hold a sample."""
-        return self._open is not None
+    def is_training(self) -> bool:
+        """Whether the parameters hold a sample that is learned from."""
+        return self._open is self._train
 
     @torch.no_grad()
     def _write(self, written: Written, stream: int, draw: int) -> None:
@@ -189,6 +191,7 @@ class Draws:
                 cell.keep(q.mean, cell.plot.flat(written.block))
                 written.cells.append(cell)  # from here on there is something to restore
                 cell.scatter(q.mean + offset, cell.plot.params)
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def _restore(self, keep_offset: bool = False) -> None:
@@ -201,6 +204,7 @@ class Draws:
             cell.scatter(block, cell.plot.params)
             if offset is not None:
                 cell.keep(offset, block)
+        torch.clear_autocast_cache()
         if written is not self._train:
             for cell in written.cells:
                 cell.plot.flats.pop(written.block, None)
@@ -219,7 +223,10 @@ class Draws:
             return
         self._pending = False
         fresh = self._with_gradient()
-        if fresh and self._finite([p.grad for p in fresh]):
+        if not fresh:  # nobody ran backward: no draw
+            self.begun -= 1
+            self._train.cells = []
+        elif self._finite([p.grad for p in fresh]):
             self._average(fresh)
         _clear(fresh)
 
@@ -247,25 +254,42 @@ class Draws:
 
     def _hand_over(self) -> None:
         """Put the mean gradient into ``p.grad``, so that unscaling and clipping act on the mean."""
-        mean = {p: torch.empty_like(p) for p in self._averaged}
-        for cell in self.host.cells(list(mean)):
-            cell.scatter(self._means(cell.plot)[0], [mean.get(p, p) for p in cell.plot.params])
-        for p, gradient in mean.items():
+        self._handed = {p: torch.empty_like(p) for p in self._averaged}
+        for cell in self.host.cells(list(self._handed)):
+            cell.scatter(self._means(cell.plot)[0], [self._handed.get(p, p) for p in cell.plot.params])
+        for p, gradient in self._handed.items():
             p.grad = gradient
-        self._handed = {p: _largest(gradient) for p, gradient in mean.items()}
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Take the mean gradient back as it now stands; the curvature follows whatever rescaled it."""
-        handed = {p: before for p, before in self._handed.items() if p.grad is not None}
-        self._handed = {}
-        for cell in self.host.cells(list(handed)):
+    def settle(self) -> bool:
+        """Take the mean gradient back as it now stands; the curvature follows, element by element, whatever rescaled it.
+
+        Where the mean is zero the curvature follows the common factor. Returns whether all is finite.
+        """
+        handed, self._handed = self._handed, {}
+        for p in [p for p in handed if p.grad is None]:  # held back
+            self._averaged.pop(p)
+        back = [p for p in handed if p.grad is not None]
+        changes = []
+        for cell in self.host.cells(back):
+            before = self._means(cell.plot)[0].to(cell.plot.params[0].dtype).to(cell.plot.dtype)  # as it was handed over
+            changes.append((cell, before, cell.gather(_gradients(cell.plot.params))))
+        size = sum(float((before * before).sum()) for _, before, _ in changes)
+        common = sum(float((before * after).sum()) for _, before, after in changes) / size if size else 1.0
+        for cell, before, after in changes:
             gradient, curvature = self._means(cell.plot)
-            cell.keep(cell.gather(_gradients(cell.plot.params)), gradient)
-            for p, piece in zip(cell.plot.params, cell.plot.bucket.split(curvature), strict=True):
-                if handed.get(p):
-                    piece.mul_((_largest(p.grad) / handed[p]) ** cell.rule.curvature.degree)
-        _clear(list(handed))
+            factor = torch.where(before == 0, common, after / before)
+            cell.keep(after, gradient)
+            cell.keep(curvature * factor**cell.rule.curvature.degree, curvature)
+        finite = not back or self._finite([p.grad for p in back])
+        _clear(back)
+        return finite
+
+    def renew(self) -> None:
+        """Before more draws: take everything into the running means; forget what was made not finite."""
+        self.read()
+        if not self.settle():
+            self.forget()
 
     # The step
 
@@ -274,10 +298,8 @@ class Draws:
         """The parameters to move, and the look that moves a cell of them; None if every draw was dropped."""
         if self._averaged:
             self.read()
-            self.settle()
-            kept = list(self._averaged)
-            finite = self._finite([self._means(cell.plot)[0] for cell in self.host.cells(kept)])
-            return (kept, self._mean) if finite else None
+            finite = self.settle()
+            return (list(self._averaged), self._mean) if finite else None
         fresh = self._with_gradient()
         if not self.begun:
             return fresh, self._at_hand
@@ -316,10 +338,6 @@ class Draws:
 
 def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-
-
-def _largest(gradient: Tensor | None) -> float:
-    return 0.0 if gradient is None or not gradient.numel() else gradient.abs().max().item()
 
 
 def _clear(params: Sequence[Tensor]) -> None:

@@ -14,7 +14,7 @@ from ..families.gaussian import Diagonal
 from ..momentum import Momentum
 from ..posterior import Posterior
 from ..retractions import Riemannian
-from ..rule import BayesRule, Gaussian, Rates
+from ..rule import BayesRule, Curvature, Gaussian, Rates
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
 from .optimizer import BayesOptimizer, Names
 
@@ -140,13 +140,17 @@ class IVON(BayesOptimizer):
         super().__init__(params, defaults, prior=prior, noise=noise)
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
-        scale = group["gradsq_scale"] or group["ess"]
         return BayesRule(
             MonteCarlo(group["mc_samples"], group["antithetic"]) if group["noise_scale"] else Delta(),
-            Reparameterized() if group["hess_approx"] == "price" else SquaredGradient(scale) if math.isfinite(scale) else Zero(),
+            self._curvature(group),
             Riemannian(group["clip_radius"]),
             Momentum(group["betas"][0], over="loss", debias=group["debias"]),
         )
+
+    def _curvature(self, group: Mapping[str, Any]) -> Curvature:
+        if math.isinf(group["ess"]):
+            return Zero()
+        return Reparameterized() if group["hess_approx"] == "price" else SquaredGradient(group["gradsq_scale"] or group["ess"])
 
     def rates(self, group: Mapping[str, Any], step: int) -> Rates:
         unit = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0

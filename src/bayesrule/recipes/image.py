@@ -113,16 +113,18 @@ class Run:
         """Training time."""
         return sum(line["seconds"] for line in self.history)
 
-    def probabilities(self, inputs: Tensor, num_samples: int = 0) -> Tensor:
-        """Class probabilities averaged over draws from the posterior, or at the mean if there are to be none."""
-        posterior = self.posterior if num_samples else None
-        probs = br.predict(self.model, posterior, inputs, num_samples=num_samples).probs
+    def probabilities(self, inputs: Tensor, num_samples: int | None = None) -> Tensor:
+        """Class probabilities averaged over so many draws from the posterior; at the mean if None."""
+        if num_samples is None:
+            probs = br.predict(self.model, None, inputs).probs
+        else:
+            probs = br.predict(self.model, self.posterior, inputs, num_samples=num_samples).probs
         assert probs is not None
         return probs
 
     def methods(self, num_samples: int) -> list[Method]:
         """What the run predicts at its mean and, if it has a posterior, averaged over draws from it."""
-        draws = [0, num_samples] if self.posterior is not None else [0]
+        draws = [None, num_samples] if self.posterior is not None else [None]
         names = [f"{self.title}, mean", f"{self.title}, averaged"] if len(draws) > 1 else [self.title]
         return [
             Method(
@@ -130,7 +132,7 @@ class Run:
                 self.probabilities(self.data.test[0], count),
                 None if self.data.unknown is None else self.probabilities(self.data.unknown[0], count),
                 self.seconds,
-                () if count else self.history,
+                self.history if count is None else (),
             )
             for name, count in zip(names, draws, strict=True)
         ]

@@ -225,12 +225,13 @@ def _reliability(probs: Tensor, labels: Tensor, color: str) -> str:
     def draw(above: Axes, below: Axes) -> None:
         above.plot([0, 1], [0, 1], color="#999", linewidth=1, linestyle="dashed")
         above.vlines(x, center - half, center + half, color=color, alpha=0.45, linewidth=3)
-        above.plot(x, y, color=color, marker="o", markersize=4.5, linewidth=1.2)
+        above.plot(x, y, color=color, marker="o", markersize=4.5, linewidth=1.2, clip_on=False)
         above.set(ylim=(-0.03, 1.03), ylabel="right", yticks=[0, 0.25, 0.5, 0.75, 1])
         _percent(above, "y")
         below.bar(left, n, width=1 / BINS, align="edge", color=color, edgecolor="white", linewidth=0.5)
         below.set(yscale="log", ylim=(0.7, max(10.0, 1.5 * len(labels))), ylabel="images")
         below.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="confidence")
+        below.yaxis.set_major_formatter("{x:,.0f}")
         below.minorticks_off()
         _percent(below, "x")
 
