@@ -78,6 +78,16 @@ def test_a_damaged_folder_names_the_file(ivon, tmp_path, file, text, message):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["0.weight", "1.weight"])
+def test_a_posterior_of_another_model_is_named(ivon, tmp_path, name):
+    for path in ivon.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    other = {name: torch.zeros(2)}  # a name, or a shape, that the model has not
+    br.Posterior(other, {name: torch.ones(2)}).save(tmp_path / "posterior.safetensors")
+    with pytest.raises(ValueError, match=f"posterior.safetensors is of another model: .*{name}"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "posterior.safetensors", "metrics.jsonl"])
 def test_a_missing_file_is_named(ivon, tmp_path, file):
     for path in ivon.iterdir():

@@ -340,3 +340,10 @@ class TestEvaluate:
         plain = br.evaluate(net, post, loader, num_samples=4)
         both = br.evaluate(net, post, loader, num_samples=4, ood=[torch.zeros(3, 5, dtype=torch.float64)])
         assert {key: both[key] for key in plain} == plain
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 1), nn.Sequential(nn.Linear(2, 1), nn.Flatten(0))])
+def test_a_single_output_is_no_class_probability(model):
+    with pytest.raises(ValueError, match="class probabilities need"):
+        br.predict(model.eval(), None, torch.zeros(5, 2))
+    assert br.predict(model.eval(), None, torch.zeros(5, 2), link="identity").mean.shape[0] == 5

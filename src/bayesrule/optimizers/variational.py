@@ -58,7 +58,7 @@ class IVON(BayesOptimizer):
         antithetic: Draws come in mirrored pairs: two contexts, or ``mc_samples=2``. Curvature is far less noisy.
         prior: A Posterior to be the prior instead of N(0, 1 / (ess delta)), by name where ``params`` are named, else in order.
             ``weight_decay`` then becomes its mean precision per unit of ess, which only ``rescale_lr`` uses.
-        seed: Seed of the noise.
+        seed: Seed of the noise; two optimizers with the same seed draw the same.
         noise: Unit normals for tests, see :class:`bayesrule.BayesOptimizer`.
 
     Raises:

@@ -162,11 +162,19 @@ def read(folder: Path) -> Run:
     except (SafetensorError, RuntimeError) as error:
         why = str(error).splitlines()[-1].strip()
         raise ValueError(f"{folder / 'model.safetensors'} is damaged or of another model: {why}") from error
+    posterior = None
+    if variational:
+        path = folder / "posterior.safetensors"
+        posterior = br.Posterior.load(path)
+        try:
+            posterior.bind(model)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is of another model: {error.args[0]}") from error
     return Run(
         settings,
         data,
         model.eval(),
-        br.Posterior.load(folder / "posterior.safetensors") if variational else None,
+        posterior,
         read_lines(folder / "metrics.jsonl"),
         record.get("versions", {}),
     )

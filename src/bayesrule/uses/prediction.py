@@ -58,7 +58,7 @@ def predict(
         batch_size: Inputs per forward.
 
     Raises:
-        ValueError: Unknown method or link, or outputs that are probabilities already.
+        ValueError: Unknown method or link, fewer than two classes, or outputs that are probabilities already.
         RuntimeError: A draw gave outputs that are not finite.
 
     Example:
@@ -215,6 +215,11 @@ def _entropy(probs: Tensor) -> Tensor:
 
 
 def _check(outputs: Tensor, number: int, posterior: Posterior | None, link: str) -> None:
+    if link == "softmax" and (outputs.dim() < 2 or outputs.shape[-1] < 2):
+        raise ValueError(
+            f"the model gave outputs of shape {tuple(outputs.shape)}; class probabilities need (inputs, classes >= 2), "
+            "numbers link='identity'"
+        )
     rows = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
     if bad := int((~rows.isfinite()).any(dim=1).sum()):
         where = ""
