@@ -82,10 +82,15 @@ class ShowTable:
         if self.json:
             _print_json({"algorithms": rows})
             return
-        grid = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+        console = Console() if sys.stdout.isatty() else Console(width=180)
+        words = () if console.width >= 140 else ("rates", "twin", "source")  # a narrow terminal shows the slots
+        grid = Table(
+            *(key for key in rows[0] if key not in words), box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0)
+        )
         for row in rows:
-            grid.add_row(*(f"{value:.1e}" if isinstance(value, float) else str(value) for value in row.values()))
-        Console(soft_wrap=not sys.stdout.isatty()).print(grid)
+            shown = {key: f"{value:.0e}" if isinstance(value, float) else value for key, value in row.items() if key not in words}
+            grid.add_row(*shown.values())
+        console.print(grid)
 
 
 @dataclass(frozen=True)
