@@ -3,8 +3,9 @@
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+RIVALS := .venv/.rivals
 
-.PHONY: demo help test slow lint format doctest check clean
+.PHONY: demo help test slow lint format doctest check bench clean
 .DELETE_ON_ERROR:
 
 demo: runs/demo/report.html ## install, then train AdamW, SGD and IVON side by side (the default)
@@ -39,6 +40,13 @@ doctest: $(READY) ## the examples in the docstrings
 	$(BIN)/pytest --doctest-modules src
 
 check: lint test doctest ## everything a change must pass
+
+$(RIVALS): $(READY)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"
+	touch $@
+
+bench: $(RIVALS) ## cost beside AdamW and the published IVON, appended to benchmarks/README.md (25 minutes)
+	$(BIN)/python -m benchmarks
 
 clean: ## remove the environment, the runs and every cache
 	rm -rf .venv runs build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,6 +109,41 @@ class TestGaussian:
         assert all(torch.equal(one[name], two[name]) for name in SHAPES)
         assert all((one[name] != post.sample(seed=4)[name]).all() for name in SHAPES)
         assert {name: tuple(t.shape) for name, t in one.items()} == SHAPES
+
+    @pytest.mark.parametrize("kind", [np.int64, np.uint16, torch.tensor], ids=str)
+    def test_seeds_and_draws_of_other_kinds_are_the_same_numbers(self, kind):
+        post = gaussian()
+        one, two = post.sample(5, draw=2), post.sample(kind(5), draw=kind(2))
+        assert all(torch.equal(one[name], two[name]) for name in SHAPES)
+
+    def test_draws_of_a_seed_differ_from_one_another_and_from_other_seeds_and_zero_is_the_first(self):
+        post = gaussian()
+        drawn = {(seed, draw): flat(post.sample(seed, draw).values()) for seed in range(4) for draw in range(4)}
+        assert len({tuple(t.tolist()) for t in drawn.values()}) == 16
+        assert torch.equal(drawn[3, 0], flat(post.sample(3).values()))
+
+    @pytest.mark.parametrize("bad", [1.0, "1", None, True], ids=repr)
+    def test_a_seed_or_draw_that_is_no_whole_number_is_refused(self, bad):
+        with pytest.raises(ValueError, match=f"seed must be a whole number, got {bad!r}"):
+            gaussian().sample(bad)
+        with pytest.raises(ValueError, match=f"draw must be a whole number, got {bad!r}"):
+            gaussian().sample(0, draw=bad)
+
+    @pytest.mark.parametrize("shape", [(400, 400), (70, 2, 31, 31)], ids=str)
+    def test_a_tensor_larger_than_a_bucket_is_drawn_as_one(self, shape):
+        """In any memory format, with the spread that it should have; the noise of what comes behind stays the same."""
+        mean = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+        for m in (mean, mean.transpose(0, 1).contiguous().transpose(0, 1)):
+            drawn = br.Posterior(
+                {"large": m, "w": torch.zeros(3).double()},
+                {"large": torch.full(shape, 4.0).double(), "w": torch.ones(3).double()},
+            ).sample(0)
+            unit = 2 * (drawn["large"] - mean)
+            assert unit.mean().abs() < 4.5 / math.sqrt(unit.numel())
+            assert abs(unit.var() - 1) < 4.5 * math.sqrt(2 / unit.numel())
+            ahead, behind = br.CounterNoise(0, stream=2).normal(br.Vector([mean, torch.zeros(3).double()]))
+            torch.testing.assert_close(unit, ahead, rtol=0, atol=1e-9)
+            torch.testing.assert_close(drawn["w"], behind, rtol=1e-12, atol=1e-12)
 
     def test_samples_have_the_mean_and_the_variance(self):
         post, count = gaussian(), 3000
@@ -237,6 +273,30 @@ class TestChecks:
         with pytest.raises(ValueError, match="ess must be a number > 0, got"):
             gaussian(ess=ess)
 
+    @pytest.mark.parametrize(
+        ("bad", "says"),
+        [(-1.0, "1 entries below 0 or NaN; 0 is a flat prior"), (math.nan, "1 entries below 0 or NaN")],
+    )
+    def test_a_prior_precision_that_is_negative_is_refused(self, bad, says):
+        with pytest.raises(ValueError, match=f"posterior prior_precision of 'w' has {says}"):
+            br.Posterior({"w": torch.zeros(2)}, {"w": torch.ones(2)}, prior_precision={"w": torch.tensor([1.0, bad])})
+
+    @pytest.mark.parametrize("fine", [0.0, 1e-30, math.inf])
+    def test_a_flat_prior_is_taken(self, fine):
+        br.Posterior({"w": torch.zeros(2)}, {"w": torch.ones(2)}, prior_precision={"w": torch.tensor(fine)})
+
+    @pytest.mark.parametrize("bad", [0, -5, 2.0, 2.5, math.nan, "8", True], ids=repr)
+    def test_a_num_data_that_is_no_number_of_examples_is_refused(self, bad):
+        with pytest.raises(ValueError, match=rf"num_data must be a whole number >= 1, got {bad!r}; None where it is not known"):
+            gaussian(num_data=bad)
+
+    @pytest.mark.parametrize("given", [np.int64(40), torch.tensor(40), 40], ids=repr)
+    def test_a_num_data_of_another_kind_is_a_number_that_a_file_can_hold(self, given, tmp_path):
+        post = gaussian(num_data=given)
+        assert type(post.num_data) is int
+        post.save(tmp_path / "p.safetensors")
+        assert br.Posterior.load(tmp_path / "p.safetensors").num_data == 40
+
 
 class TestBind:
     def test_gives_the_models_own_parameters_by_name(self):
@@ -260,6 +320,33 @@ class TestBind:
         wrapped.save(tmp_path / "p.safetensors")
         assert_identical(br.Posterior.load(tmp_path / "p.safetensors", strip_prefix="module."), post)
 
+    @pytest.mark.parametrize(
+        ("strip", "expected"),
+        [
+            ("module.", "model.x"),
+            ("module", "model.x"),
+            ("mod", "module.model.x"),
+            ("module.mod", "module.model.x"),
+            ("module.model", "x"),
+            ("module.model.", "x"),
+            ("module.model.x", "module.model.x"),
+            ("model", "module.model.x"),
+            ("", "module.model.x"),
+            (".", "module.model.x"),
+        ],
+    )
+    def test_strip_prefix_takes_whole_parts_of_names_only(self, strip, expected, tmp_path):
+        one = {"module.model.x": torch.ones(2)}
+        br.Posterior(one, one, one, one).save(tmp_path / "p.safetensors")
+        loaded = br.Posterior.load(tmp_path / "p.safetensors", strip_prefix=strip)
+        assert [list(getattr(loaded, block)) for block in BLOCKS] == [[expected]] * 4
+
+    def test_strip_prefix_that_makes_two_names_one_is_refused(self, tmp_path):
+        two = {"module.x": torch.ones(2), "x": torch.ones(2)}
+        br.Posterior(two, two).save(tmp_path / "p.safetensors")
+        with pytest.raises(ValueError, match=r"p\.safetensors' holds 'x' twice without 'module\.'; take no strip_prefix"):
+            br.Posterior.load(tmp_path / "p.safetensors", strip_prefix="module")
+
     def test_a_shape_the_model_does_not_have_is_named(self):
         post = br.Posterior({"a.bias": torch.zeros(9)}, {"a.bias": torch.ones(9)})
         with pytest.raises(ValueError, match=r"posterior of 'a\.bias' has shape \(9,\), the model \(4,\)"):
@@ -278,6 +365,12 @@ class TestSampled:
             assert (model.spare == 7).all()
         assert torch.equal(flat(model.parameters()), before)
         assert [p.data_ptr() for p in model.parameters()] == places
+
+    def test_takes_the_number_of_a_draw(self):
+        model, post = Model(), gaussian()
+        with br.sampled(model, post, 4, draw=2):
+            for name, value in post.sample(4, draw=2).items():
+                assert torch.equal(model.get_parameter(name), value)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -378,7 +471,7 @@ class TestFiles:
         gaussian(0).save(path)
         before = path.read_bytes()
         with pytest.raises(TypeError):
-            gaussian(1, num_data=object()).save(path)  # no JSON
+            gaussian(1, structure=object()).save(path)  # no JSON
         assert path.read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 
@@ -494,6 +587,8 @@ HOSTILE = {
     "names differ": (tensors(blocks(precision={"v": torch.ones(2)})), ValueError, "'v'"),
     "precision negative": (tensors(blocks(precision={"w": torch.tensor([1.0, -2.0])})), ValueError, "'w' has 1 non-pos"),
     "precision zero": (tensors(blocks(precision={"w": torch.zeros(2)})), ValueError, "'w' has 2 non-positive"),
+    "prior negative": (tensors(blocks(prior_precision={"w": torch.tensor([1.0, -2.0])})), ValueError, "'w' has 1 entries"),
+    "num_data negative": (tensors(blocks(), num_data=-3), ValueError, "num_data must be a whole number >= 1, got -3"),
     "precision nan": (tensors(blocks(precision={"w": torch.tensor([1.0, math.nan])})), ValueError, "'w' has 1 non-pos"),
     "mean nan": (tensors(blocks(mean={"w": torch.tensor([1.0, math.nan])})), ValueError, "'w'"),
     "a folder": (lambda path: path.mkdir(), FileNotFoundError, "no posterior file"),

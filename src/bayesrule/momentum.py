@@ -42,7 +42,7 @@ class Momentum(Inertia):
     def of_look(self, q: Any, prior: Any, look: Look, memory: Point | None, step: int) -> tuple[Look, Any, Point | None]:
         gradient, prior = _seen(q, prior, look, self.over)
         memory = gradient * (1 - self.beta) if memory is None else lerp(memory, gradient, 1 - self.beta)
-        average = memory / (1 - self.beta**step) if self.debias else memory
+        average = memory * (1 / (1 - self.beta**step)) if self.debias else memory
         return look._replace(gradient=average), prior, memory
 
     def of_direction(self, direction: Point, memory: Point | None) -> tuple[Point, Point | None]:

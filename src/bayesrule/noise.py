@@ -1,38 +1,44 @@
 r"""Noise as a pure function of (seed, stream, step, draw, tensor, element).
 
 Nothing is stored and no generator moves on: the same address gives the same number whatever was drawn before, on any
-number of threads, in any bucket, on CPU and GPU (integers to the bit; normals to a few units in the last place, as the
-devices' ``log`` and ``cos`` round differently). So a run resumes exactly and a skipped step can be drawn again.
+number of threads, in any bucket or shard, eager or compiled, on CPU and GPU. The words are the same to the bit; normals
+agree to a few units in the last place (2e-6 for the largest), as ``log``, ``cos`` and ``sin`` round differently.
+So a run resumes exactly, a skipped step can be drawn again, and noise can be made anew instead of kept.
 
-The tensors of a model lie behind one another in one space of addresses, each from an even address (:func:`addresses`).
-The elements at :math:`2j` and :math:`2j+1` share two 32-bit words
+The tensors of a model lie behind one another in one space of addresses, each from a whole block of 256
+(:func:`addresses`). The elements k and k + 128 of a block are a pair. Pair number j of the space gets the 64-bit word
 
-.. math::  w_k = H(H(j + a) + b_k), \qquad k = 0, 1,
+.. math::  w_j = \operatorname{mix}(\gamma j + \text{key}),
 
-with :math:`a, b_0, b_1` hashed from (seed, stream, step, draw), and :math:`H` a 32-bit mixer (two multiplications, three
-shifts; constants of the "lowbias32" family by C. Wellons and T. Ettinger). Box and Muller turn the pair into two unit
-normals; their largest possible size is 6.6.
+SplitMix64 as a function of its counter; the key is hashed from (seed, stream, step, draw). Box and Muller turn the upper and the
+lower half of the word into two unit normals; their largest possible size is 6.66. Shifts are arithmetic here, which costs
+one bit of 64 in each round and saves a mask: torch has no unsigned shift.
+
+Source: G. Steele, D. Lea and C. Flood (2014), Fast splittable pseudorandom number generators; the constants of the mixer are
+D. Stafford's variant 13.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from .vector import Bucket, Vector
+from .vector import BLOCK, Bucket, Vector, convert, head, whole_blocks
 
 TRAIN, EVALUATE, POSTERIOR = range(3)
 """Streams: draws that are learned from, draws that only look, draws from a :class:`~bayesrule.Posterior`."""
+
+_HALF = BLOCK // 2
+_GAMMA, _FIRST, _SECOND = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 class Noise(ABC):
@@ -52,22 +58,37 @@ class Noise(ABC):
 
 
 def addresses(sizes: Iterable[int]) -> list[int]:
-    """Where tensors of these sizes begin in the space of addresses: one behind the other, each at an even address.
+    """Where tensors of these sizes begin in the space of addresses: one behind the other, each at a whole block.
 
     Example:
-        >>> addresses([3, 4, 1])
-        [0, 4, 8]
+        >>> addresses([3, 400, 1])
+        [0, 256, 768]
     """
-    return list(accumulate((size + size % 2 for size in sizes), initial=0))[:-1]
+    return list(accumulate(map(whole_blocks, sizes), initial=0))[:-1]
 
 
-@dataclass(frozen=True)
-class Run:
-    """Consecutive addresses: ``count`` elements from ``address`` lie at ``at``; all even, but for the last count."""
+def pairs(bucket: Bucket, starts: Sequence[int]) -> tuple[int, list[int] | None]:
+    """Which pairs the blocks of a flat bucket are made of, if its i-th member begins at the address ``starts[i]``.
 
-    address: int
-    at: int
-    count: int
+    Returns:
+        The number of the first pair; and, unless all follow from there, the number of every block's first pair, counted from
+        that one.
+    """
+    first = (starts[bucket.stretches[0].tensor] + bucket.stretches[0].start) // 2
+    blocks: list[int] = []
+    for s in bucket.stretches:
+        begin = (starts[s.tensor] + s.start) // 2 - first
+        blocks += range(begin, begin + whole_blocks(s.count) // 2, _HALF)
+    blocks += [blocks[-1] + _HALF] * (whole_blocks(bucket.size) // BLOCK - len(blocks))
+    return first, None if blocks == list(range(0, len(blocks) * _HALF, _HALF)) else blocks
+
+
+class Where(NamedTuple):
+    """The pairs of a flat tensor: numbers counted from the first, shape (128 blocks,), whole; the first; the tensor's dtype."""
+
+    numbers: Any
+    first: Any
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -79,95 +100,78 @@ class CounterNoise(Noise):
         stream: Keeps uses apart that share a seed (:data:`TRAIN`, :data:`EVALUATE`, :data:`POSTERIOR`).
         step: Steps done.
         draw: Draws done within the step.
-        runs: Which addresses the elements of a flat tensor have; None: those of the first tensor of a model. The parts of a
+        where: The pairs of a flat tensor that begins at a block; None: what is asked for is the first tensor of a model. The parts of a
             :class:`Vector` have the addresses of a model's tensors, in order.
 
     Example:
         >>> CounterNoise(seed=1).normal(torch.zeros(2))
-        tensor([-0.1344, -0.2135])
+        tensor([0.0000, 0.0000])
     """
 
     seed: int = 0
     stream: int = TRAIN
     step: int = 0
     draw: int = 0
-    runs: tuple[Run, ...] | None = None
+    where: Where | None = None
 
     def at(self, *, step: int | None = None, draw: int | None = None) -> CounterNoise:
         return replace(self, step=self.step if step is None else step, draw=self.draw if draw is None else draw)
 
-    def on(self, bucket: Bucket, starts: Sequence[int]) -> CounterNoise:
-        """The noise of a flat bucket whose i-th member begins at the address ``starts[i]``."""
-        runs: list[Run] = []
-        for s in bucket.stretches:
-            address, last = starts[s.tensor] + s.start, runs[-1] if runs else None
-            if last is not None and address - last.address == s.at - last.at:
-                runs[-1] = replace(last, count=s.at - last.at + s.count)
-            else:
-                runs.append(Run(address, s.at, s.count))
-        return replace(self, runs=tuple(runs))
-
     def normal(self, like: Any) -> Any:
-        if isinstance(like, Vector):
-            return Vector([part.normal(tensor) for part, tensor in self._parts(like)])
-        first, second = self._words(like)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        radius = _unit(first, dtype).log_().mul_(-2).sqrt_()
-        angle = second.to(dtype).mul_(math.pi * 2**-31)
-        return _trim(angle.cos().mul_(radius), angle.sin_().mul_(radius), like)
+        return self._shaped(like, _normals)
 
     def uniform(self, like: Any) -> Any:
+        return self._shaped(like, _uniforms)
+
+    def _shaped(self, like: Any, kind: Callable[[Any, torch.dtype], Any], first: int = 0) -> Any:
+        if self.where is not None:
+            return head(kind(self._word(self.where.numbers, self.where.first), self.where.dtype), like)
         if isinstance(like, Vector):
-            return Vector([part.uniform(tensor) for part, tensor in self._parts(like)])
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        kind = torch.finfo(like.dtype)
-        first, second = (_unit(word, dtype).clamp_(kind.tiny, 1 - kind.eps / 2) for word in self._words(like))
-        return _trim(first, second, like)
+            starts = addresses(part.numel() for part in like)
+            return Vector([self._shaped(part, kind, start // 2) for start, part in zip(starts, like, strict=True)])
+        numbers = torch.arange(whole_blocks(like.numel()) // 2, dtype=torch.int32, device=like.device)
+        flat = kind(self._word(numbers, first), torch.promote_types(like.dtype, torch.float32))
+        return flat[: like.numel()].view(like.shape).to(like.dtype)
 
-    def _parts(self, like: Vector) -> Iterator[tuple[CounterNoise, Tensor]]:
-        for start, part in zip(addresses(part.numel() for part in like), like, strict=True):
-            yield replace(self, runs=(Run(start, 0, part.numel()),)), part
-
-    @cached_property
-    def _key(self) -> tuple[int, ...]:
-        numbers = repr((self.seed, self.stream, self.step, self.draw)).encode()
-        return struct.unpack("<3i", hashlib.blake2b(numbers, digest_size=12).digest())
-
-    def _words(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two int32 words for every pair of elements of ``like``, each of shape (pairs,)."""
-        a, b0, b1 = self._key
-        pairs = torch.arange((like.numel() + 1) // 2, dtype=torch.int32, device=like.device)
-        for run in self.runs or (Run(0, 0, like.numel()),):
-            pairs[run.at // 2 : (run.at + run.count + 1) // 2].add_(_wrap((run.address - run.at) // 2 + a))
-        words, spare = torch.empty((2, 2, len(pairs)), dtype=torch.int32, device=like.device)
-        common = _mix(pairs, spare[0])
-        torch.add(common, b0, out=words[0])
-        torch.add(common, b1, out=words[1])
-        first, second = _mix(words, spare)
-        return first, second
+    def _word(self, numbers: Any, first: Any) -> Any:
+        """SplitMix64 of pair numbers counted from the first: int64, shape (blocks, pairs of a block), not negative."""
+        word = convert(numbers.view(-1, _HALF), torch.int64) * _GAMMA + key(self.seed, self.stream, self.step, self.draw, first)
+        word = (word ^ (word >> 30)) * _FIRST
+        word = (word ^ (word >> 27)) * _SECOND
+        return word ^ (word >> 31)
 
 
-def _trim(even: Tensor, odd: Tensor, like: Tensor) -> Tensor:
-    """The numbers of even and odd addresses in turn, as a tensor like another; the last is left over where that is odd."""
-    flat = torch.view_as_real(torch.complex(even, odd)).view(-1)
-    return flat[: like.numel()].view(like.shape).to(like.dtype)
+def key(seed: Any, stream: Any, step: Any, draw: Any, first: Any) -> Any:
+    """What is added to the counters of a draw: 64 bits hashed from its address, moved on to the first pair."""
+    numbers = (seed, stream, step, draw, first)
+    if has_torch_function(numbers):
+        return handle_torch_function(key, numbers, *numbers)
+    digest = hashlib.blake2b(repr(numbers[:4]).encode(), digest_size=8).digest()
+    return _wrap(int.from_bytes(digest, "little") + first * _GAMMA)
 
 
 def _wrap(number: int) -> int:
-    """A whole number brought back to 32 signed bits, as int32 tensors do by themselves."""
-    return (number + 2**31) % 2**32 - 2**31
+    """A whole number brought back to 64 signed bits, as int64 tensors do by themselves."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
-def _mix(word: Tensor, spare: Tensor) -> Tensor:
-    """A bijection of 32-bit words that changes each output bit with probability near a half for each input bit.
-
-    Works in place, with a spare tensor of the same kind.
-    """
-    for shift, mask, factor in ((16, 0xFFFF, 0x21F0AAAD), (15, 0x1FFFF, 0xD35A2D97 - 2**32)):
-        word.bitwise_xor_(torch.bitwise_right_shift(word, shift, out=spare).bitwise_and_(mask)).mul_(factor)
-    return word.bitwise_xor_(torch.bitwise_right_shift(word, 15, out=spare).bitwise_and_(0x1FFFF))
+def _normals(word: Any, dtype: torch.dtype) -> Any:
+    radius = (_unit(word, dtype).log() * -2).sqrt()
+    angle = convert(convert(word, torch.int32), dtype) * (math.pi * 2**-31)
+    return _paired(angle.cos() * radius, angle.sin() * radius)
 
 
-def _unit(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uniform in (0, 1], fine near zero: 31 bits and a half."""
-    return word.bitwise_and_(0x7FFFFFFF).to(dtype).add_(0.5).mul_(2**-31)
+def _uniforms(word: Any, dtype: torch.dtype) -> Any:
+    kind = torch.finfo(dtype)
+    second = convert(convert(word, torch.int32), dtype) * 2**-32 + 0.5
+    return _paired(*(u.clamp(kind.tiny, 1 - kind.eps / 2) for u in (_unit(word, dtype), second)))
+
+
+def _unit(word: Any, dtype: torch.dtype) -> Any:
+    """The upper half of a word as a number in (0, 1], fine near zero: 31 bits and a half."""
+    return (convert(convert(word >> 32, torch.int32), dtype) + 0.5) * 2**-31
+
+
+def _paired(first: Any, second: Any) -> Any:
+    """The two numbers of every pair, in the order of their elements."""
+    return torch.stack([first, second], 1).view(-1)

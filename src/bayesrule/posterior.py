@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .families.gaussian import Diagonal
-from .noise import POSTERIOR, CounterNoise
-from .vector import Vector
+from .noise import POSTERIOR, CounterNoise, Where, addresses, pairs
+from .vector import BLOCK, BUCKET, Bucket, Vector, buckets
 
 FORMAT, VERSION = "bayesrule-posterior", 1
 _BLOCKS = ("mean", "precision", "prior_mean", "prior_precision")
@@ -32,14 +33,15 @@ class Posterior:
     Args:
         mean: m, name -> tensor.
         precision: The diagonal of S, name -> tensor shaped like the mean; > 0, inf for a weight that is known exactly.
-        prior_mean: Mean of the prior, name -> tensor that broadcasts to the mean.
-        prior_precision: Precision of the prior, likewise.
+        prior_mean: Mean of the prior, name -> tensor shaped like the mean, or a number for all of it, shape ().
+        prior_precision: Precision of the prior, likewise; >= 0, zero for a flat prior.
         ess: Effective sample size that multiplied the mean loss, in examples.
-        num_data: Number of training examples, where known.
+        num_data: Number of training examples, a whole number >= 1, where known.
         structure: Structure of S: "diag".
 
     Raises:
-        ValueError: Names or shapes do not agree, or a precision is not positive; the message names the tensor.
+        ValueError: Names or shapes do not agree, a precision is not positive, a prior's is negative, or ``ess`` or
+            ``num_data`` is no size; the message names the tensor.
 
     Example:
         >>> post = Posterior({"w": torch.zeros(2)}, {"w": torch.full((2,), 4.0)})
@@ -78,8 +80,13 @@ class Posterior:
                     f"posterior precision of {name!r} has {bad} non-positive entries (min {tensor.min().item():.2g}); the "
                     "Hessian estimate went negative or data were subtracted that the posterior never saw"
                 )
+        for name, tensor in (self.prior_precision or {}).items():
+            if bad := int((~(tensor >= 0)).sum()):
+                raise ValueError(f"posterior prior_precision of {name!r} has {bad} entries below 0 or NaN; 0 is a flat prior")
         if not self.ess > 0:
             raise ValueError(f"ess must be a number > 0, got {self.ess!r}")
+        if self.num_data is not None:
+            object.__setattr__(self, "num_data", whole_number("num_data", self.num_data, 1, "; None where it is not known"))
 
     # Made from
 
@@ -129,11 +136,11 @@ class Posterior:
         """The diagonal of S^-1, name -> tensor."""
         return {name: 1 / s for name, s in self.precision.items()}
 
-    def sample(self, seed: int) -> dict[str, Tensor]:
-        """One draw of the weights, name -> tensor; the same for the same seed."""
-        noise = CounterNoise(seed, POSTERIOR).normal(Vector(list(self.mean.values())))
-        offset = self.sqrt_matvec(dict(zip(self.mean, noise, strict=True)))
-        return {name: m + offset[name] for name, m in self.mean.items()}
+    def sample(self, seed: int, draw: int = 0) -> dict[str, Tensor]:
+        """One draw of the weights, name -> tensor; the same for the same seed and number of the draw."""
+        drawn = {name: torch.empty_like(m) for name, m in self.mean.items()}
+        Draws(self, drawn, seed).write(draw)
+        return drawn
 
     def matvec(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """S^-1 v, by name."""
@@ -201,19 +208,10 @@ class Posterior:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
-        tensors = {
-            f"{block}.{name}": tensor.detach().contiguous()
-            for block in _BLOCKS
-            for name, tensor in (getattr(self, block) or {}).items()
-        }
-        about = dict(
-            format=FORMAT,
-            version=VERSION,
-            structure=self.structure,
-            ess=self.ess,
-            num_data=self.num_data,
-            names=list(self.mean),
-        )
+        blocks = {block: getattr(self, block) or {} for block in _BLOCKS}
+        tensors = {f"{block}.{name}": t.detach().contiguous() for block, named in blocks.items() for name, t in named.items()}
+        said = dict(structure=self.structure, ess=self.ess, num_data=self.num_data, names=list(self.mean))
+        about = dict(format=FORMAT, version=VERSION, **said)
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         temporary.touch()
@@ -233,15 +231,17 @@ class Posterior:
         Args:
             path: The file.
             device: Where to put the tensors.
-            strip_prefix: Taken off the front of names, such as "module.".
+            strip_prefix: Leading parts of names to take off, such as "module." (or "module"): whole parts between dots only,
+                so "mod" takes nothing off "module.weight". Names without it stay as they are.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is damaged, is no posterior, or is of a later format.
+            ValueError: The file is damaged, is no posterior, or is of a later format, or two names become one.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no posterior file at {os.fspath(path)!r}")
         blocks: dict[str, dict[str, Tensor]] = {block: {} for block in _BLOCKS}
+        prefix = strip_prefix and f"{strip_prefix.removesuffix('.')}."
         try:
             with safe_open(path, framework="pt", device=device) as file:
                 about = _about(path, file.metadata())
@@ -249,10 +249,12 @@ class Posterior:
                     block, _, name = key.partition(".")
                     if block not in blocks:
                         raise ValueError(f"{os.fspath(path)!r} is no posterior file: it holds a tensor {key!r}")
-                    blocks[block][name.removeprefix(strip_prefix)] = file.get_tensor(key)
+                    if (short := name.removeprefix(prefix)) in blocks[block]:
+                        raise ValueError(f"{os.fspath(path)!r} holds {short!r} twice without {prefix!r}; take no strip_prefix")
+                    blocks[block][short] = file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file ({error}); take another copy") from error
-        order = [name.removeprefix(strip_prefix) for name in about.get("names", ())]
+        order = [name.removeprefix(prefix) for name in about.get("names", ())]
         for block, found in blocks.items():
             blocks[block] = {**{name: found[name] for name in order if name in found}, **found}
         mean, precision, prior_mean, prior_precision = blocks.values()
@@ -288,14 +290,103 @@ def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> 
     return about
 
 
+def whole_number(name: str, value: Any, least: int | None = None, remedy: str = "") -> int:
+    """A setting as Python's own whole number, whichever kind it came as (numpy's, say); ValueError where it is none."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or (least is not None and number < least):
+        raise ValueError(f"{name} must be a whole number{'' if least is None else f' >= {least}'}, got {value!r}{remedy}")
+    return number
+
+
+class Draws:
+    r"""Draws of a posterior, written in place into the same tensors one after another: theta = m + S^-1/2 eps.
+
+    S^-1/2 is computed once and kept, as is the mean where it does not lie ready. A draw takes one bucket's noise beyond.
+
+    Args:
+        posterior: What to draw from.
+        into: Name -> tensor of the mean's shape, for every name of the posterior; reckoned in float32, or theirs if wider.
+        seed: Which draws, any whole number.
+    """
+
+    @torch.no_grad()
+    def __init__(self, posterior: Posterior, into: Mapping[str, Tensor], seed: int) -> None:
+        self.seed = whole_number("seed", seed)
+        starts = dict(zip(posterior.mean, addresses(m.numel() for m in posterior.mean.values()), strict=True))
+        written = {t.untyped_storage().data_ptr() for t in into.values()}
+        alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+        for name in posterior.mean:
+            alike.setdefault((into[name].device, torch.promote_types(into[name].dtype, torch.float32)), []).append(name)
+        self._cells: list[tuple[Bucket, list[Tensor], Tensor, Tensor, Where]] = []
+        for (device, dtype), names in alike.items():
+            runs: dict[int, Tensor] = {}
+            means = {name: posterior.mean[name].to(device, dtype).contiguous() for name in names}
+            precisions = {name: posterior.precision[name].to(device, dtype).contiguous() for name in names}
+            for bucket in buckets([into[name] for name in names], BUCKET if device.type == "cpu" else 16 * BUCKET):
+                members = [names[i] for i in bucket.members]
+                mean = bucket.within(means[members[0]])
+                if mean is None or mean.untyped_storage().data_ptr() in written:
+                    mean = _flat(bucket, [means[name] for name in members])
+                spread = _flat(bucket, [precisions[name] for name in members]).rsqrt_()
+                first, blocks = pairs(bucket, [starts[name] for name in members])
+                run = runs.setdefault(bucket.size, torch.arange(bucket.size // 2, dtype=torch.int32, device=device))
+                if blocks is not None:
+                    run = (run.new_tensor(blocks)[:, None] + run[: BLOCK // 2]).view(-1)
+                self._cells.append((bucket, [into[name] for name in members], mean, spread, Where(run, first, dtype)))
+
+    @torch.no_grad()
+    def write(self, draw: int) -> None:
+        """Write draw number ``draw``."""
+        draw = whole_number("draw", draw)
+        for bucket, targets, mean, spread, where in self._cells:
+            noise = CounterNoise(self.seed, POSTERIOR, draw=draw, where=where).normal(mean)
+            place = bucket.within(targets[0]) if targets[0].dtype == mean.dtype else None
+            flat = torch.addcmul(mean, noise, spread, out=noise if place is None else place)
+            if place is None:
+                torch._foreach_copy_(bucket.pieces(targets), bucket.views(flat, targets))
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def mirror(self) -> None:
+        """Turn what stands in the tensors over to the other side of the mean: m + d becomes m - d. Draws no noise."""
+        for bucket, targets, mean, _, where in self._cells:
+            flat = _flat(bucket, targets, where.dtype).lerp_(mean, 2.0)
+            torch._foreach_copy_(bucket.pieces(targets), bucket.views(flat, targets))
+        torch.clear_autocast_cache()
+
+
+def _flat(bucket: Bucket, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of the tensors' stretches, one behind the other; ones where the bucket is idle."""
+    flat = tensors[0].new_ones(bucket.size, dtype=dtype)
+    torch._foreach_copy_(bucket.views(flat, tensors), bucket.pieces(tensors))
+    return flat
+
+
 @contextmanager
-def sampled(model: nn.Module, posterior: Posterior, seed: int) -> Iterator[nn.Module]:
+def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Whatever is written into tensors inside, leaving brings back what was there, in place and bit by bit."""
+    before = [(t, t.detach().clone()) for t in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, old in before:
+                t.copy_(old)
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def sampled(model: nn.Module, posterior: Posterior, seed: int, draw: int = 0) -> Iterator[nn.Module]:
     """Put one draw of a posterior into a model's parameters; leaving brings back what was there, bit by bit.
 
     Args:
         model: Holds parameters of the posterior's names.
         posterior: What to draw from.
-        seed: Which draw.
+        seed: Which draws.
+        draw: Which of them; :func:`bayesrule.predict` averages over draws 0, 1, ... of its seed.
 
     Example:
         >>> model = nn.Linear(1, 1)
@@ -304,16 +395,6 @@ def sampled(model: nn.Module, posterior: Posterior, seed: int) -> Iterator[nn.Mo
         True
     """
     params = posterior.bind(model)
-    before = {name: p.detach().clone() for name, p in params.items()}
-
-    def write(values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(values[name])
-        torch.clear_autocast_cache()
-
-    try:
-        write(posterior.sample(seed))
+    with kept(params.values()):
+        Draws(posterior, params, seed).write(draw)
         yield model
-    finally:
-        write(before)

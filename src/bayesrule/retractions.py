@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .rule import Gaussian, Look, Point, Rates, Retraction
-from .vector import axpy, lerp
+from .vector import axpy, equal, lerp
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class _Preconditioned(MeanAndPrecision):
     def slope(self, old: Gaussian, new: Gaussian, prior: Gaussian, look: Look, rates: Rates) -> Point:
         by = new if self.mean_precision == "new" else old
         slope = by.precondition(look.gradient + old.prior_gradient(prior))
-        return slope if math.isinf(self.clip_radius) else slope.clamp(-self.clip_radius, self.clip_radius)
+        return slope if equal(self.clip_radius, math.inf) else slope.clamp(-self.clip_radius, self.clip_radius)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor
 
 from .noise import CounterNoise, Noise
-from .vector import lerp
+from .vector import equal, lerp, rsqrt
 
 Point = Any
 """A tensor or a Vector: something with + - * / and the shape of theta."""
@@ -167,15 +167,14 @@ class Gaussian(Family):
 
     def root_solve(self, v: Point) -> Point:
         """R v with R R^T = precision^-1: unit normals become offsets of q."""
-        return self.root_precondition(v) / self.ess**0.5
+        return self.root_precondition(v) * rsqrt(self.ess)
 
     def prior_gradient(self, prior: Gaussian) -> Point:
         """Gradient of -log prior at the mean, per unit of ess: zero once the prior is centered on q."""
         if prior.mean is self.mean:
             return 0.0
-        at_zero = isinstance(prior.mean, float) and prior.mean == 0
-        pull = prior.stretch(self.mean if at_zero else self.mean - prior.mean)
-        return pull if prior.ess == self.ess else pull * (prior.ess / self.ess)
+        pull = prior.stretch(self.mean if equal(prior.mean, 0.0) else self.mean - prior.mean)
+        return pull if equal(prior.ess, self.ess) else pull * (prior.ess / self.ess)
 
     def sample(self, noise: Noise) -> Point:
         return self.mean + self.root_solve(noise.normal(self.mean))
@@ -257,7 +256,13 @@ class Retraction(ABC):
 
 
 class Inertia(ABC):
-    """What is remembered between steps: one vector, None before the first."""
+    """What is remembered between steps: one vector, None before the first.
+
+    Attributes:
+        remembers: Whether there is anything to remember.
+    """
+
+    remembers: bool = True
 
     @abstractmethod
     def of_look(self, q: Any, prior: Any, look: Look, memory: Point | None, step: int) -> tuple[Look, Any, Point | None]:
@@ -271,6 +276,8 @@ class Inertia(ABC):
 @dataclass(frozen=True)
 class NoInertia(Inertia):
     """Every step stands alone."""
+
+    remembers = False
 
     def of_look(self, q: Any, prior: Any, look: Look, memory: Point | None, step: int) -> tuple[Look, Any, Point | None]:
         return look, prior, memory

@@ -1,22 +1,29 @@
 """Tensors that add, scale and divide as one vector, and the buckets that lay many tensors out flat.
 
 The algebra of the rule is written once, for anything with ``+ - * /``: a plain tensor, or a :class:`Vector` of several.
-At scale the tensors of a model are worked through bucket by bucket: a :class:`Bucket` copies stretches of many tensors into
-one flat tensor and back, so that a step costs few calls and its temporaries never exceed the bucket.
+At scale the tensors of a model are worked through bucket by bucket: a :class:`Bucket` says where stretches of many tensors lie
+in one flat tensor, so that a step costs few calls and its temporaries never exceed the bucket.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+BLOCK = 256
+"""Elements that belong together: noise is made block by block, so every stretch of a bucket begins at one."""
 
 BUCKET = 1 << 17
-"""Elements of a bucket; even, so that no pair of noise is cut. Its temporaries stay in a core's cache."""
+"""Elements of a bucket, a multiple of the block. Its temporaries stay in a core's cache."""
+
+ALONE = 1 << 16
+"""From this many elements on a tensor shares a bucket with no other: a call costs less than copying it."""
 
 
 class Vector:
@@ -88,6 +95,9 @@ class Vector:
     def sqrt(self) -> Vector:
         return self.map(torch.sqrt)
 
+    def rsqrt(self) -> Vector:
+        return self.map(rsqrt)
+
     def log(self) -> Vector:
         return self.map(torch.log)
 
@@ -107,10 +117,17 @@ class Vector:
         return sum(part.numel() for part in self.parts)
 
 
+def equal(a: Any, b: Any) -> bool:
+    """Whether two numbers are known to be equal; of a symbol or a tensor nothing is known."""
+    return a is b or (isinstance(a, int | float) and isinstance(b, int | float) and a == b)
+
+
 def axpy(a: Any, b: Any, scale: Any) -> Any:
     """The sum a + scale b in one pass over memory."""
     if isinstance(a, Vector):
         return a.map(axpy, b, scale)
+    if has_torch_function((a, b, scale)):
+        return handle_torch_function(axpy, (a, b, scale), a, b, scale)
     return a.add(b, alpha=scale) if isinstance(a, Tensor) and isinstance(scale, int | float) else a + b * scale
 
 
@@ -118,7 +135,28 @@ def lerp(a: Any, b: Any, weight: Any) -> Any:
     """The point a + weight (b - a) between two vectors in one pass over memory."""
     if isinstance(a, Vector):
         return a.map(lerp, b, weight)
+    if has_torch_function((a, b, weight)):
+        return handle_torch_function(lerp, (a, b, weight), a, b, weight)
     return a.lerp(b, weight) if isinstance(a, Tensor) else a + (b - a) * weight
+
+
+def rsqrt(x: Any) -> Any:
+    """One over the square root, of a tensor, a vector or a number."""
+    return x**-0.5 if isinstance(x, int | float) else x.rsqrt()
+
+
+def head(x: Any, like: Any) -> Any:
+    """The first elements of a flat tensor, as many as another has."""
+    if has_torch_function((x, like)):
+        return handle_torch_function(head, (x, like), x, like)
+    return x[: like.numel()]
+
+
+def convert(x: Any, dtype: torch.dtype) -> Any:
+    """A tensor in another dtype."""
+    if has_torch_function((x,)):
+        return handle_torch_function(convert, (x,), x, dtype)
+    return x.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -134,89 +172,72 @@ class Stretch:
 class Bucket:
     """A layout: several whole tensors behind one another in one flat tensor, or one piece of a large tensor.
 
-    Every stretch begins at an even place (one idle element goes before it where need be), so that the noise of
-    :mod:`bayesrule.noise`, which is made in pairs, is the same however tensors are dealt into buckets.
+    Every stretch begins at a block, so the noise of :mod:`bayesrule.noise` is the same however tensors are dealt into buckets.
+    What lies between two stretches is idle.
 
     Args:
         members: Which tensors of the list that was dealt have a stretch here.
         stretches: What lies where; ``tensor`` counts within the members.
+        alone: Whether this is a piece of a large tensor, without anything idle.
     """
 
-    def __init__(self, members: Sequence[int], stretches: Sequence[Stretch]) -> None:
+    def __init__(self, members: Sequence[int], stretches: Sequence[Stretch], alone: bool = False) -> None:
         self.members = tuple(members)
         self.stretches = tuple(stretches)
-        ends = [following.at for following in self.stretches[1:]]
-        self.size = self.stretches[-1].at + self.stretches[-1].count
-        self._idle = [s.at + s.count < end for s, end in zip(self.stretches, [*ends, self.size], strict=True)]
-        self._sizes = [
-            n for s, idle in zip(self.stretches, self._idle, strict=True) for n in ((s.count, 1) if idle else (s.count,))
-        ]
+        last = self.stretches[-1]
+        self.size = last.count if alone else max(2 * BLOCK, last.at + whole_blocks(last.count))
 
-    def gather(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The members' stretches as one flat tensor, shape (size,), idle elements zero: for reading, it may be a view."""
-        pieces = []
-        for stretch, idle in zip(self.stretches, self._idle, strict=True):
-            pieces.append(_piece(tensors[stretch.tensor], stretch))
-            if idle:
-                pieces.append(pieces[-1].new_zeros(1))
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(dtype)
-
-    def scatter(self, flat: Tensor, tensors: Sequence[Tensor], only: Container[int] | None = None) -> None:
-        """Copy a flat tensor back, in place: storage, memory format and tied views of the tensors stay as they are.
-
-        Args:
-            flat: Shape (size,).
-            tensors: One for each member.
-            only: The members to be written; None is all of them.
-        """
-        for number, (tensor, stretch, piece) in enumerate(zip(tensors, self.stretches, self.split(flat), strict=True)):
-            if only is None or number in only:
-                if stretch.count == tensor.numel():
-                    tensor.copy_(piece.view(tensor.shape))
-                else:
-                    _piece(tensor, stretch).copy_(piece)
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat tensor, one for each stretch, shape (count,)."""
-        pieces = iter(flat.split(self._sizes))
+    def views(self, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """A flat tensor, shape (size,), cut into stretches; one that is a whole tensor has the shape of that in ``like``."""
         views = []
-        for idle in self._idle:
-            views.append(next(pieces))
-            if idle:
-                next(pieces)
+        for s in self.stretches:
+            view, shape = flat[s.at : s.at + s.count], like[s.tensor].shape
+            views.append(view.view(shape) if s.count == shape.numel() else view)
         return views
 
+    def pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The stretches of tensors, shaped like :meth:`views`."""
+        if self.stretches[0].count == tensors[0].numel():
+            return list(tensors)
+        s = self.stretches[0]
+        return [tensors[0].reshape(-1)[s.start : s.start + s.count]]
 
-def _piece(tensor: Tensor, stretch: Stretch) -> Tensor:
-    """The stretch of a tensor, flat: a view where the tensor is contiguous."""
-    flat = tensor.reshape(-1)
-    return flat if stretch.count == tensor.numel() else flat[stretch.start : stretch.start + stretch.count]
+    def within(self, tensor: Tensor) -> Tensor | None:
+        """The one stretch of a tensor as a flat view, where it is all of the bucket and lies in one run of memory."""
+        s = self.stretches[0]
+        return tensor.view(-1)[s.start : s.start + s.count] if s.count == self.size and tensor.is_contiguous() else None
+
+
+def whole_blocks(count: int) -> int:
+    """A number of elements, rounded up to whole blocks."""
+    return -(-count // BLOCK) * BLOCK
 
 
 def buckets(tensors: Sequence[Tensor], limit: int = BUCKET) -> list[Bucket]:
     """Deal tensors into buckets of at most ``limit`` elements.
 
-    Small ones share a bucket. A larger one is cut and shares with nobody; if it is not contiguous, it stays whole.
+    Small ones share buckets. A large one is alone, and cut where it is larger than the limit; if it is not contiguous, it
+    stays whole.
 
     Raises:
-        ValueError: The limit is odd or not positive.
+        ValueError: The limit is not a multiple of the block, or below two blocks.
     """
-    if limit < 2 or limit % 2:
-        raise ValueError(f"the limit of a bucket must be an even number >= 2, got {limit}")
+    if limit < 2 * BLOCK or limit % BLOCK:
+        raise ValueError(f"the limit of a bucket must be a multiple of {BLOCK} and at least two of them, got {limit}")
     made: list[Bucket] = []
     members: list[int] = []
     stretches: list[Stretch] = []
     at = 0
     for index, tensor in enumerate(tensors):
         count = tensor.numel()
-        if count > limit:
-            length = limit if tensor.is_contiguous() else count
-            made += [Bucket([index], [Stretch(0, i, min(length, count - i), 0)]) for i in range(0, count, length)]
+        if count >= min(ALONE, limit):
+            length = whole_blocks(-(-count // -(-count // limit))) if tensor.is_contiguous() else count
+            made += [Bucket([index], [Stretch(0, i, min(length, count - i), 0)], alone=True) for i in range(0, count, length)]
         elif count:
             if stretches and at + count > limit:
                 made.append(Bucket(members, stretches))
                 members, stretches, at = [], [], 0
             members.append(index)
             stretches.append(Stretch(len(stretches), 0, count, at))
-            at += count + count % 2
+            at += whole_blocks(count)
     return [*made, Bucket(members, stretches)] if stretches else made

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..rule import Curvature, Oracle, Point
+from ..vector import equal
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SquaredGradient(Curvature):
         if self.over == "loss+prior":
             gradient = gradient + q.prior_gradient(prior)
         square = q.outer(gradient, gradient)
-        return square if self.scale == 1.0 else square * self.scale
+        return square if equal(self.scale, 1.0) else square * self.scale
 
 
 @dataclass(frozen=True)

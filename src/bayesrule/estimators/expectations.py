@@ -9,6 +9,7 @@ from typing import Any
 
 from ..noise import Noise
 from ..rule import Expectation, Look, Point
+from ..vector import equal
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,11 @@ class MonteCarlo(Expectation):
     antithetic: bool = False
 
     def offset(self, q: Any, noise: Noise, draw: int) -> Point | None:
-        if math.isinf(q.ess):
+        if equal(q.ess, math.inf):
             return None
         if not self.antithetic:
             return q.root_solve(noise.at(draw=draw).normal(q.mean))
-        offset = q.root_solve(noise.at(draw=draw // 2).normal(q.mean))
-        return -offset if draw % 2 else offset
+        return q.root_solve(noise.at(draw=draw // 2).normal(q.mean)) * (1 - 2 * (draw % 2))
 
     def __call__(self, q: Any, look_at: Callable[[Point | None], Look], noise: Noise) -> Look:
         mean = look_at(self.offset(q, noise, 0))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Gaussian, Look, Point
-from ..vector import Vector
+from ..vector import Vector, equal, rsqrt
 
 
 class _Elementwise(Gaussian):
@@ -29,10 +29,10 @@ class _Elementwise(Gaussian):
         return v / self.metric
 
     def root_precondition(self, v: Point) -> Point:
-        return v * self.metric**-0.5
+        return v * rsqrt(self.metric)
 
     def root_solve(self, v: Point) -> Point:
-        return v * self.precision**-0.5
+        return v * rsqrt(self.precision)
 
     def sandwich(self, d: Any) -> Any:
         return d * (d / self.metric)
@@ -88,7 +88,7 @@ class Fixed(_Elementwise):
         return self.hess
 
     def precondition(self, v: Point) -> Point:
-        return v if isinstance(self.hess, float) and self.hess == 1.0 else v / self.hess
+        return v if equal(self.hess, 1.0) else v / self.hess
 
     def outer(self, a: Point, b: Point) -> Any:
         return a * b
@@ -135,8 +135,7 @@ class _TwoBlocks(Gaussian):
         if isinstance(prior, Full) != isinstance(self, Full):
             raise TypeError(f"a {type(self).__name__} needs a prior of its own structure, got a {type(prior).__name__}")
         pull = prior.precision / self.ess
-        same = pull is self.weight_decay or (isinstance(pull, float) and pull == self.weight_decay)
-        return self if same else replace(self, hess=self.metric - pull, weight_decay=pull)  # type: ignore[type-var]
+        return self if equal(pull, self.weight_decay) else replace(self, hess=self.metric - pull, weight_decay=pull)  # type: ignore[type-var]
 
     def natural(self) -> Vector:
         precision = self.precision

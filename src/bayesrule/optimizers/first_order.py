@@ -16,6 +16,8 @@ from ..families.gaussian import Diagonal, Fixed
 from ..momentum import HeavyBall, Momentum
 from ..retractions import Additive, SquareRoot
 from ..rule import BayesRule, Gaussian, NoInertia, Rates
+from ..vector import equal
+from .execution import Compile
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, SWITCH, Pair
 from .optimizer import BayesOptimizer, Names
 
@@ -39,6 +41,7 @@ class SGD(BayesOptimizer):
         dampening: d, in [0, 1).
         weight_decay: delta, >= 0.
         nesterov: Nesterov's momentum.
+        compile: Whether steps are compiled, see :class:`bayesrule.BayesOptimizer`.
 
     Example:
         >>> import torch
@@ -70,15 +73,18 @@ class SGD(BayesOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        *,
+        compile: Compile = "auto",
     ) -> None:
         super().__init__(
             params,
             dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov),
+            compile=compile,
         )
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         beta = group["momentum"]
-        ball = HeavyBall(beta, "loss+prior", group["dampening"], group["nesterov"]) if beta else NoInertia()
+        ball = HeavyBall(beta, "loss+prior", group["dampening"], group["nesterov"]) if not equal(beta, 0.0) else NoInertia()
         return BayesRule(Delta(), Zero(), Additive(), ball)
 
     def rates(self, group: Mapping[str, Any], step: int) -> Rates:
@@ -138,6 +144,7 @@ class RMSprop(_Rooted):
         eps: epsilon, >= 0.
         weight_decay: delta, >= 0.
         momentum: mu, in [0, 1).
+        compile: Whether steps are compiled, see :class:`bayesrule.BayesOptimizer`.
 
     Example:
         >>> import torch
@@ -169,11 +176,13 @@ class RMSprop(_Rooted):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
+        *,
+        compile: Compile = "auto",
     ) -> None:
-        super().__init__(params, dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum))
+        super().__init__(params, dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum), compile=compile)
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
-        ball = HeavyBall(group["momentum"], "step") if group["momentum"] else NoInertia()
+        ball = HeavyBall(group["momentum"], "step") if not equal(group["momentum"], 0.0) else NoInertia()
         return BayesRule(Delta(), SquaredGradient(over="loss+prior"), SquareRoot(group["eps"]), ball)
 
     def rates(self, group: Mapping[str, Any], step: int) -> Rates:
@@ -197,6 +206,7 @@ class Adam(_TwoMoments):
         betas: (beta1, beta2), each in [0, 1).
         eps: epsilon, >= 0.
         weight_decay: delta, >= 0; added to the gradient before it is squared.
+        compile: Whether steps are compiled, see :class:`bayesrule.BayesOptimizer`.
 
     Example:
         >>> import torch
@@ -220,8 +230,10 @@ class Adam(_TwoMoments):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        compile: Compile = "auto",
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), compile=compile)
 
 
 class AdamW(_TwoMoments):
@@ -239,6 +251,7 @@ class AdamW(_TwoMoments):
         betas: (beta1, beta2), each in [0, 1).
         eps: epsilon, >= 0.
         weight_decay: delta, >= 0.
+        compile: Whether steps are compiled, see :class:`bayesrule.BayesOptimizer`.
 
     Example:
         >>> import torch
@@ -262,5 +275,7 @@ class AdamW(_TwoMoments):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        compile: Compile = "auto",
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), compile=compile)

@@ -92,6 +92,11 @@ WHOLE = Count(-(2**63))
 Allowed = Range | Pair | Count | OneOf | OrNone
 
 
+def is_numeric(allowed: Allowed) -> bool:
+    """Whether any number between two bounds is allowed."""
+    return isinstance(allowed, Range | Pair) or (isinstance(allowed, OrNone) and isinstance(allowed.inner, Range))
+
+
 def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> None:
     """Raise a ValueError that names optimizer, group, hyper-parameter, value and range, if one is outside its range."""
     for name, allowed in ranges.items():

@@ -8,10 +8,11 @@ bucket of parameters, and its result is copied back in place.
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ..noise import addresses
 from ..posterior import Posterior
 from ..rule import BayesRule, Gaussian, Rates
 from .cells import Cell, Plot, plots
+from .execution import Compile, Execution, Flats, analyzed
 from .hyperparameters import Allowed, validate
 from .reminders import Reminders
 from .sampling import Draws, Injected
@@ -49,6 +51,11 @@ class BayesOptimizer(Optimizer, ABC):
         defaults: Hyper-parameters; each may differ by group.
         prior: A Posterior to start from instead of the prior N(0, 1 / (ess weight_decay)).
         noise: Unit normals for tests: a function of a parameter, called once per parameter and draw in parameter order.
+        compile: Whether steps are compiled by ``torch.compile``: False never, True from the first step, "auto" after 50 eager steps
+            where there are at least 100,000 parameters and a compiler, and never with ``noise``. The result is the same up to
+            rounding.
+        memory: "low" makes the noise of a draw again instead of keeping the mean aside; for parameters of at least 32 bits. The
+            mean then returns rounded to the last place of the sample.
 
     Raises:
         ValueError: A hyper-parameter is outside its range; the message names group, value and range.
@@ -65,27 +72,37 @@ class BayesOptimizer(Optimizer, ABC):
         *,
         prior: Posterior | None = None,
         noise: Callable[[Tensor], Tensor] | None = None,
+        compile: Compile = "auto",
+        memory: Literal["default", "low"] = "default",
     ) -> None:
-        self._prepare(noise)
+        if memory not in ("default", "low"):
+            raise ValueError(f"{type(self).__name__}: memory must be 'default' or 'low', got {memory!r}")
+        if memory == "low" and noise:
+            raise ValueError(f"{type(self).__name__}: memory='low' makes its noise again, so it takes no noise=; drop one of them")
+        self.frugal = memory == "low"
+        self._prepare(noise, False if noise and compile == "auto" else compile)
         super().__init__(params, defaults)
         if prior is not None:
             self._adopt(prior)
 
-    def _prepare(self, noise: Callable[[Tensor], Tensor] | None) -> None:
+    def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile) -> None:
+        self.execution = Execution(self, compile)
         self._draws = Draws(self, Injected(noise) if noise else None)
         self._plots: dict[int, tuple[Any, list[Plot]]] = {}  # by group
         self._plan: tuple[list[int], list[Cell]] | None = None  # the last parameters dealt, and their cells
         self._reminders = Reminders(type(self).__name__)
+        self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}  # by group: "step" of every parameter, and all in one
+        self._ready = False  # whether this step has begun
 
     # What a subclass fills in
 
     @abstractmethod
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
-        """The slots, filled by a group's hyper-parameters."""
+        """The slots, filled by a group's hyper-parameters; those but 0 and infinity may be symbols."""
 
     @abstractmethod
-    def rates(self, group: Mapping[str, Any], step: int) -> Rates:
-        """The step sizes of a group in its step number ``step``, from 1."""
+    def rates(self, group: Mapping[str, Any], step: Any) -> Rates:
+        """The step sizes of a group in its step number ``step``, from 1. Numbers may be symbols."""
 
     @abstractmethod
     def family(self, group: Mapping[str, Any], mean: Tensor, hess: Any, weight_decay: Any) -> Gaussian:
@@ -173,7 +190,7 @@ class BayesOptimizer(Optimizer, ABC):
         """
         loss = self._evaluate(closure) if closure is not None else None
         self._draws.close()
-        self._plan = None
+        self._renew()
         taken, drawn = self._draws.take(), self._draws.begun
         if taken is not None and not taken[0]:
             self._draws.forget()
@@ -181,32 +198,20 @@ class BayesOptimizer(Optimizer, ABC):
         wanted = max(self.rule(group).expectation.draws for group in self.param_groups)
         self._reminders.of_draws(wanted, drawn, self.defaults.get("antithetic", False))
         if taken is not None:
-            params, look_at = taken
+            params, how = taken
             cells = self.cells(params)
             for cell in cells:
-                q, prior = self.belief(cell)
-                look = look_at(cell, q, prior)
-                self._keep(cell, *cell.rule.move(q, prior, look, self.rates(cell.group, cell.step + 1), self._memory(cell)))
-            moved = {id(p): self.state[p]["step"] for cell in cells for p in cell.params}
-            if moved:
-                torch._foreach_add_(list(moved.values()), 1)
+                kind, flats, numbers = how(cell)
+                self.execution.run(kind, cell, flats, numbers)
+                cell.plot.put(flats["mean"], cell.only)
+            self._count(params)
             torch.clear_autocast_cache()
             if drawn:
                 for p in params:
                     p.grad = None
         self._draws.forget()
-        self._plan = None
+        self._plan, self._ready = None, False
         return loss
-
-    def _memory(self, cell: Cell) -> Tensor | None:
-        return cell.plot.shared(self.names.memory, self._states(cell)) if cell.remembers else None
-
-    def _keep(self, cell: Cell, q: Gaussian, memory: Tensor | None) -> None:
-        """Copy the result of a move into parameters and state, in place."""
-        cell.scatter(q.mean, cell.plot.params)
-        for name, flat in ((self.names.hess, q.hess), (self.names.memory, memory)):
-            if name is not None and flat is not None:
-                cell.keep(flat, cell.plot.shared(name, self._states(cell)))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; what a closed draw left there is read first, and not lost."""
@@ -224,60 +229,97 @@ class BayesOptimizer(Optimizer, ABC):
         """Trainable parameters, dealt into cells, each of one plot and number of steps."""
         wanted = list(map(id, params))
         if self._plan is None or self._plan[0] != wanted:
-            groups, chosen = enumerate(self.param_groups), set(wanted)
-            self._plan = wanted, [cell for i, g in groups for plot in self._plot(i) for cell in self._visit(g, plot, chosen)]
+            chosen = set(wanted)
+            self._plan = wanted, [cell for i in range(len(self.param_groups)) for cell in self._visit(i, chosen)]
         return self._plan[1]
 
     def _renew(self) -> None:
-        """Before the first draw of a step: hyper-parameters may have changed."""
+        """Before the first draw of a step: hyper-parameters may have changed, and it may be time to compile."""
         if not self._draws.begun:
             self._plan = None
+            if not self._ready:
+                self._ready = True
+                self.execution.advance(lambda: sum(p.numel() for p in self.trainable()))
 
-    def _visit(self, group: dict[str, Any], plot: Plot, chosen: set[int]) -> Iterator[Cell]:
-        states = [self._state(group, p) for p in plot.params]
-        steps = [int(s["step"]) if id(p) in chosen else -1 for s, p in zip(states, plot.params, strict=True)]
-        for step in sorted(set(steps) - {-1}):
-            only = None if len(set(steps)) == 1 else frozenset(i for i, own in enumerate(steps) if own == step)
-            remembers = step > 0 and any(self.names.memory in s for s, own in zip(states, steps, strict=True) if own == step)
-            yield Cell(plot, group, self.rule(group), step, remembers, only)
+    def _visit(self, index: int, chosen: set[int]) -> Iterator[Cell]:
+        """The cells of a group."""
+        group = self.param_groups[index]
+        params = [p for p in group["params"] if p.requires_grad]
+        states = {id(p): self._state(group, p) for p in params}
+        steps = dict(zip(states, self._steps(index, list(states.values())), strict=True))
+        numbers, structure = analyzed(group, self.ranges)
+        rule, seed = self.rule(group), int(group.get("seed", 0))
+        for plot in self._plot(index):
+            within = [states[id(p)] for p in plot.params]
+            own = [steps[id(p)] if id(p) in chosen else -1 for p in plot.params]
+            for step in sorted(set(own) - {-1}):
+                only = None if len(set(own)) == 1 else frozenset(i for i, n in enumerate(own) if n == step)
+                known = (state for state, n in zip(within, own, strict=True) if n == step)
+                remembers = step > 0 and any(self.names.memory in state for state in known)
+                inputs = {**numbers, "done": step, "seed": seed}
+                kept = self._kept(group, rule, plot, within)
+                yield Cell(plot, group, rule, inputs, (*structure, "prior_mean" in kept, remembers), kept, step, remembers, only)
 
     def _plot(self, index: int) -> list[Plot]:
-        """The plots of a group, dealt anew when its parameters have changed in kind or number."""
+        """The plots of a group, dealt anew when its parameters have changed in kind, place or number."""
         params = self.param_groups[index]["params"]
-        key = [(id(p), p.requires_grad, p.shape, p.dtype, p.device, p.is_contiguous()) for p in params]
-        if index not in self._plots or self._plots[index][0] != key:
+        key = [(id(p), p.data_ptr(), p.shape, p.dtype, p.requires_grad, p.is_contiguous()) for p in params]
+        if index not in self._plots or self._plots[index][0] != (key, self.execution.limit):
             every = [p for group in self.param_groups for p in group["params"]]
             starts = dict(zip(map(id, every), addresses(p.numel() for p in every), strict=True))
-            self._plots[index] = key, plots([(starts[id(p)], p) for p in params if p.requires_grad])
+            wanted = [(starts[id(p)], p) for p in params if p.requires_grad]
+            dealt = plots(wanted, self.execution.scratch, self.execution.limit)
+            self._plots[index] = (key, self.execution.limit), dealt
         return self._plots[index][1]
 
-    def belief(self, cell: Cell) -> tuple[Gaussian, Gaussian]:
-        """The q and the prior of a cell."""
-        states, group, plot = self._states(cell), cell.group, cell.plot
-        mean = cell.gather(plot.params)
-        hess = plot.shared(self.names.hess, states, self.start(group)) if self.names.hess else None
-        ess, pull = group.get("ess", 1.0), group["weight_decay"]
-        center: Tensor | float = 0.0
-        if "prior_mean" in states[0]:
-            center = plot.shared("prior_mean", states)
-            pull = plot.shared("prior_precision", states) / ess
-        return self.family(group, mean, hess, pull), Diagonal(center, 0.0, pull, ess)
+    def _steps(self, index: int, states: Sequence[dict[str, Any]]) -> list[int]:
+        """How many steps each trainable parameter of a group has made; the counters share one tensor."""
+        counters = [state["step"] for state in states]
+        held, flat = self._counters.get(index, ([], torch.zeros(0)))
+        if len(held) != len(counters) or not all(map(operator.is_, held, counters)):
+            with torch.inference_mode(False), torch.no_grad():
+                flat = torch.tensor([float(counter) for counter in counters])
+                held = list(flat.unbind())
+            self._counters[index] = held, flat
+            for state, counter in zip(states, held, strict=True):
+                state["step"] = counter
+        return list(map(int, flat.tolist()))
 
-    def _states(self, cell: Cell) -> list[dict[str, Any]]:
-        return [self.state[p] for p in cell.plot.params]
+    def _count(self, params: Sequence[Tensor]) -> None:
+        """One step more for parameters."""
+        moved = set(map(id, params))
+        for index, (_, flat) in self._counters.items():
+            own = [id(p) in moved for p in self.param_groups[index]["params"] if p.requires_grad]
+            flat.add_(1.0 if all(own) else torch.tensor(own, dtype=flat.dtype))
+
+    def _kept(self, group: Mapping[str, Any], rule: BayesRule, plot: Plot, states: Sequence[dict[str, Any]]) -> Flats:
+        """What is kept for a plot, by the names that programs use."""
+        flats = {name: plot.shared(name, states) for name in ("prior_mean", "prior_precision") if name in states[0]}
+        if self.names.hess:
+            flats["hess"] = plot.shared(self.names.hess, states, self.start(group))
+        if rule.momentum.remembers:
+            flats["memory"] = plot.shared(self.names.memory, states)
+        return flats
+
+    def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]:
+        """The q and the prior of a cell, from what is kept for it."""
+        ess, pull = group.get("ess", 1.0), group["weight_decay"]
+        if "prior_precision" in flats:
+            pull = flats["prior_precision"] / ess
+        return self.family(group, flats["mean"], flats.get("hess"), pull), Diagonal(flats.get("prior_mean", 0.0), 0.0, pull, ess)
 
     def like_state(self, param: Tensor) -> Tensor:
         """Zeros shaped like a parameter, in the dtype of its state."""
         return param.new_zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32))
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _state(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+        """The state of a parameter, begun where it is not."""
         state: dict[str, Any] = self.state[param]
-        if "step" not in state:
-            state["step"] = torch.tensor(0.0)
-        if self.names.hess is not None and self.names.hess not in state:
-            state[self.names.hess] = self.like_state(param).fill_(self.start(group))
+        if "step" not in state or (self.names.hess is not None and self.names.hess not in state):
+            with torch.inference_mode(False), torch.no_grad():
+                state.setdefault("step", torch.tensor(0.0))
+                if self.names.hess is not None and self.names.hess not in state:
+                    state[self.names.hess] = self.like_state(param).fill_(self.start(group))
         return state
 
     # The posterior
@@ -387,11 +429,16 @@ class BayesOptimizer(Optimizer, ABC):
         if self._draws.begun:
             raise RuntimeError(f"{type(self).__name__} cannot be copied between a draw and its step(); copy it after the step")
         self._draws.close()
-        return {**super().__getstate__(), "noise": self._draws.injected and self._draws.injected.function}
+        kept = {"noise": self._draws.injected and self._draws.injected.function, "compile": self.execution.compile}
+        return {**super().__getstate__(), **kept, "frugal": self.frugal}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        known = getattr(self, "_draws", None)
-        self._prepare(state.pop("noise", known and known.injected and known.injected.function))
+        if "compile" in state:  # a copy; load_state_dict brings groups and state alone
+            self.frugal = state.pop("frugal")
+            self._prepare(state.pop("noise"), state.pop("compile"))
+        else:
+            self._draws.forget()
+            self._plots, self._plan = {}, None
         super().__setstate__(state)
 
     def _why(self, drawn: int) -> str:

@@ -16,30 +16,38 @@ read        the mean; running means of gradient and         further draws; ``han
 
 A single draw is read by the step itself, straight from ``p.grad``; only a second draw costs memory for running means,
 and no further draw costs more. Reading clears ``p.grad``: nothing counts twice.
+
+With little memory there is no stash: the offset is made again from its noise wherever it is wanted, and the mean that
+returns is the sample less the offset, rounded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..estimators.oracle import Seen
-from ..noise import EVALUATE, TRAIN, CounterNoise, Noise
-from ..rule import Gaussian, Look
+from ..noise import EVALUATE, TRAIN, Noise
+from ..rule import Gaussian
 from .cells import Cell, Plot
+from .execution import THEN, Execution, Flats
+
+STASH = "offset"
 
 
 class Host(Protocol):
     """What the draws need of their optimizer."""
 
+    execution: Execution
+    frugal: bool
+
     def trainable(self) -> list[Tensor]: ...
     def cells(self, params: Sequence[Tensor]) -> list[Cell]: ...
-    def belief(self, cell: Cell) -> tuple[Gaussian, Gaussian]: ...
+    def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]: ...
 
 
 @dataclass
@@ -63,10 +71,10 @@ class Injected:
 
 @dataclass(frozen=True)
 class InjectedNoise(Noise):
-    """The part of injected noise that belongs to one cell."""
+    """The part of injected noise that belongs to one plot."""
 
     source: Injected
-    cell: Cell
+    plot: Plot
     stream: int
     number: int = 0
 
@@ -75,7 +83,7 @@ class InjectedNoise(Noise):
 
     def normal(self, like: Any) -> Tensor:
         values = self.source.draw(self.stream, self.number)
-        return self.cell.gather([values[p] for p in self.cell.plot.params])
+        return self.plot.read([values[p] for p in self.plot.params], "normal")
 
     uniform = normal
 
@@ -84,11 +92,16 @@ class InjectedNoise(Noise):
 class Written:
     """A sample written into the parameters of some cells.
 
-    Its block holds the mean while the sample is open, and the offset from the mean once it is closed.
+    Its block holds the mean while the sample is open, and the offset from the mean once it is closed. Without a block, the
+    offset is made again from the numbers that made it.
     """
 
-    block: str
-    cells: list[Cell] = field(default_factory=list)
+    block: str | None
+    cells: list[tuple[Cell, Mapping[str, Any]]] = field(default_factory=list)
+
+    def numbers(self, cell: Cell) -> Mapping[str, Any] | None:
+        """What the sample of a cell's plot was made from; None if there is none."""
+        return next((numbers for other, numbers in self.cells if other.plot is cell.plot), None)
 
 
 class Draws:
@@ -105,7 +118,7 @@ class Draws:
         self._looked = 0  # draws without training, which number their noise
         self._open: Written | None = None
         self._joinable = False
-        self._train = Written("offset")
+        self._train = Written(STASH)
         self.forget()
 
     def forget(self) -> None:
@@ -118,6 +131,7 @@ class Draws:
         self._curved: set[int] = set()  # those whose curvature was seen
         self._handed: dict[Tensor, Tensor] = {}  # mean gradients that stand in p.grad
         self._train.cells = []
+        self._read: dict[Plot, Tensor] = {}  # gradients that lie flat at the moment
         if self.injected:
             self.injected.held = None
 
@@ -136,6 +150,7 @@ class Draws:
             self._weight = float(weight)
         try:
             if train:
+                self._train.block = None if self.host.frugal else STASH
                 self._write(self._train, TRAIN, self.begun)
             else:
                 self._write(Written("looked"), EVALUATE, self._looked)
@@ -185,34 +200,55 @@ class Draws:
         written.cells = []
         self._open = written
         for cell in self.host.cells(params):
-            q, _ = self.host.belief(cell)
-            offset = cell.rule.expectation.offset(q, self._noise(cell, stream), draw)
-            if offset is not None:
-                cell.keep(q.mean, cell.plot.flat(written.block))
-                written.cells.append(cell)  # from here on there is something to restore
-                cell.scatter(q.mean + offset, cell.plot.params)
+            if not cell.draws:
+                continue
+            plot = cell.plot
+            numbers = {**cell.inputs, "stream": stream, "draw": draw, "first": plot.where.first}
+            flats: Flats = {"mean": plot.mean(), **cell.kept}
+            flats.pop("memory", None)
+            if written.block:
+                flats["offset"] = plot.flat(written.block)
+            version = plot.params[0]._version
+            written.cells.append((cell, numbers))
+            try:
+                if self.injected:
+                    self._write_injected(self.injected, cell, flats, stream, draw)
+                else:
+                    self.host.execution.run("draw", cell, {**flats, "pairs": plot.where.numbers}, numbers)
+            except BaseException:
+                if plot.params[0]._version == version:  # nothing was written, so there is nothing to restore
+                    written.cells.pop()
+                raise
+            plot.put(flats["mean"], cell.only)
         torch.clear_autocast_cache()
+
+    def _write_injected(self, injected: Injected, cell: Cell, flats: Flats, stream: int, draw: int) -> None:
+        q, _ = self.host.belief(cell.group, flats)
+        cell.plot.keep(flats["mean"], flats["offset"], cell.only)
+        offset = cell.rule.expectation.offset(q, InjectedNoise(injected, cell.plot, stream), draw)
+        flats["mean"].add_(offset)
 
     @torch.no_grad()
     def _restore(self, keep_offset: bool = False) -> None:
         written, self._open = self._open, None
         if written is None:
             return
-        for cell in written.cells:
-            block = cell.plot.flat(written.block)
-            offset = cell.gather(cell.plot.params) - block if keep_offset else None
-            cell.scatter(block, cell.plot.params)
-            if offset is not None:
-                cell.keep(offset, block)
+        for cell, numbers in written.cells:
+            plot = cell.plot
+            if written.block and not keep_offset:
+                plot.put(plot.flat(written.block), cell.only, written.block)
+                continue
+            flats = {"mean": plot.mean()}
+            if written.block:
+                self.host.execution.run("close", cell, {**flats, "offset": plot.flat(written.block)}, {})
+            else:
+                kept = {name: block for name, block in cell.kept.items() if name != "memory"}
+                self.host.execution.run("close", cell, {**flats, **kept, "pairs": plot.where.numbers}, numbers)
+            plot.put(flats["mean"], cell.only)
         torch.clear_autocast_cache()
         if written is not self._train:
-            for cell in written.cells:
-                cell.plot.flats.pop(written.block, None)
-
-    def _noise(self, cell: Cell, stream: int) -> Noise:
-        if self.injected:
-            return InjectedNoise(self.injected, cell, stream)
-        return CounterNoise(cell.group.get("seed", 0), stream, cell.step).on(cell.plot.bucket, cell.plot.starts)
+            for cell, _ in written.cells:
+                cell.plot.drop(written.block or "")
 
     # Reading
 
@@ -226,7 +262,7 @@ class Draws:
         if not fresh:  # nobody ran backward: no draw
             self.begun -= 1
             self._train.cells = []
-        elif self._finite([p.grad for p in fresh]):
+        elif self._finite(fresh):
             self._average(fresh)
         _clear(fresh)
 
@@ -235,17 +271,16 @@ class Draws:
         self._averaged.update(dict.fromkeys(fresh))
         self._total += self._weight
         for cell in {id(cell.plot): cell for cell in self.host.cells(list(self._averaged))}.values():
-            plot, (gradient, curvature) = cell.plot, self._means(cell.plot)
-            look = self._at_hand(cell, *self.host.belief(cell))
-            mean = Look(None, gradient, curvature).lerp(look, self._weight / self._total)
-            gradient.copy_(mean.gradient)
-            if look.curvature is not None and mean.curvature is not None:
-                curvature.copy_(mean.curvature)
-                self._curved.add(id(plot))
+            means = dict(zip(("mean_gradient", "mean_curvature"), self._means(cell.plot), strict=True))
+            flats, numbers = self.at_hand(cell)
+            whole = cell._replace(only=None)
+            weight = {"weight": self._weight / self._total}
+            if "mean_curvature" in self.host.execution.run("average", whole, {**flats, **means}, {**numbers, **weight}):
+                self._curved.add(id(cell.plot))
 
     def _means(self, plot: Plot) -> tuple[Tensor, Tensor]:
         """The blocks of a plot's running means, zero when they are first asked for in a step."""
-        means = plot.flat("gradient"), plot.flat("curvature")
+        means = plot.flat("mean_gradient"), plot.flat("mean_curvature")
         if id(plot) not in self._begun_means:
             self._begun_means.add(id(plot))
             for mean in means:
@@ -256,7 +291,8 @@ class Draws:
         """Put the mean gradient into ``p.grad``, so that unscaling and clipping act on the mean."""
         self._handed = {p: torch.empty_like(p) for p in self._averaged}
         for cell in self.host.cells(list(self._handed)):
-            cell.scatter(self._means(cell.plot)[0], [self._handed.get(p, p) for p in cell.plot.params])
+            gradients = [self._handed.get(p, p) for p in cell.plot.params]
+            cell.plot.write(self._means(cell.plot)[0], gradients, cell.only, "mean_gradient")
         for p, gradient in self._handed.items():
             p.grad = gradient
 
@@ -266,22 +302,24 @@ class Draws:
 
         Where the mean is zero the curvature follows the common factor. Returns whether all is finite.
         """
-        handed, self._handed = self._handed, {}
+        if not self._handed:
+            return True
+        handed, self._handed, self._read = self._handed, {}, {}
         for p in [p for p in handed if p.grad is None]:  # held back
             self._averaged.pop(p)
         back = [p for p in handed if p.grad is not None]
         changes = []
         for cell in self.host.cells(back):
             before = self._means(cell.plot)[0].to(cell.plot.params[0].dtype).to(cell.plot.dtype)  # as it was handed over
-            changes.append((cell, before, cell.gather(_gradients(cell.plot.params))))
+            changes.append((cell, before, cell.plot.read(_gradients(cell.plot.params), "gradient").clone()))
         size = sum(float((before * before).sum()) for _, before, _ in changes)
         common = sum(float((before * after).sum()) for _, before, after in changes) / size if size else 1.0
         for cell, before, after in changes:
             gradient, curvature = self._means(cell.plot)
             factor = torch.where(before == 0, common, after / before)
-            cell.keep(after, gradient)
-            cell.keep(curvature * factor**cell.rule.curvature.degree, curvature)
-        finite = not back or self._finite([p.grad for p in back])
+            cell.plot.keep(after, gradient, cell.only)
+            cell.plot.keep(curvature * factor**cell.rule.curvature.degree, curvature, cell.only)
+        finite = not back or self._finite(back)
         _clear(back)
         return finite
 
@@ -294,50 +332,72 @@ class Draws:
     # The step
 
     @torch.no_grad()
-    def take(self) -> tuple[list[Tensor], Callable[[Cell, Gaussian, Gaussian], Look]] | None:
-        """The parameters to move, and the look that moves a cell of them; None if every draw was dropped."""
+    def take(self) -> tuple[list[Tensor], Callable[[Cell], tuple[str, Flats, Mapping[str, Any]]]] | None:
+        """The parameters to move, and how to move a cell of them: kind, flats and numbers; None if every draw was dropped."""
         if self._averaged:
             self.read()
             finite = self.settle()
-            return (list(self._averaged), self._mean) if finite else None
+            return (list(self._averaged), self._on_average) if finite else None
         fresh = self._with_gradient()
-        if not self.begun:
-            return fresh, self._at_hand
-        if not self._pending or (fresh and not self._finite([p.grad for p in fresh])):
+        if self.begun and (not self._pending or (fresh and not self._finite(fresh))):
             _clear(fresh)
             return None
-        return fresh, self._at_hand
+        return fresh, self._by_gradient
 
-    def _mean(self, cell: Cell, q: Gaussian, prior: Gaussian) -> Look:
-        """The mean over the draws that were read."""
+    def _on_average(self, cell: Cell) -> tuple[str, Flats, Mapping[str, Any]]:
+        """By the mean over the draws that were read."""
         gradient, curvature = self._means(cell.plot)
-        return Look(None, gradient, curvature if id(cell.plot) in self._curved else None)
+        seen = {"mean_curvature": curvature} if id(cell.plot) in self._curved else {}
+        mean = cell.plot.mean()
+        return "move_on_average", {"mean": mean, **cell.kept, "mean_gradient": gradient, **seen}, cell.inputs
 
-    def _at_hand(self, cell: Cell, q: Gaussian, prior: Gaussian) -> Look:
-        """The gradient that stands in ``p.grad``; without a draw it tells no curvature to a rule that draws."""
-        gradient = cell.gather(_gradients(cell.plot.params))
-        if cell.rule.expectation.draws and not self.begun:
-            return Look(None, gradient, None)
-        drawn = any(cell.plot is other.plot for other in self._train.cells)
-        offset = cell.plot.flats["offset"] if drawn else None
-        return Look(None, gradient, cell.rule.curvature(q, prior, offset, Seen(gradient)))
+    def _by_gradient(self, cell: Cell) -> tuple[str, Flats, Mapping[str, Any]]:
+        """By the gradient that stands in ``p.grad``; without a draw it tells no curvature to a rule that draws."""
+        flats, numbers = self.at_hand(cell)
+        return "move_blindly" if cell.rule.expectation.draws and not self.begun else "move", flats, numbers
+
+    def at_hand(self, cell: Cell) -> tuple[Flats, Mapping[str, Any]]:
+        """The flats and numbers that make a look of the gradient in ``p.grad``."""
+        plot, numbers = cell.plot, cell.inputs
+        flats = {"mean": plot.mean(), **cell.kept, "gradient": self._gradient(plot)}
+        made = self._train.numbers(cell)
+        if made is None:
+            return flats, numbers
+        if self._train.block:
+            return {**flats, "offset": plot.flat(self._train.block)}, numbers
+        return {**flats, "pairs": plot.where.numbers}, {**numbers, **{THEN + name: n for name, n in made.items()}}
 
     def _with_gradient(self) -> list[Tensor]:
-        fresh = [p for p in self.host.trainable() if p.grad is not None]
-        if any(p.grad is not None and p.grad.layout != torch.strided for p in fresh):
+        given = [(p, p.grad) for p in self.host.trainable()]
+        fresh = [p for p, gradient in given if gradient is not None]
+        if any(gradient is not None and gradient.layout != torch.strided for _, gradient in given):
             raise RuntimeError("sparse gradients are not supported; make the embedding with sparse=False")
         return fresh
 
-    def _finite(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether all are finite: one pass over each, and a second only where a sum is not."""
-        given = [g for g in gradients if g is not None]
-        finite = all(math.isfinite(g.sum()) or bool(g.isfinite().all()) for g in given)
+    def _finite(self, params: Sequence[Tensor]) -> bool:
+        """Whether all gradients are finite: one pass over each, and a second only where the sum of squares is not."""
+        plots = {id(cell.plot): cell.plot for cell in self.host.cells(params)}.values()
+        self._read, sums = {}, []
+        for plot in plots:
+            flat = self._gradient(plot)
+            sums.append(flat.dot(flat))
+            self._read[plot] = flat
+        finite = math.isfinite(sum(sums)) or all(bool(p.grad.isfinite().all()) for p in params if p.grad is not None)
         self.dropped += not finite
         return finite
 
+    def _gradient(self, plot: Plot) -> Tensor:
+        """The gradient in ``p.grad``, flat; what was read to see whether it is finite need not be read again."""
+        if plot in self._read:
+            return self._read.pop(plot)
+        if plot.own is None:  # the copy takes the place of another's
+            self._read = {other: flat for other, flat in self._read.items() if other.own is not None}
+        return plot.read(_gradients(plot.params), "gradient")
+
 
 def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    gradients = [p.grad for p in params]
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True)]
 
 
 def _clear(params: Sequence[Tensor]) -> None:

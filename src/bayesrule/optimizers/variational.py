@@ -15,7 +15,9 @@ from ..momentum import Momentum
 from ..posterior import Posterior
 from ..retractions import Riemannian
 from ..rule import BayesRule, Curvature, Gaussian, Rates
+from ..vector import equal
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
+from .execution import Compile
 from .optimizer import BayesOptimizer, Names
 
 if TYPE_CHECKING:
@@ -58,8 +60,10 @@ class IVON(BayesOptimizer):
         antithetic: Draws come in mirrored pairs: two contexts, or ``mc_samples=2``. Curvature is far less noisy.
         prior: A Posterior to be the prior instead of N(0, 1 / (ess delta)), by name where ``params`` are named, else in order.
             ``weight_decay`` then becomes its mean precision per unit of ess, which only ``rescale_lr`` uses.
+        memory: "low" needs no more memory than Adam: see :class:`bayesrule.BayesOptimizer`.
         seed: Seed of the noise; two optimizers with the same seed draw the same.
         noise: Unit normals for tests, see :class:`bayesrule.BayesOptimizer`.
+        compile: Whether steps are compiled, see there.
 
     Raises:
         ValueError: A hyper-parameter is outside its range; the message names group, value and range.
@@ -118,8 +122,10 @@ class IVON(BayesOptimizer):
         rescale_lr: bool = True,
         antithetic: bool = False,
         prior: Posterior | None = None,
+        memory: Literal["default", "low"] = "default",
         seed: int = 0,
         noise: Callable[[Tensor], Tensor] | None = None,
+        compile: Compile = "auto",
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -137,20 +143,25 @@ class IVON(BayesOptimizer):
             seed=seed,
             noise_scale=1,
         )
-        super().__init__(params, defaults, prior=prior, noise=noise)
+        super().__init__(params, defaults, prior=prior, noise=noise, compile=compile, memory=memory)
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         return BayesRule(
-            MonteCarlo(group["mc_samples"], group["antithetic"]) if group["noise_scale"] else Delta(),
+            MonteCarlo(group["mc_samples"], group["antithetic"]) if self._spreads(group) else Delta(),
             self._curvature(group),
             Riemannian(group["clip_radius"]),
             Momentum(group["betas"][0], over="loss", debias=group["debias"]),
         )
 
+    def _spreads(self, group: Mapping[str, Any]) -> bool:
+        return bool(group["noise_scale"]) and not equal(group["ess"], math.inf)
+
     def _curvature(self, group: Mapping[str, Any]) -> Curvature:
-        if math.isinf(group["ess"]):
+        if equal(group["ess"], math.inf):
             return Zero()
-        return Reparameterized() if group["hess_approx"] == "price" else SquaredGradient(group["gradsq_scale"] or group["ess"])
+        if group["hess_approx"] == "price":
+            return Reparameterized()
+        return SquaredGradient(group["ess"] if group["gradsq_scale"] is None else group["gradsq_scale"])
 
     def rates(self, group: Mapping[str, Any], step: int) -> Rates:
         unit = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0

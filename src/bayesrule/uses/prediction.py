@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from ..posterior import Posterior, sampled
+from ..posterior import Draws, Posterior, kept, whole_number
 from .metrics import auroc, classification_metrics
 
 Method = Literal["mean", "mc"]
@@ -19,7 +21,8 @@ Method = Literal["mean", "mc"]
 class Prediction(NamedTuple):
     """What a posterior says about inputs. N inputs, K outputs each.
 
-    With ``link="identity"`` (regression) ``probs``, ``entropy`` and ``mutual_information`` are None.
+    In float32, or the outputs' dtype if that is wider. With ``link="identity"`` (regression) ``probs``, ``entropy``,
+    ``mutual_information`` and ``log_probs`` are None.
     """
 
     probs: Tensor | None  # (N, ..., K) class probabilities, averaged over draws
@@ -27,6 +30,7 @@ class Prediction(NamedTuple):
     variance: Tensor  # (N, ..., K) their variance over draws: zero at the mean
     entropy: Tensor | None  # (N, ...) total uncertainty in nats: entropy of probs
     mutual_information: Tensor | None  # (N, ...) its epistemic part: entropy of probs - mean entropy of the draws, >= 0
+    log_probs: Tensor | None = None  # (N, ..., K) log of probs, finite where probs are too small for their dtype
 
 
 def predict(
@@ -39,13 +43,17 @@ def predict(
     link: Literal["softmax", "identity"] = "softmax",
     seed: int = 0,
     batch_size: int = 512,
+    antithetic: bool = False,
+    vmap: int | None = None,
 ) -> Prediction:
     r"""Predict for inputs, averaging **probabilities** over draws of the weights.
 
     .. math::  p(y | x) \approx \frac1S \sum_s p(y | f(x; \theta_s)), \qquad \theta_s \sim q.
 
-    Costs one forward ("mean") or ``num_samples`` forwards ("mc"), and memory for one copy of the weights; every draw of
-    the weights is made once and serves all batches. The weights of the model come back bit by bit.
+    Costs one forward ("mean") or ``num_samples`` forwards and as much noise ("mc"), and three copies of the weights: the
+    weights that come back bit by bit, the posterior's mean and its standard deviation. Each draw is written in place and
+    serves all batches. Averages run, so memory does not grow with ``num_samples``; that of the probabilities is a running
+    log-sum-exp, so that an improbable class keeps its log probability.
 
     Args:
         model: Gives logits (outputs, for regression), shape (n, ..., K), in eval mode.
@@ -54,11 +62,17 @@ def predict(
         method: "mean", "mc" (Monte Carlo), or None: "mc" where there is a posterior.
         num_samples: Draws S of "mc"; 32 is usual, under 4 is worse than the mean.
         link: "softmax" for classes, "identity" for regression.
-        seed: Which draws; the same seed, the same answer.
+        seed: Which draws; the same seed, the same answer. Draw s is that of ``bayesrule.sampled(..., seed, draw=s)``.
         batch_size: Inputs per forward.
+        antithetic: Let draws 2k and 2k + 1 be mirror images, m + d and m - d, which saves half of the noise and cancels
+            whatever is odd in d; take an even ``num_samples``.
+        vmap: Evaluate this many draws at once (``torch.func``), for GPUs that one draw does not fill. Takes as many copies
+            of the weights more. Slower on CPUs: products with a weight of their own for each draw are many small ones,
+            convolutions become grouped, and the copies leave the cache.
 
     Raises:
-        ValueError: Unknown method or link, fewer than two classes, or outputs that are probabilities already.
+        ValueError: Unknown method or link, a number that is no size, fewer than two classes, or outputs that are
+            probabilities already.
         RuntimeError: A draw gave outputs that are not finite.
 
     Example:
@@ -68,7 +82,7 @@ def predict(
 
     Source: spelled out for IVON in Shen et al. (2024), section 3.
     """
-    return _predict(model, posterior, x.split(batch_size), method, num_samples, link, seed)
+    return _predict(model, posterior, x.split(batch_size), method, num_samples, link, seed, antithetic, vmap)
 
 
 def evaluate(
@@ -81,10 +95,12 @@ def evaluate(
     num_samples: int = 32,
     seed: int = 0,
     ood: Iterable[Any] | None = None,
+    antithetic: bool = False,
+    vmap: int | None = None,
 ) -> dict[str, float]:
     """Measure predictions on data with known answers.
 
-    Costs as :func:`predict`, for all of the data.
+    Costs as :func:`predict`, for all of the data; one draw serves the data and ``ood``.
 
     Args:
         model: As for :func:`predict`.
@@ -95,10 +111,13 @@ def evaluate(
         num_samples: As for :func:`predict`.
         seed: As for :func:`predict`.
         ood: Batches of inputs (or (inputs, anything)) of another kind, to be told from the data by predictive entropy.
+        antithetic: As for :func:`predict`.
+        vmap: As for :func:`predict`.
 
     Returns:
-        accuracy, nll (nats), ece (15 equal-width bins, right-closed), brier (0 to 2), auroc (confidence telling right from
-        wrong predictions), aurc; with ``ood`` also auroc_ood (known against unknown).
+        accuracy, nll (nats, of log probabilities that do not underflow), ece (15 equal-width bins, right-closed), brier (0
+        to 2), auroc (confidence telling right from wrong predictions), aurc; with ``ood`` also auroc_ood (known against
+        unknown).
 
     Raises:
         ValueError: Unknown task, or no data.
@@ -114,16 +133,18 @@ def evaluate(
     batches = [(batch[0], batch[1]) for batch in loader]
     if not batches:
         raise ValueError("there is nothing to evaluate: the loader gave no batch")
-    known = _predict(model, posterior, [x for x, _ in batches], method, num_samples, "softmax", seed)
-    assert known.probs is not None and known.entropy is not None
-    labels = torch.cat([y for _, y in batches]).to(known.probs.device)
-    figures = classification_metrics(known.probs, labels)
+    others = [batch if isinstance(batch, Tensor) else batch[0] for batch in (() if ood is None else ood)]
+    inputs = [x for x, _ in batches] + others
+    found = _predict(model, posterior, inputs, method, num_samples, "softmax", seed, antithetic, vmap)
+    assert found.probs is not None and found.entropy is not None and found.log_probs is not None
+    labels = torch.cat([y for _, y in batches]).to(found.probs.device)
+    figures = classification_metrics(found.probs[: len(labels)], labels)
+    right = found.log_probs[: len(labels)].gather(1, labels.long()[:, None])
+    figures["nll"] = -right.cpu().double().mean().item()
     if ood is not None:
-        inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in ood]
-        unknown = _predict(model, posterior, inputs, method, num_samples, "softmax", seed)
-        assert unknown.entropy is not None
-        scores = torch.cat([unknown.entropy, known.entropy])
-        figures["auroc_ood"] = auroc(scores, torch.arange(len(scores), device=scores.device) < len(unknown.entropy)).item()
+        unknown, known = found.entropy[len(labels) :], found.entropy[: len(labels)]
+        scores = torch.cat([unknown, known])
+        figures["auroc_ood"] = auroc(scores, torch.arange(len(scores), device=scores.device) < len(unknown)).item()
     return figures
 
 
@@ -135,83 +156,120 @@ def _predict(
     num_samples: int,
     link: str,
     seed: int,
+    antithetic: bool,
+    vmap: int | None,
 ) -> Prediction:
     method = method or ("mean" if posterior is None else "mc")
     if link not in ("softmax", "identity"):
         raise ValueError(f"unknown link {link!r}; take 'softmax' or 'identity'")
+    if method not in ("mean", "mc"):
+        raise ValueError(f"unknown method {method!r}; take 'mean' or 'mc'")
+    if method == "mc" and posterior is None:
+        raise ValueError("method 'mc' draws from a posterior, and there is none; pass one or take method='mean'")
+    if method == "mc":
+        num_samples = whole_number("num_samples", num_samples, 1)
+    chunk = 0 if vmap is None else whole_number("vmap", vmap, 1, "; it is how many draws are evaluated at once, or None")
+    chunk = min(chunk, num_samples) if method == "mc" else 0
     if model.training:
         warnings.warn(
             "model is in training mode; batch-norm statistics and dropout will disturb the posterior predictive",
             UserWarning,
             stacklevel=3,
         )
+    if method == "mc" and num_samples < 4:
+        warnings.warn(f"an average over {num_samples} draws may be worse than the mean", UserWarning, stacklevel=3)
+    params = {} if posterior is None else posterior.bind(model)
     averages = _Averages(link)
-    for number, outputs in enumerate(_outputs(model, posterior, batches, method, num_samples, seed)):
-        _check(outputs, number, posterior, link)
-        averages.update(outputs)
+    with torch.no_grad(), kept(params.values()):
+        numbers: Iterator[int] = iter(range(1))
+        if posterior is not None and method == "mc":
+            numbers = _written(Draws(posterior, params, seed), num_samples, antithetic)
+        elif posterior is not None:
+            for name, p in params.items():
+                p.copy_(posterior.mean[name])
+            torch.clear_autocast_cache()
+        outputs = _stacked(model, batches, params, numbers, chunk) if chunk else (_forward(model, batches) for _ in numbers)
+        for number, found in enumerate(outputs):
+            _check(found, number, posterior, link)
+            averages.update(found)
     return averages.prediction()
 
 
-def _outputs(
-    model: nn.Module, posterior: Posterior | None, batches: Sequence[Tensor], method: str, num_samples: int, seed: int
-) -> Iterator[Tensor]:
-    """The model's outputs for all batches, once for every set of weights."""
+def _written(draws: Draws, count: int, antithetic: bool) -> Iterator[int]:
+    """Numbers of draws; each stands in the parameters when its number comes."""
+    for number in range(count):
+        if antithetic and number % 2:
+            draws.mirror()
+        else:
+            draws.write(number)
+        yield number
+
+
+def _forward(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     device = next(model.parameters()).device
+    outputs = [model(x.to(device)) for x in batches]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return torch.cat([model(x.to(device)) for x in batches])
 
-    if method == "mean":
-        if posterior is None:
-            yield forward()
+def _stacked(
+    model: nn.Module, batches: Sequence[Tensor], params: Mapping[str, Tensor], numbers: Iterator[int], chunk: int
+) -> Iterator[Tensor]:
+    """The model's outputs for all batches, draw by draw, evaluated for ``chunk`` draws at once."""
+    device = next(model.parameters()).device
+    stacks = {name: p.new_empty((chunk, *p.shape)) for name, p in params.items()}
+    forward = torch.vmap(lambda weights, x: functional_call(model, weights, (x,)), in_dims=(0, None), randomness="different")
+    while True:
+        rows = 0
+        for rows, _ in enumerate(islice(numbers, chunk), start=1):
+            for name, p in params.items():
+                stacks[name][rows - 1].copy_(p)
+        if not rows:
             return
-        with sampled(model, posterior.exact(), seed):
-            outputs = forward()
-        yield outputs
-    elif method == "mc":
-        if posterior is None:
-            raise ValueError("method 'mc' draws from a posterior, and there is none; pass one or take method='mean'")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be a whole number >= 1, got {num_samples!r}")
-        if num_samples < 4:
-            warnings.warn(f"an average over {num_samples} draws may be worse than the mean", UserWarning, stacklevel=4)
-        for number in range(num_samples):
-            with sampled(model, posterior, seed * num_samples + number):
-                outputs = forward()
-            yield outputs
-    else:
-        raise ValueError(f"unknown method {method!r}; take 'mean' or 'mc'")
+        weights = {name: stack[:rows] for name, stack in stacks.items()}
+        yield from torch.cat([forward(weights, x.to(device)) for x in batches], dim=1)
 
 
 class _Averages:
-    """Running means over draws; memory does not grow with their number."""
+    """Running means over draws; memory does not grow with their number.
+
+    That of the probabilities is kept as ``top``, the largest log probability so far, and ``total``, the sum of
+    exp(log probability - top).
+    """
 
     def __init__(self, link: str) -> None:
         self.link, self.count = link, 0
-        self.mean = self.squares = self.probs = self.noise = torch.zeros(())
+        self.mean = self.squares = self.top = self.total = self.noise = torch.zeros(())
 
     def update(self, outputs: Tensor) -> None:
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         self.count += 1
-        step = 1 / self.count
+        logs = outputs.log_softmax(dim=-1) if self.link == "softmax" else None
+        if self.count == 1:
+            self.mean, self.squares = outputs.clone(), torch.zeros_like(outputs)
+            if logs is not None:
+                self.top, self.total, self.noise = logs, torch.ones_like(logs), _entropy(logs)
+            return
         gap = outputs - self.mean
-        self.mean = self.mean + gap * step
-        self.squares = self.squares + gap * (outputs - self.mean)
-        if self.link == "softmax":
-            probs = outputs.softmax(dim=-1)
-            self.probs = self.probs + (probs - self.probs) * step
-            self.noise = self.noise + (_entropy(probs) - self.noise) * step
+        self.mean.add_(gap, alpha=1 / self.count)
+        self.squares.addcmul_(gap, outputs - self.mean)
+        if logs is not None:
+            self.noise.add_(_entropy(logs))
+            top = torch.maximum(self.top, logs)
+            self.total.mul_(self.top.sub_(top).exp_()).add_(logs.sub_(top).exp_())
+            self.top = top
 
     def prediction(self) -> Prediction:
         variance = self.squares / self.count
         if self.link == "identity":
             return Prediction(None, self.mean, variance, None, None)
-        total = _entropy(self.probs)
-        return Prediction(self.probs, self.mean, variance, total, (total - self.noise).clamp_min(0))
+        log_probs = self.top + (self.total / self.count).log()
+        total = _entropy(log_probs)
+        information = (total - self.noise / self.count).clamp_min(0)
+        return Prediction(log_probs.exp(), self.mean, variance, total, information, log_probs)
 
 
-def _entropy(probs: Tensor) -> Tensor:
-    return torch.special.entr(probs).sum(dim=-1)
+def _entropy(log_probs: Tensor) -> Tensor:
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 def _check(outputs: Tensor, number: int, posterior: Posterior | None, link: str) -> None:
@@ -220,20 +278,16 @@ def _check(outputs: Tensor, number: int, posterior: Posterior | None, link: str)
             f"the model gave outputs of shape {tuple(outputs.shape)}; class probabilities need (inputs, classes >= 2), "
             "numbers link='identity'"
         )
-    rows = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
-    if bad := int((~rows.isfinite()).any(dim=1).sum()):
+    if not outputs.isfinite().all():
+        rows = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
+        bad = int((~rows.isfinite()).any(dim=1).sum())
         where = ""
         if posterior is not None:
             name = min(posterior.precision, key=lambda n: posterior.precision[n].min().item())
             widest = 1 / math.sqrt(posterior.precision[name].min().item())
             where = f"; posterior variance may be too large (max std {widest:.2g} at {name!r}); try rescale(ess=...)"
         raise RuntimeError(f"draw {number} gave non-finite outputs in {bad} of {len(rows)} rows{where}")
-    sums = outputs.sum(dim=-1)
-    if (
-        link == "softmax"
-        and outputs.numel()
-        and outputs.shape[-1] > 1
-        and (outputs >= 0).all()
-        and torch.allclose(sums, torch.ones_like(sums))
-    ):
-        raise ValueError("outputs sum to 1 in every row; let the model give logits, not probabilities")
+    if link == "softmax" and number == 0 and outputs.numel() and (outputs >= 0).all():
+        sums = outputs.sum(dim=-1)
+        if torch.allclose(sums, torch.ones_like(sums)):
+            raise ValueError("outputs sum to 1 in every row; let the model give logits, not probabilities")

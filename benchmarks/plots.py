@@ -1,0 +1,85 @@
+"""Plots of cost: logarithmic axes, colors that color-blind readers tell apart, names beside the curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from benchmarks.timing import spread
+
+INK, GRID = "#333333", "#dddddd"
+LOOKS = (  # color (Okabe and Ito), marker
+    ("#000000", "o"),
+    ("#E69F00", "s"),
+    ("#0072B2", "D"),
+    ("#009E73", "^"),
+    ("#D55E00", "v"),
+    ("#CC79A7", "P"),
+)
+
+
+@dataclass
+class Line:
+    """Medians and quartiles of one contender."""
+
+    x: list[float] = field(default_factory=list)
+    y: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+
+    def add(self, x: float, values: Sequence[float]) -> None:
+        found = spread(values, min(values))
+        for series, value in ((self.x, x), (self.y, found.median), (self.low, found.low), (self.high, found.high)):
+            series.append(value)
+
+
+def draw(path: Path, *, title: str, x: str, y: str, lines: Mapping[str, Line]) -> None:
+    """Write a PNG, 1200 pixels wide; the name of each contender stands at the right end of its curve."""
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for (name, line), (color, marker) in zip(lines.items(), LOOKS, strict=False):
+        axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.2, linewidth=0)
+        axes.plot(line.x, line.y, color=color, marker=marker, markersize=6, linewidth=2, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    points = next(iter(lines.values())).x
+    axes.set_xticks(points, [short(value) for value in points])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel(x, color=INK, fontsize=12)
+    axes.set_ylabel(y, color=INK, fontsize=12)
+    axes.set_title(title, color=INK, fontsize=13, loc="left")
+    axes.tick_params(colors=INK, labelsize=11)
+    axes.grid(True, which="major", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _names(figure, lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _names(figure: Figure, lines: Mapping[str, Line]) -> None:
+    """A legend right of the plot, in the order in which the curves end."""
+    axes = figure.axes[0]
+    handles, names = axes.get_legend_handles_labels()
+    order = sorted(range(len(names)), key=lambda index: -lines[names[index]].y[-1])
+    axes.legend(
+        [handles[index] for index in order],
+        [names[index] for index in order],
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        frameon=False,
+        fontsize=11,
+        labelcolor=INK,
+    )
+
+
+def short(value: float) -> str:
+    """A count in few characters: 1,024, 0.3M, 10M."""
+    return f"{value:,.0f}" if value < 1e5 else f"{value / 1e6:.{int(value < 9e5)}f}M"

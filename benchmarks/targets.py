@@ -1,0 +1,63 @@
+"""What the optimizer's cost should be, for 2 CPU cores and float32. A target that is missed stays in the ledger."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+COMPILED, EAGER = "IVON, compiled", "IVON, eager"
+
+
+class Target(NamedTuple):
+    """A bound on a figure that some table measures."""
+
+    key: str
+    words: str
+    bound: float
+    stretch: float | None = None
+    at_least: bool = False
+
+    def kept(self, value: float, bound: float) -> bool:
+        return value >= bound if self.at_least else value <= bound
+
+    @property
+    def bounds(self) -> str:
+        sign = "≥" if self.at_least else "≤"
+        return f"{sign} {self.bound:g}" + (f" ({sign} {self.stretch:g})" if self.stretch is not None else "")
+
+
+def _step(key: str, words: str, compiled: float, eager: float, stretch: float) -> tuple[Target, Target]:
+    return (
+        Target(f"{key}: {COMPILED}", f"{words}, compiled", compiled, stretch),
+        Target(f"{key}: {EAGER}", f"{words}, eager", eager),
+    )
+
+
+_WORK, _10M, _SMALL = "optimizer work", "10M in 76 tensors", "0.27M in 59 tensors"
+_DEFAULT, _KEPT = "default allocator", "allocator that keeps pages"
+
+TARGETS: tuple[Target, ...] = (
+    *_step("training step, GPT 5.8M, 2048 tokens", "training step / AdamW (fused): GPT 5.8M, 2048 tokens", 1.03, 1.08, 1.01),
+    *_step("training step, ResNet-20, batch 128", "training step / AdamW (fused): ResNet-20, batch 128", 1.03, 1.08, 1.01),
+    *_step("training step, GPT 5.8M, 512 tokens", "training step / AdamW (fused): GPT 5.8M, 512 tokens", 1.07, 1.3, 1.03),
+    *_step(f"{_WORK}, {_10M}, {_DEFAULT}", f"{_WORK} / AdamW (fused): {_10M}", 3.5, 15, 2.0),
+    *_step(f"{_WORK}, {_SMALL}, {_DEFAULT}", f"{_WORK} / AdamW (fused): {_SMALL}", 2.5, 5, 1.5),
+    Target(
+        f"{_WORK}, {_10M}, {_DEFAULT}: {COMPILED}, against the published", f"published IVON / compiled: {_DEFAULT}", 20, 35, True
+    ),
+    Target(f"{_WORK}, {_10M}, {_KEPT}: {COMPILED}, against the published", f"published IVON / compiled: {_KEPT}", 4, 8, True),
+    Target(f"memory: {COMPILED}", "peak memory / parameters: compiled", 3.0),
+    Target(f"memory: {EAGER}", "peak memory / parameters: eager", 3.0),
+    Target(f"memory: {COMPILED}, low memory", 'peak memory / parameters: compiled, memory="low"', 2.0),
+    Target(f"memory: {EAGER}, low memory", 'peak memory / parameters: eager, memory="low"', 2.0),
+    *(
+        target
+        for size in (_10M, _SMALL)
+        for target in (
+            Target(f"compilation, cold: {size}", f"seconds to compile, cold: {size}", 25),
+            Target(f"compilation, warm: {size}", f"seconds to compile, warm: {size}", 4),
+            Target(f"recompiles: {size}", f"recompiles over an lr schedule: {size}", 0),
+        )
+    ),
+    Target("prediction, ResNet-20, batch 16", "64-draw prediction / 64 forwards: ResNet-20, batch 16", 1.2, 1.1),
+    Target("prediction, MLP 0.86M, batch 32", "64-draw prediction / 64 forwards: MLP 0.86M, batch 32", 5, 2.5),
+)

@@ -1,0 +1,224 @@
+"""How a step is carried out: the rule recorded into programs, and whether these run eagerly or compiled.
+
+A step is made of at most four programs, recorded from the slots of the rule when they are first wanted:
+
+========  ===================================================================================================
+draw      a sample of q into the parameters, the mean aside
+close     the mean back, the offset of the sample aside
+average   the gradient and curvature of one of several draws into running means
+move      the equation itself: by the gradient at hand, by one without a draw (blindly), or by the running means
+========  ===================================================================================================
+
+Recordings differ by structure alone: by the slots that a group fills, and by the numbers 0 and infinity, on which slots may
+depend. Every other number is an input.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+from ..estimators.oracle import Seen
+from ..noise import CounterNoise, Noise, Where
+from ..program import Program, Scratch
+from ..rule import BayesRule, Gaussian, Look, Rates
+from ..vector import BUCKET
+from .cells import Cell
+from .hyperparameters import Allowed, is_numeric
+
+Compile = Literal["auto"] | bool
+Flats = dict[str, Any]
+
+COMPILED_BUCKET = 1 << 19
+"""Elements of a bucket for compiled programs: their temporaries are registers, but for the noise."""
+
+PATIENCE, WORTHWHILE = 50, 100_000
+"""With ``compile="auto"``: after how many eager steps, and from how many parameters on, programs are compiled."""
+
+
+THEN = "then "
+"""Before the names of numbers as they were when a draw was made whose offset is made again."""
+
+
+class Author(Protocol):
+    """What programs need of their optimizer: the slots, filled from a group."""
+
+    ranges: Any
+
+    def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
+    def rates(self, group: Mapping[str, Any], step: Any) -> Rates: ...
+    def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]: ...
+
+
+def analyzed(group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """The numbers of a group that are inputs, and its structure: everything else.
+
+    A schedule may lead the learning rate through 0, so it is always an input.
+    """
+    numbers: dict[str, Any] = {}
+    structure: list[Any] = []
+    for name, allowed in ranges.items():
+        value = group[name]
+        for index, number in enumerate(value) if isinstance(value, list | tuple) else ((None, value),):
+            if is_numeric(allowed) and number is not None and (name == "lr" or float(number) not in (0.0, math.inf)):
+                numbers[name if index is None else f"{name}[{index}]"] = float(number)
+            else:
+                structure.append((name, index, number))
+    return numbers, tuple(structure)
+
+
+def symbolic(group: Mapping[str, Any], symbols: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with symbols in the place of its numbers."""
+    filled: dict[str, Any] = {}
+    for name, value in group.items():
+        if isinstance(value, list | tuple) and name != "params":
+            filled[name] = tuple(symbols.get(f"{name}[{i}]", number) for i, number in enumerate(value))
+        else:
+            filled[name] = symbols.get(name, value)
+    return filled
+
+
+class Execution:
+    """The programs of one optimizer, and the way they are run.
+
+    Args:
+        author: The optimizer.
+        compile: False never; True from the first step; "auto" after :data:`PATIENCE` eager steps of a model that is worth it,
+            where there is a compiler.
+    """
+
+    def __init__(self, author: Author, compile: Compile) -> None:
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
+        self.author, self.compile = author, compile
+        self.scratch = Scratch()
+        self.active = False  # whether programs run compiled
+        self.programs: dict[Any, Program] = {}
+        self._steps = 0
+
+    @property
+    def limit(self) -> int:
+        """Elements of a bucket."""
+        return COMPILED_BUCKET if self.active else BUCKET
+
+    def advance(self, params: Callable[[], int]) -> bool:
+        """Before a step: switch to compiled programs when it is time; whether that happened.
+
+        Args:
+            params: How many parameters there are.
+        """
+        self._steps += 1
+        if self.active or self.compile is False:
+            return False
+        if self.compile == "auto" and not (self._steps > PATIENCE and params() >= WORTHWHILE and has_compiler()):
+            return False
+        self.active = True
+        return True
+
+    def run(self, kind: str, cell: Cell, flats: Flats, numbers: Mapping[str, Any]) -> tuple[str, ...]:
+        """Run a program on a cell; what it writes and does not belong to the cell stays as it is.
+
+        Args:
+            kind: A method of the recording: "draw", "close", "average", "move", ...
+            cell: Whose structure the program is recorded from.
+            flats: By name; those that the program writes are written in place.
+            numbers: By name.
+
+        Returns:
+            The names of the flats that were written.
+        """
+        of_rule = (cell.structure, tuple(numbers)) if numbers else ()
+        key = kind, of_rule, tuple(flats), cell.plot.dtype
+        program = self.programs.get(key)
+        if program is None:
+            recorded = getattr(_Recording(self.author, cell), kind)
+            program = self.programs[key] = Program.record(recorded, list(flats), list(numbers))
+        if cell.only is None:
+            self._run(program, flats, numbers)
+        else:
+            copies = {**flats, **{name: flats[name].clone() for name in program.targets}}
+            self._run(program, copies, numbers)
+            for name in program.targets:
+                cell.plot.keep(copies[name], flats[name], cell.only)
+        return program.targets
+
+    def _run(self, program: Program, flats: Flats, numbers: Mapping[str, Any]) -> None:
+        if self.active:
+            try:
+                program.run_compiled(flats, numbers)
+                return
+            except Exception as error:
+                if program.is_compiled:
+                    raise
+                self.active, self.compile = False, False
+                reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+                warnings.warn(
+                    f"{type(self.author).__name__}: torch.compile failed ({reason[:200]}); going on eagerly, with the same result: "
+                    "install a C++ compiler (on a GPU, triton) or pass compile=False",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        program.run(flats, numbers, self.scratch)
+
+
+class _Recording:
+    """The programs as functions of symbols."""
+
+    def __init__(self, author: Author, cell: Cell) -> None:
+        self.author, self.cell = author, cell
+
+    def _slots(self, flats: Flats, numbers: Mapping[str, Any]) -> tuple[dict[str, Any], BayesRule, Gaussian, Gaussian]:
+        group = symbolic(self.cell.group, numbers)
+        return group, self.author.rule(group), *self.author.belief(group, flats)
+
+    def _offset(self, flats: Flats, numbers: Mapping[str, Any]) -> Any:
+        numbers = {name.removeprefix(THEN): n for name, n in numbers.items() if name.startswith(THEN)} or numbers
+        _, rule, q, _ = self._slots(flats, numbers)
+        where = Where(flats["pairs"], numbers["first"], self.cell.plot.dtype)
+        noise: Noise = CounterNoise(numbers["seed"], numbers["stream"], numbers["done"], where=where)
+        return rule.expectation.offset(q, noise, numbers["draw"])
+
+    def draw(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+        sample = flats["mean"] + self._offset(flats, numbers)
+        return {"offset": flats["mean"], "mean": sample} if "offset" in flats else {"mean": sample}
+
+    def close(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+        if "pairs" in flats:
+            return {"mean": flats["mean"] - self._offset(flats, numbers)}
+        return {"mean": flats["offset"], "offset": flats["mean"] - flats["offset"]}
+
+    def average(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+        look = self._look_at_hand(flats, numbers)
+        mean = Look(None, flats["mean_gradient"], flats["mean_curvature"]).lerp(look, numbers["weight"])
+        unseen = {} if look.curvature is None else {"mean_curvature": mean.curvature}
+        return {"mean_gradient": mean.gradient, **unseen}
+
+    def move(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+        return self._moved(flats, numbers, self._look_at_hand(flats, numbers))
+
+    def move_blindly(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+        return self._moved(flats, numbers, Look(None, flats["gradient"], None))
+
+    def move_on_average(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+        return self._moved(flats, numbers, Look(None, flats["mean_gradient"], flats.get("mean_curvature")))
+
+    def _look_at_hand(self, flats: Flats, numbers: Mapping[str, Any]) -> Look:
+        _, rule, q, prior = self._slots(flats, numbers)
+        offset = self._offset(flats, numbers) if "pairs" in flats else flats.get("offset")
+        return Look(None, flats["gradient"], rule.curvature(q, prior, offset, Seen(flats["gradient"])))
+
+    def _moved(self, flats: Flats, numbers: Mapping[str, Any], look: Look) -> Flats:
+        group, rule, q, prior = self._slots(flats, numbers)
+        memory = flats["memory"] if self.cell.remembers else None
+        new, memory = rule.move(q, prior, look, self.author.rates(group, numbers["done"] + 1), memory)
+        written = {"mean": new.mean, "hess": new.hess, "memory": memory}
+        return {name: written[name] for name in written if name in flats}
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile has a C++ compiler to call."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl"))
