@@ -10,8 +10,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "bayesrule"
 
 FLOORS = [
     {"vector"},
-    {"rule", "noise"},
-    {"families", "estimators", "retractions", "momentum"},
+    {"rule", "noise", "lowering"},
+    {"families", "estimators", "retractions", "momentum", "program"},
     {"posterior"},
     {"optimizers", "algorithms"},
     {"uses"},

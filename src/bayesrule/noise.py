@@ -29,7 +29,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .vector import BLOCK, Bucket, Vector, convert, head, whole_blocks
@@ -100,8 +99,8 @@ class CounterNoise(Noise):
         stream: Keeps uses apart that share a seed (:data:`TRAIN`, :data:`EVALUATE`, :data:`POSTERIOR`).
         step: Steps done.
         draw: Draws done within the step.
-        where: The pairs of a flat tensor that begins at a block; None: what is asked for is the first tensor of a model. The parts of a
-            :class:`Vector` have the addresses of a model's tensors, in order.
+        where: The pairs of a flat tensor that begins at a block; None: what is asked for is the first tensor of a model. The
+            parts of a :class:`Vector` have the addresses of a model's tensors, in order.
 
     Example:
         >>> CounterNoise(seed=1).normal(torch.zeros(2))

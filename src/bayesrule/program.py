@@ -13,112 +13,16 @@ algorithm may branch on is fixed in the recording; a branch on a number raises.
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
-from .vector import axpy, convert, head, lerp
+from .lowering import Compiled, Line, Plan, Scratch, planned
 
 Named = Mapping[str, Any]
-
-def _axpy(a: Tensor, b: Tensor, scale: float, *, out: Tensor) -> Tensor:
-    return torch.add(a, b, alpha=scale, out=out)
-
-
-def _convert(x: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
-    return out.copy_(x)
-
-
-_METHODS = {name: getattr(torch, name) for name in ("abs", "clamp", "cos", "exp", "log", "rsqrt", "sin", "sqrt", "square")}
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    operator.add: torch.add,
-    operator.sub: torch.sub,
-    operator.mul: torch.mul,
-    operator.truediv: torch.div,
-    operator.pow: torch.pow,
-    operator.neg: torch.neg,
-    operator.and_: torch.bitwise_and,
-    operator.or_: torch.bitwise_or,
-    operator.xor: torch.bitwise_xor,
-    operator.rshift: torch.bitwise_right_shift,
-    lerp: torch.lerp,
-    convert: _convert,
-    axpy: _axpy,
-}
-_COMMUTE = (operator.add, operator.mul)
-
-
-class Scratch:
-    """Memory that every program of an optimizer uses in turn; it grows to the largest request and stays.
-
-    Attributes:
-        version: Another one whenever memory was replaced by larger memory; no two scratches share one.
-    """
-
-    _versions = itertools.count()
-
-    def __init__(self) -> None:
-        self._slots: dict[tuple[Any, Any], Tensor] = {}
-        self._counts: dict[Any, Tensor] = {}
-        self.version = next(self._versions)
-
-    def flat(self, name: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The slot of a name as a tensor; what is in it is whatever was left there, zeros at first."""
-        size = torch.Size(shape).numel() * dtype.itemsize
-        slot = self._slots.get((name, device))
-        if slot is None or slot.numel() < size:
-            self.version = next(self._versions)
-            with torch.inference_mode(False):
-                slot = self._slots[name, device] = torch.zeros(size, dtype=torch.uint8, device=device)
-        return slot[:size].view(dtype).view(tuple(shape))
-
-    def count(self, size: int, device: torch.device) -> Tensor:
-        """The numbers 0 to size - 1, shape (size,), of int32."""
-        held = self._counts.get(device)
-        if held is None or len(held) < size:
-            held = self._counts[device] = torch.arange(size, dtype=torch.int32, device=device)
-        return held[:size]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.nbytes for held in (self._slots, self._counts) for t in held.values())
-
-
-class _Place(NamedTuple):
-    """Where a result lies in scratch: a slot seen as the value of a node, or as one part of a stack."""
-
-    slot: int
-    node: str
-    part: int | None = None
-
-
-@dataclass
-class _Plan:
-    """An eager program: a module of flats, numbers and the tensors of its places."""
-
-    module: fx.GraphModule
-    places: list[_Place]
-    held: dict[Any, list[Tensor]] = field(default_factory=dict)
-
-    def tensors(self, scratch: Scratch, graph: fx.Graph, given: Sequence[Tensor], numbers: Sequence[Any]) -> list[Tensor]:
-        """The places in scratch, for flats like these."""
-        key = given[0].numel(), given[0].device, scratch.version
-        if key not in self.held:
-            found = _shapes(graph, given, numbers)
-            for _ in range(2):  # a slot that grows moves: only the second time all lie where they stay
-                whole = [scratch.flat(p.slot, found[p.node].shape, found[p.node].dtype, given[0].device) for p in self.places]
-            self.held = {k: held for k, held in self.held.items() if k[-1] == scratch.version}
-            parts = [t if p.part is None else t[:, p.part] for t, p in zip(whole, self.places, strict=True)]
-            self.held[given[0].numel(), given[0].device, scratch.version] = parts
-            return parts
-        return self.held[key]
 
 
 class Program:
@@ -133,8 +37,8 @@ class Program:
 
     def __init__(self, graph: fx.Graph, flats: Sequence[str], numbers: Sequence[str], targets: Sequence[str]) -> None:
         self.graph, self.flats, self.numbers, self.targets = graph, tuple(flats), tuple(numbers), tuple(targets)
-        self._plans: dict[Any, _Plan] = {}
-        self._compiled: _Compiled | None = None
+        self._plans: dict[Any, Plan] = {}
+        self._compiled: Compiled | None = None
 
     @classmethod
     def record(cls, function: Callable[[Named, Named], Named], flats: Sequence[str], numbers: Sequence[str]) -> Program:
@@ -151,6 +55,7 @@ class Program:
 
         Example:
             >>> descend = Program.record(lambda f, n: {"x": f["x"] - n["rate"] * f["g"]}, ["x", "g"], ["rate"])
+            >>> from bayesrule.lowering import Scratch
             >>> x = torch.ones(512)
             >>> descend.run({"x": x, "g": torch.ones(512)}, {"rate": 0.25}, Scratch())
             >>> x[:2]
@@ -172,7 +77,7 @@ class Program:
         given, values = [flats[name] for name in self.flats], [numbers[name] for name in self.numbers]
         kinds = tuple(t.dtype for t in given)
         if kinds not in self._plans:
-            self._plans[kinds] = _Planner(self, given, values).plan()
+            self._plans[kinds] = planned(self._line(), given, values)
         plan = self._plans[kinds]
         plan.module.forward(*given, *values, *plan.tensors(scratch, self.graph, given, values))
 
@@ -187,10 +92,10 @@ class Program:
         else:
             self._compiled([flats[name] for name in self.flats], [numbers[name] for name in self.numbers])
 
-    def _checked(self, flats: Named, numbers: Named) -> _Compiled:
+    def _checked(self, flats: Named, numbers: Named) -> Compiled:
         """Compile and run, once the compiled program does to copies what the eager one does."""
         values = [numbers[name] for name in self.numbers]
-        compiled = _Compiled(self, values)
+        compiled = Compiled(self._line(), values)
         copies = [{**flats, **{name: flats[name].clone() for name in self.targets}} for _ in range(2)]
         self.run(copies[0], numbers, Scratch())
         compiled([copies[1][name] for name in self.flats], values)
@@ -209,234 +114,5 @@ class Program:
         """Whether a compiled kernel has run and is trusted."""
         return self._compiled is not None
 
-
-class _Line:
-    """What both ways of running ask of a recording."""
-
-    def __init__(self, program: Program) -> None:
-        nodes = list(program.graph.nodes)
-        inputs = [node for node in nodes if node.op == "placeholder"]
-        self.nodes = nodes[:-1]
-        self.calls = [node for node in nodes if node.op.startswith("call")]
-        self.flats = dict(zip(program.flats, inputs, strict=False))
-        self.numbers = set(inputs[len(program.flats) :])
-        for node in self.calls:  # a number is what is made of numbers alone
-            if set(node.all_input_nodes) <= self.numbers:
-                self.numbers.add(node)
-        values = list(zip(nodes[-1].args[0], (self.flats[name] for name in program.targets), strict=True))
-        self.copies = [(value, target) for value, target in values if value in inputs]
-        self.results = [(value, target) for value, target in values if value not in inputs]
-
-    def is_tensor(self, argument: Any) -> bool:
-        """Whether an argument of a call is a tensor."""
-        return isinstance(argument, fx.Node) and argument not in self.numbers
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a recording and remembers what every node gave."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        super().__init__(fx.GraphModule({}, graph))
-        self.found: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.found[n.name] = super().run_node(n)
-        return self.found[n.name]
-
-
-def _shapes(graph: fx.Graph, given: Sequence[Tensor], numbers: Sequence[Any]) -> dict[str, Any]:
-    """The values of a recording by node, as tensors without storage."""
-    recorder = _Recorder(graph)
-    recorder.run(*[torch.empty_like(t, device="meta") for t in given], *numbers)
-    return recorder.found
-
-
-class _Planner:
-    """Turns a recording into the same line of calls with every ``out=`` filled in, in as few slots as lifetimes allow."""
-
-    def __init__(self, program: Program, given: Sequence[Tensor], numbers: Sequence[Any]) -> None:
-        self.found = _shapes(program.graph, given, numbers)
-        self.line = _Line(program)
-        self.roots = self._roots()
-        self.last = self._last_uses()
-        self.halves = self._halves()
-        self.targets = {value: target for value, target in self.line.results}
-        self.graph = fx.Graph()
-        self.mapped: dict[fx.Node, fx.Node] = {}
-        self.places: dict[_Place, fx.Node] = {}
-        self.slots: dict[fx.Node, int] = {}  # of what lies in scratch and is still needed
-        self.free: list[int] = []
-        self.made = 0
-
-    def _roots(self) -> dict[fx.Node, fx.Node]:
-        """Whose memory a node sees: views see that of what they are views of."""
-        roots: dict[fx.Node, fx.Node] = {}
-        for node in self.line.nodes:
-            roots[node] = roots[node.args[0]] if node.target in ("view", head) else node
-        return roots
-
-    def _last_uses(self) -> dict[fx.Node, int]:
-        """The number of the call that reads a memory last; the end for what is copied at the end."""
-        last: dict[fx.Node, int] = {}
-        for number, call in enumerate(self.line.calls):
-            for node in call.all_input_nodes:
-                last[self.roots[node]] = number
-        self.early = [pair for pair in self.line.copies if pair[1] not in last]  # nobody reads what is overwritten
-        self.late = [pair for pair in self.line.copies if pair[1] in last]
-        for value, _ in [*self.late, *self.line.results]:
-            last[self.roots[value]] = len(self.line.calls)
-        return last
-
-    def _halves(self) -> dict[fx.Node, tuple[fx.Node, int]]:
-        """Results that are needed only to be stacked: they are written to their part of the stack at once."""
-        halves: dict[fx.Node, tuple[fx.Node, int]] = {}
-        for call in self.line.calls:
-            if call.target is torch.stack and call.args[1] == 1:
-                parts = call.args[0]
-                if all(len(part.users) == 1 and self._into(part) for part in parts):
-                    halves.update({part: (call, k) for k, part in enumerate(parts)})
-        return halves
-
-    def plan(self) -> _Plan:
-        """The line of calls, and the places that it wants."""
-        inputs = [node for node in self.line.nodes if node.op == "placeholder"]
-        self.mapped = {node: self.graph.placeholder(node.name) for node in inputs}
-        for value, target in self.early:
-            self._copy(value, target)
-        for number, node in enumerate(self.line.calls):
-            self._call(number, node)
-            for used in {self.roots[n] for n in node.all_input_nodes}:
-                if self.last[used] == number and used in self.slots:
-                    self.free.append(self.slots.pop(used))
-        for value, target in [*self.late, *self.line.results]:
-            if value not in self.targets or self.mapped[value] is not self.mapped[target]:
-                self._copy(value, target)
-        self.graph.output(None)
-        return _Plan(fx.GraphModule({}, self.graph), list(self.places))
-
-    def _copy(self, value: fx.Node, target: fx.Node) -> None:
-        self.graph.call_method("copy_", (self.mapped[target], self.mapped[value]))
-
-    def _into(self, node: fx.Node) -> Callable[..., Any] | None:
-        """The call with ``out=`` that computes a node; None where there is none."""
-        if node in self.line.numbers:
-            return None
-        if node.op == "call_method":
-            return _METHODS.get(str(node.target))
-        first, swapped = (self.line.is_tensor(a) for a in (*node.args[:2], None)[:2])
-        return _FUNCTIONS.get(node.target) if first or (swapped and node.target in _COMMUTE) else None
-
-    def _call(self, number: int, node: fx.Node) -> None:
-        into = self._into(node)
-        if node in {stack for stack, _ in self.halves.values()}:
-            self.mapped[node] = self._at(node, self.slots[node])
-        elif into is None:
-            self.mapped[node] = self.graph.node_copy(node, self.mapped.__getitem__)
-        else:
-            args = node.args if self.line.is_tensor(node.args[0]) else node.args[::-1]
-            out = self._out(number, node)
-            kwargs = {**fx.map_arg(node.kwargs, self.mapped.__getitem__), "out": out}
-            self.graph.call_function(into, fx.map_arg(args, self.mapped.__getitem__), kwargs)
-            self.mapped[node] = out
-
-    def _out(self, number: int, node: fx.Node) -> fx.Node:
-        """Where a result goes: its part of a stack, its target, the memory of an operand that dies here, or a free slot."""
-        if node in self.halves:
-            stack, half = self.halves[node]
-            if stack not in self.slots:
-                self.slots[stack] = self._slot()
-            return self._at(stack, self.slots[stack], half)
-        target = self.targets.get(node)
-        if target is not None and self.last.get(target, -1) <= number:
-            return self.mapped[target]
-        for operand in node.all_input_nodes:
-            root = self.roots[operand]
-            if root in self.slots and self.last[root] == number and self._nbytes(operand) == self._nbytes(node):
-                self.slots[node] = self.slots.pop(root)
-                return self._at(node, self.slots[node])
-        self.slots[node] = self._slot()
-        return self._at(node, self.slots[node])
-
-    def _nbytes(self, node: fx.Node) -> int:
-        value = self.found[node.name]
-        return value.numel() * value.element_size()
-
-    def _slot(self) -> int:
-        if self.free:
-            return self.free.pop()
-        self.made += 1
-        return self.made - 1
-
-    def _at(self, node: fx.Node, slot: int, half: int | None = None) -> fx.Node:
-        """A slot, seen as the value of a node or as a part of it."""
-        place = _Place(slot, node.name, half)
-        if place not in self.places:
-            last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
-            with self.graph.inserting_after(last):
-                self.places[place] = self.graph.placeholder(f"place_{len(self.places)}")
-        return self.places[place]
-
-
-class _Compiled:
-    """The same line for ``torch.compile``: numbers come in two small tensors, results leave by ``copy_``."""
-
-    def __init__(self, program: Program, numbers: Sequence[Any]) -> None:
-        line = _Line(program)
-        wanted = [n for n in line.nodes if n in line.numbers and not line.numbers.issuperset(n.users)]
-        self._numbers = _of_numbers(line, wanted)
-        whole = [isinstance(value, int) for value in self._numbers(*numbers)]
-        self._function = torch.compile(_functional(line, wanted, whole).forward, fullgraph=True, dynamic=True)
-        self._floats: tuple[Any, Tensor] | None = None
-
-    def __call__(self, given: Sequence[Tensor], numbers: Sequence[Any]) -> None:
-        values = self._numbers(*numbers)
-        device, dtype = given[0].device, next(t.dtype for t in given if t.dtype.is_floating_point)
-        floats = [value for value in values if isinstance(value, float)], device, dtype
-        if self._floats is None or self._floats[0] != floats:
-            self._floats = floats, torch.tensor([*floats[0], 1.0], dtype=dtype).to(device)
-        ints = torch.tensor([value for value in values if isinstance(value, int)] or [0], dtype=torch.int64)
-        self._function(*given, self._floats[1], ints.to(device))
-
-
-def _of_numbers(line: _Line, wanted: Sequence[fx.Node]) -> Callable[..., Sequence[Any]]:
-    """The part of a recording that computes with numbers, as a function of the numbers."""
-    graph, mapped = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in line.nodes:
-        if node in line.numbers:
-            is_input = node.op == "placeholder"
-            mapped[node] = graph.placeholder(node.name) if is_input else graph.node_copy(node, mapped.__getitem__)
-    graph.output(tuple(mapped[node] for node in wanted))
-    return fx.GraphModule({}, graph).forward
-
-
-def _functional(line: _Line, wanted: Sequence[fx.Node], whole: Sequence[bool]) -> fx.GraphModule:
-    """The part that computes with tensors, given the flats, the floats and the whole numbers that it wants."""
-    graph = fx.Graph()
-    mapped: dict[fx.Node, Any] = {node: graph.placeholder(name) for name, node in line.flats.items()}
-    packs = [graph.placeholder(name) for name in ("floats", "ints")]
-    counts = [0, 0]
-    for node, kind in zip(wanted, whole, strict=True):
-        mapped[node] = graph.call_function(operator.getitem, (packs[kind], counts[kind]))
-        counts[kind] += 1
-    for node in line.calls:
-        if node in line.numbers:
-            continue
-        args = fx.map_arg(node.args, mapped.__getitem__)
-        if node.target is axpy:  # alpha= takes no tensor
-            mapped[node] = graph.call_function(operator.add, (args[0], graph.call_function(operator.mul, args[1:])))
-        elif node.target is lerp:
-            mapped[node] = graph.call_function(torch.lerp, args)
-        elif node.target is convert:
-            mapped[node] = graph.call_method("to", args)
-        elif node.target is head:
-            size = graph.call_method("numel", args[1:])
-            mapped[node] = graph.call_function(operator.getitem, (args[0], slice(None, size)))
-        else:
-            mapped[node] = graph.node_copy(node, mapped.__getitem__)
-    one = graph.call_function(operator.getitem, (packs[0], counts[0]))
-    for value, target in line.copies:  # the compiler may read a bare copy of an input after that was overwritten
-        graph.call_method("copy_", (mapped[target], graph.call_function(operator.mul, (mapped[value], one))))
-    for value, target in line.results:
-        graph.call_method("copy_", (mapped[target], mapped[value]))
-    graph.output(None)
-    return fx.GraphModule({}, graph)
+    def _line(self) -> Line:
+        return Line(self.graph, self.flats, self.targets)

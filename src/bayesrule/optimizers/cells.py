@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..noise import Where, pairs
-from ..program import Scratch
+from ..lowering import Scratch
 from ..rule import BayesRule
 from ..vector import BLOCK, Bucket, buckets, whole_blocks
 

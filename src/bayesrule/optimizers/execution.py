@@ -24,7 +24,8 @@ from typing import Any, Literal, Protocol
 
 from ..estimators.oracle import Seen
 from ..noise import CounterNoise, Noise, Where
-from ..program import Program, Scratch
+from ..lowering import Scratch
+from ..program import Program
 from ..rule import BayesRule, Gaussian, Look, Rates
 from ..vector import BUCKET
 from .cells import Cell
@@ -46,8 +47,6 @@ THEN = "then "
 
 class Author(Protocol):
     """What programs need of their optimizer: the slots, filled from a group."""
-
-    ranges: Any
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
     def rates(self, group: Mapping[str, Any], step: Any) -> Rates: ...

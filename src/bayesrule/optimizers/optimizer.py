@@ -25,6 +25,7 @@ from ..rule import BayesRule, Gaussian, Rates
 from .cells import Cell, Plot, plots
 from .execution import Compile, Execution, Flats, analyzed
 from .hyperparameters import Allowed, validate
+from .learned import adopt, learned
 from .reminders import Reminders
 from .sampling import Draws, Injected
 
@@ -83,13 +84,13 @@ class BayesOptimizer(Optimizer, ABC):
         self._prepare(noise, False if noise and compile == "auto" else compile)
         super().__init__(params, defaults)
         if prior is not None:
-            self._adopt(prior)
+            adopt(self, prior)
 
     def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile) -> None:
         self.execution = Execution(self, compile)
         self._draws = Draws(self, Injected(noise) if noise else None)
         self._plots: dict[int, tuple[Any, list[Plot]]] = {}  # by group
-        self._plan: tuple[list[int], list[Cell]] | None = None  # the last parameters dealt, and their cells
+        self._plan: tuple[Any, list[Cell]] | None = None  # what was dealt last (parameters, hyper-parameters), and the cells
         self._reminders = Reminders(type(self).__name__)
         self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}  # by group: "step" of every parameter, and all in one
         self._ready = False  # whether this step has begun
@@ -227,10 +228,10 @@ class BayesOptimizer(Optimizer, ABC):
 
     def cells(self, params: Sequence[Tensor]) -> list[Cell]:
         """Trainable parameters, dealt into cells, each of one plot and number of steps."""
-        wanted = list(map(id, params))
+        wanted = list(map(id, params)), [analyzed(group, self.ranges) for group in self.param_groups]
         if self._plan is None or self._plan[0] != wanted:
-            chosen = set(wanted)
-            self._plan = wanted, [cell for i in range(len(self.param_groups)) for cell in self._visit(i, chosen)]
+            chosen = set(wanted[0])
+            self._plan = wanted, [cell for i, known in enumerate(wanted[1]) for cell in self._visit(i, chosen, *known)]
         return self._plan[1]
 
     def _renew(self) -> None:
@@ -241,13 +242,12 @@ class BayesOptimizer(Optimizer, ABC):
                 self._ready = True
                 self.execution.advance(lambda: sum(p.numel() for p in self.trainable()))
 
-    def _visit(self, index: int, chosen: set[int]) -> Iterator[Cell]:
+    def _visit(self, index: int, chosen: set[int], numbers: dict[str, Any], structure: tuple[Any, ...]) -> Iterator[Cell]:
         """The cells of a group."""
         group = self.param_groups[index]
         params = [p for p in group["params"] if p.requires_grad]
         states = {id(p): self._state(group, p) for p in params}
         steps = dict(zip(states, self._steps(index, list(states.values())), strict=True))
-        numbers, structure = analyzed(group, self.ranges)
         rule, seed = self.rule(group), int(group.get("seed", 0))
         for plot in self._plot(index):
             within = [states[id(p)] for p in plot.params]
@@ -294,7 +294,7 @@ class BayesOptimizer(Optimizer, ABC):
 
     def _kept(self, group: Mapping[str, Any], rule: BayesRule, plot: Plot, states: Sequence[dict[str, Any]]) -> Flats:
         """What is kept for a plot, by the names that programs use."""
-        flats = {name: plot.shared(name, states) for name in ("prior_mean", "prior_precision") if name in states[0]}
+        flats: Flats = {name: plot.shared(name, states) for name in ("prior_mean", "prior_precision") if name in states[0]}
         if self.names.hess:
             flats["hess"] = plot.shared(self.names.hess, states, self.start(group))
         if rule.momentum.remembers:
@@ -326,48 +326,20 @@ class BayesOptimizer(Optimizer, ABC):
 
     def posterior(self, model: nn.Module, num_data: int | None = None) -> Posterior:
         """What was learned, by the model's parameter names; see :meth:`bayesrule.Posterior.from_optimizer`."""
-        if "ess" not in self.defaults:
-            raise TypeError(f"{type(self).__name__} learns no posterior; train with bayesrule.IVON, or take Posterior.point(model)")
-        ess = sorted({float(group["ess"]) for group in self.param_groups})
-        if len(ess) > 1:
-            raise ValueError(f"{type(self).__name__}: parameter groups differ in ess {ess}; a Posterior has one")
         self._draws.close()
-        blocks: list[dict[str, Tensor]] = [{}, {}, {}, {}]
-        names = {id(p): name for name, p in model.named_parameters()}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not p.requires_grad:
-                    continue
-                if id(p) not in names:
-                    raise ValueError(
-                        f"{type(self).__name__} trains a parameter of shape {tuple(p.shape)} that the model does not hold"
-                    )
-                for block, tensor in zip(blocks, self._marginal(group, p), strict=True):
-                    block[names[id(p)]] = tensor
-        mean, precision, prior_mean, prior_precision = blocks
-        return Posterior(mean, precision, prior_mean, prior_precision, ess[0], num_data)
+        return learned(self, model, num_data)
 
-    def _marginal(self, group: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, precision and prior of one parameter."""
-        state = self._state(group, param)
+    def marginal(self, group: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, precision and prior (mean, precision) of one parameter."""
+        state, ess = self._state(group, param), group["ess"]
         mean = self.like_state(param).copy_(param.detach())
+        pull = ess * group["weight_decay"] if group["weight_decay"] else 0.0  # where ess may be infinite
         prior_mean = state.get("prior_mean", mean.new_zeros(()))
-        prior_precision = state.get("prior_precision", mean.new_tensor(group["ess"] * group["weight_decay"]))
-        precision = state[self.names.hess or ""] * group["ess"] + prior_precision
-        if not group["noise_scale"] or math.isinf(group["ess"]):
+        prior_precision = state.get("prior_precision", mean.new_tensor(pull))
+        precision = state[self.names.hess or ""] * ess + prior_precision
+        if not group["noise_scale"] or math.isinf(ess):
             precision = torch.full_like(precision, math.inf)
         return mean, precision, prior_mean.clone(), prior_precision.clone()
-
-    def _adopt(self, prior: Posterior) -> None:
-        """Keep a posterior's mean and precision as every parameter's prior."""
-        names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p, (mean, precision) in zip(params, prior.match(names, params), strict=True):
-            self.state[p]["prior_mean"] = self.like_state(p).copy_(mean)
-            self.state[p]["prior_precision"] = self.like_state(p).copy_(precision)
-        for group in self.param_groups:
-            total = sum(float(self.state[p]["prior_precision"].sum()) for p in group["params"])
-            group["weight_decay"] = total / sum(p.numel() for p in group["params"]) / group["ess"]
 
     # Groups and checkpoints
 

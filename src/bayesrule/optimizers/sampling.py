@@ -192,6 +192,7 @@ class Draws:
         """Whether the parameters hold a sample that is learned from."""
         return self._open is self._train
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _write(self, written: Written, stream: int, draw: int) -> None:
         params = self.host.trainable()
@@ -228,6 +229,7 @@ class Draws:
         offset = cell.rule.expectation.offset(q, InjectedNoise(injected, cell.plot, stream), draw)
         flats["mean"].add_(offset)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _restore(self, keep_offset: bool = False) -> None:
         written, self._open = self._open, None

@@ -16,8 +16,8 @@ from ..posterior import Posterior
 from ..retractions import Riemannian
 from ..rule import BayesRule, Curvature, Gaussian, Rates
 from ..vector import equal
-from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
 from .execution import Compile
+from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
 from .optimizer import BayesOptimizer, Names
 
 if TYPE_CHECKING:
