@@ -104,7 +104,7 @@ class CounterNoise(Noise):
 
     Example:
         >>> CounterNoise(seed=1).normal(torch.zeros(2))
-        tensor([0.0000, 0.0000])
+        tensor([-2.9049, -0.7524])
     """
 
     seed: int = 0

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..noise import Where, pairs
 from ..lowering import Scratch
+from ..noise import Where, pairs
 from ..rule import BayesRule
 from ..vector import BLOCK, Bucket, buckets, whole_blocks
 

@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from ..estimators.oracle import Seen
-from ..noise import CounterNoise, Noise, Where
 from ..lowering import Scratch
+from ..noise import CounterNoise, Noise, Where
 from ..program import Program
 from ..rule import BayesRule, Gaussian, Look, Rates
 from ..vector import BUCKET
@@ -40,6 +40,8 @@ COMPILED_BUCKET = 1 << 19
 PATIENCE, WORTHWHILE = 50, 100_000
 """With ``compile="auto"``: after how many eager steps, and from how many parameters on, programs are compiled."""
 
+
+MOVES = ("move", "move_blindly", "move_on_average")
 
 THEN = "then "
 """Before the names of numbers as they were when a draw was made whose offset is made again."""
@@ -130,38 +132,41 @@ class Execution:
         Returns:
             The names of the flats that were written.
         """
-        of_rule = (cell.structure, tuple(numbers)) if numbers else ()
+        first = kind in MOVES and cell.rule.momentum.remembers and not cell.remembers
+        of_rule = (cell.structure, tuple(numbers), first) if numbers else ()
         key = kind, of_rule, tuple(flats), cell.plot.dtype
         program = self.programs.get(key)
         if program is None:
             recorded = getattr(_Recording(self.author, cell), kind)
             program = self.programs[key] = Program.record(recorded, list(flats), list(numbers))
+        run = self._run_compiled if self.active and not first else self._run  # what runs once is not worth compiling
         if cell.only is None:
-            self._run(program, flats, numbers)
+            run(program, flats, numbers)
         else:
             copies = {**flats, **{name: flats[name].clone() for name in program.targets}}
-            self._run(program, copies, numbers)
+            run(program, copies, numbers)
             for name in program.targets:
                 cell.plot.keep(copies[name], flats[name], cell.only)
         return program.targets
 
     def _run(self, program: Program, flats: Flats, numbers: Mapping[str, Any]) -> None:
-        if self.active:
-            try:
-                program.run_compiled(flats, numbers)
-                return
-            except Exception as error:
-                if program.is_compiled:
-                    raise
-                self.active, self.compile = False, False
-                reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-                warnings.warn(
-                    f"{type(self.author).__name__}: torch.compile failed ({reason[:200]}); going on eagerly, with the same result: "
-                    "install a C++ compiler (on a GPU, triton) or pass compile=False",
-                    UserWarning,
-                    stacklevel=2,
-                )
         program.run(flats, numbers, self.scratch)
+
+    def _run_compiled(self, program: Program, flats: Flats, numbers: Mapping[str, Any]) -> None:
+        try:
+            program.run_compiled(flats, numbers)
+        except Exception as error:
+            if program.is_compiled:
+                raise
+            self.active, self.compile = False, False
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            warnings.warn(
+                f"{type(self.author).__name__}: torch.compile failed ({reason[:200]}); going on eagerly, with the same result: "
+                "install a C++ compiler (on a GPU, triton) or pass compile=False",
+                UserWarning,
+                stacklevel=2,
+            )
+            program.run(flats, numbers, self.scratch)
 
 
 class _Recording:

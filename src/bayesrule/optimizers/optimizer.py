@@ -258,7 +258,7 @@ class BayesOptimizer(Optimizer, ABC):
                 remembers = step > 0 and any(self.names.memory in state for state in known)
                 inputs = {**numbers, "done": step, "seed": seed}
                 kept = self._kept(group, rule, plot, within)
-                yield Cell(plot, group, rule, inputs, (*structure, "prior_mean" in kept, remembers), kept, step, remembers, only)
+                yield Cell(plot, group, rule, inputs, (*structure, "prior_mean" in kept), kept, step, remembers, only)
 
     def _plot(self, index: int) -> list[Plot]:
         """The plots of a group, dealt anew when its parameters have changed in kind, place or number."""
