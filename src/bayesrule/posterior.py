@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .drawing import Draws, kept, whole_number
 from .families.gaussian import Diagonal
-from .noise import POSTERIOR, CounterNoise, Where, addresses, pairs
-from .vector import BLOCK, BUCKET, Bucket, Vector, buckets
+from .vector import Vector
 
 FORMAT, VERSION = "bayesrule-posterior", 1
 _BLOCKS = ("mean", "precision", "prior_mean", "prior_precision")
@@ -139,7 +138,7 @@ class Posterior:
     def sample(self, seed: int, draw: int = 0) -> dict[str, Tensor]:
         """One draw of the weights, name -> tensor; the same for the same seed and number of the draw."""
         drawn = {name: torch.empty_like(m) for name, m in self.mean.items()}
-        Draws(self, drawn, seed).write(draw)
+        Draws(self.mean, self.precision, drawn, seed).write(draw)
         return drawn
 
     def matvec(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -290,94 +289,6 @@ def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> 
     return about
 
 
-def whole_number(name: str, value: Any, least: int | None = None, remedy: str = "") -> int:
-    """A setting as Python's own whole number, whichever kind it came as (numpy's, say); ValueError where it is none."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or (least is not None and number < least):
-        raise ValueError(f"{name} must be a whole number{'' if least is None else f' >= {least}'}, got {value!r}{remedy}")
-    return number
-
-
-class Draws:
-    r"""Draws of a posterior, written in place into the same tensors one after another: theta = m + S^-1/2 eps.
-
-    S^-1/2 is computed once and kept, as is the mean where it does not lie ready. A draw takes one bucket's noise beyond.
-
-    Args:
-        posterior: What to draw from.
-        into: Name -> tensor of the mean's shape, for every name of the posterior; reckoned in float32, or theirs if wider.
-        seed: Which draws, any whole number.
-    """
-
-    @torch.no_grad()
-    def __init__(self, posterior: Posterior, into: Mapping[str, Tensor], seed: int) -> None:
-        self.seed = whole_number("seed", seed)
-        starts = dict(zip(posterior.mean, addresses(m.numel() for m in posterior.mean.values()), strict=True))
-        written = {t.untyped_storage().data_ptr() for t in into.values()}
-        alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-        for name in posterior.mean:
-            alike.setdefault((into[name].device, torch.promote_types(into[name].dtype, torch.float32)), []).append(name)
-        self._cells: list[tuple[Bucket, list[Tensor], Tensor, Tensor, Where]] = []
-        for (device, dtype), names in alike.items():
-            runs: dict[int, Tensor] = {}
-            means = {name: posterior.mean[name].to(device, dtype).contiguous() for name in names}
-            precisions = {name: posterior.precision[name].to(device, dtype).contiguous() for name in names}
-            for bucket in buckets([into[name] for name in names], BUCKET if device.type == "cpu" else 16 * BUCKET):
-                members = [names[i] for i in bucket.members]
-                mean = bucket.within(means[members[0]])
-                if mean is None or mean.untyped_storage().data_ptr() in written:
-                    mean = _flat(bucket, [means[name] for name in members])
-                spread = _flat(bucket, [precisions[name] for name in members]).rsqrt_()
-                first, blocks = pairs(bucket, [starts[name] for name in members])
-                run = runs.setdefault(bucket.size, torch.arange(bucket.size // 2, dtype=torch.int32, device=device))
-                if blocks is not None:
-                    run = (run.new_tensor(blocks)[:, None] + run[: BLOCK // 2]).view(-1)
-                self._cells.append((bucket, [into[name] for name in members], mean, spread, Where(run, first, dtype)))
-
-    @torch.no_grad()
-    def write(self, draw: int) -> None:
-        """Write draw number ``draw``."""
-        draw = whole_number("draw", draw)
-        for bucket, targets, mean, spread, where in self._cells:
-            noise = CounterNoise(self.seed, POSTERIOR, draw=draw, where=where).normal(mean)
-            place = bucket.within(targets[0]) if targets[0].dtype == mean.dtype else None
-            flat = torch.addcmul(mean, noise, spread, out=noise if place is None else place)
-            if place is None:
-                torch._foreach_copy_(bucket.pieces(targets), bucket.views(flat, targets))
-        torch.clear_autocast_cache()
-
-    @torch.no_grad()
-    def mirror(self) -> None:
-        """Turn what stands in the tensors over to the other side of the mean: m + d becomes m - d. Draws no noise."""
-        for bucket, targets, mean, _, where in self._cells:
-            flat = _flat(bucket, targets, where.dtype).lerp_(mean, 2.0)
-            torch._foreach_copy_(bucket.pieces(targets), bucket.views(flat, targets))
-        torch.clear_autocast_cache()
-
-
-def _flat(bucket: Bucket, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """A copy of the tensors' stretches, one behind the other; ones where the bucket is idle."""
-    flat = tensors[0].new_ones(bucket.size, dtype=dtype)
-    torch._foreach_copy_(bucket.views(flat, tensors), bucket.pieces(tensors))
-    return flat
-
-
-@contextmanager
-def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Whatever is written into tensors inside, leaving brings back what was there, in place and bit by bit."""
-    before = [(t, t.detach().clone()) for t in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for t, old in before:
-                t.copy_(old)
-        torch.clear_autocast_cache()
-
-
 @contextmanager
 def sampled(model: nn.Module, posterior: Posterior, seed: int, draw: int = 0) -> Iterator[nn.Module]:
     """Put one draw of a posterior into a model's parameters; leaving brings back what was there, bit by bit.
@@ -396,5 +307,5 @@ def sampled(model: nn.Module, posterior: Posterior, seed: int, draw: int = 0) ->
     """
     params = posterior.bind(model)
     with kept(params.values()):
-        Draws(posterior, params, seed).write(draw)
+        Draws(posterior.mean, posterior.precision, params, seed).write(draw)
         yield model

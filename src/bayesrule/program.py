@@ -13,6 +13,7 @@ algorithm may branch on is fixed in the recording; a branch on a number raises.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,3 +117,36 @@ class Program:
 
     def _line(self) -> Line:
         return Line(self.graph, self.flats, self.targets)
+
+
+class Runner:
+    """Runs programs eagerly, in scratch of its own, or compiled for as long as the compiler does not fail.
+
+    Args:
+        name: Who runs them, for a warning.
+        compiled: Whether they are compiled.
+    """
+
+    def __init__(self, name: str, compiled: bool = False) -> None:
+        self.name, self.compiled, self.failed = name, compiled, False
+        self.scratch = Scratch()
+
+    def run(self, program: Program, flats: Named, numbers: Named, once: bool = False) -> None:
+        """Run a program in place; what runs only once is not worth compiling."""
+        if not self.compiled or once:
+            program.run(flats, numbers, self.scratch)
+            return
+        try:
+            program.run_compiled(flats, numbers)
+        except Exception as error:
+            if program.is_compiled:
+                raise
+            self.compiled, self.failed = False, True
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            warnings.warn(
+                f"{self.name}: torch.compile failed ({reason[:200]}); going on eagerly, with the same result: install a C++ "
+                "compiler (on a GPU, triton) or pass compile=False",
+                UserWarning,
+                stacklevel=2,
+            )
+            program.run(flats, numbers, self.scratch)

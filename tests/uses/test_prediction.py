@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayesrule as br
+from bayesrule.drawing import Draws
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "metrics.json").read_text())
 LOGITS = torch.tensor(GOLDEN["sample_logits"], dtype=torch.float64)
@@ -368,13 +369,13 @@ class TestRunning:
 
     def test_at_the_mean_no_noise_is_drawn_and_antithetic_pairs_share_it(self, monkeypatch):
         drawn = Counter()
-        normal = br.CounterNoise.normal
+        write = Draws.write
 
-        def counted(self, *args, **kwargs):
-            drawn[self.draw] += 1
-            return normal(self, *args, **kwargs)
+        def counted(self, draw):
+            drawn[draw] += 1
+            write(self, draw)
 
-        monkeypatch.setattr(br.CounterNoise, "normal", counted)
+        monkeypatch.setattr(Draws, "write", counted)
         net, post = learned()
         drawn.clear()
         br.predict(net, post, net.x, "mean")

@@ -18,14 +18,13 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from ..estimators.oracle import Seen
 from ..lowering import Scratch
 from ..noise import CounterNoise, Noise, Where
-from ..program import Program
+from ..program import Program, Runner
 from ..rule import BayesRule, Gaussian, Look, Rates
 from ..vector import BUCKET
 from .cells import Cell
@@ -96,29 +95,32 @@ class Execution:
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
         self.author, self.compile = author, compile
-        self.scratch = Scratch()
-        self.active = False  # whether programs run compiled
+        self.runner = Runner(type(author).__name__)
         self.programs: dict[Any, Program] = {}
+        self.limit = BUCKET  # elements of a bucket
         self._steps = 0
 
     @property
-    def limit(self) -> int:
-        """Elements of a bucket."""
-        return COMPILED_BUCKET if self.active else BUCKET
+    def scratch(self) -> Scratch:
+        """The memory that eager programs use in turn."""
+        return self.runner.scratch
 
-    def advance(self, params: Callable[[], int]) -> bool:
-        """Before a step: switch to compiled programs when it is time; whether that happened.
+    @property
+    def active(self) -> bool:
+        """Whether programs run compiled."""
+        return self.runner.compiled
+
+    def advance(self, params: Callable[[], int]) -> None:
+        """Before a step, and never within one: switch to compiled programs when it is time.
 
         Args:
             params: How many parameters there are.
         """
         self._steps += 1
-        if self.active or self.compile is False:
-            return False
-        if self.compile == "auto" and not (self._steps > PATIENCE and params() >= WORTHWHILE and has_compiler()):
-            return False
-        self.active = True
-        return True
+        if not (self.runner.compiled or self.runner.failed or self.compile is False):
+            ready = self.compile is True or (self._steps > PATIENCE and params() >= WORTHWHILE and has_compiler())
+            self.runner.compiled = ready
+        self.limit = COMPILED_BUCKET if self.runner.compiled else BUCKET
 
     def run(self, kind: str, cell: Cell, flats: Flats, numbers: Mapping[str, Any]) -> tuple[str, ...]:
         """Run a program on a cell; what it writes and does not belong to the cell stays as it is.
@@ -139,34 +141,14 @@ class Execution:
         if program is None:
             recorded = getattr(_Recording(self.author, cell), kind)
             program = self.programs[key] = Program.record(recorded, list(flats), list(numbers))
-        run = self._run_compiled if self.active and not first else self._run  # what runs once is not worth compiling
         if cell.only is None:
-            run(program, flats, numbers)
+            self.runner.run(program, flats, numbers, once=first)
         else:
             copies = {**flats, **{name: flats[name].clone() for name in program.targets}}
-            run(program, copies, numbers)
+            self.runner.run(program, copies, numbers, once=first)
             for name in program.targets:
                 cell.plot.keep(copies[name], flats[name], cell.only)
         return program.targets
-
-    def _run(self, program: Program, flats: Flats, numbers: Mapping[str, Any]) -> None:
-        program.run(flats, numbers, self.scratch)
-
-    def _run_compiled(self, program: Program, flats: Flats, numbers: Mapping[str, Any]) -> None:
-        try:
-            program.run_compiled(flats, numbers)
-        except Exception as error:
-            if program.is_compiled:
-                raise
-            self.active, self.compile = False, False
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            warnings.warn(
-                f"{type(self.author).__name__}: torch.compile failed ({reason[:200]}); going on eagerly, with the same result: "
-                "install a C++ compiler (on a GPU, triton) or pass compile=False",
-                UserWarning,
-                stacklevel=2,
-            )
-            program.run(flats, numbers, self.scratch)
 
 
 class _Recording:

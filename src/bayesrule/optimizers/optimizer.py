@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 
 from ..families.gaussian import Diagonal
 from ..noise import addresses
+from ..plots import Plot, plots
 from ..posterior import Posterior
 from ..rule import BayesRule, Gaussian, Rates
-from .cells import Cell, Plot, plots
+from .cells import Cell
 from .execution import Compile, Execution, Flats, analyzed
 from .hyperparameters import Allowed, validate
 from .learned import adopt, learned

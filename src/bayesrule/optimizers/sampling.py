@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from ..noise import EVALUATE, TRAIN, Noise
+from ..plots import Plot
 from ..rule import Gaussian
-from .cells import Cell, Plot
+from .cells import Cell
 from .execution import THEN, Execution, Flats
 
 STASH = "offset"

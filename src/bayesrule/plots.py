@@ -1,0 +1,167 @@
+"""Where the parameters of a model lie flat.
+
+A :class:`Plot` is a bucket of parameters with everything that is kept for them, each block one flat tensor. A large parameter is
+worked on where it lies; small ones are copied together into scratch, and back. State that belongs to single parameters
+shares memory with the blocks, so it is per parameter for whoever looks, and flat for the rule.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lowering import Scratch
+from .noise import Where, pairs
+from .vector import BLOCK, Bucket, buckets, whole_blocks
+
+
+@dataclass(eq=False)
+class Plot:
+    """A bucket of parameters and the flat blocks that are kept for them.
+
+    Parameters that do not lie in one run of whole blocks are copied to scratch, which plots use in turn.
+    """
+
+    params: list[Tensor]
+    starts: tuple[int, ...]  # of each parameter, in the space of noise addresses
+    bucket: Bucket
+    dtype: torch.dtype
+    scratch: Scratch
+    flats: dict[str, Tensor] = field(default_factory=dict)
+    owners: dict[str, list[Tensor]] = field(default_factory=dict)
+    _views: dict[str, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    _where: Where | None = None
+    _own: tuple[Tensor | None] | None = None
+
+    @property
+    def where(self) -> Where:
+        """The pairs of noise that belong to the plot."""
+        if self._where is None:
+            first, blocks = pairs(self.bucket, self.starts)
+            device = self.params[0].device
+            if blocks is None:
+                numbers = self.scratch.count(whole_blocks(self.bucket.size) // 2, device)
+            else:
+                begins = torch.tensor(blocks, dtype=torch.int32 if blocks[-1] < 2**31 - BLOCK else torch.int64)
+                numbers = (begins[:, None] + torch.arange(BLOCK // 2, dtype=begins.dtype)).view(-1).to(device)
+            self._where = Where(numbers, first, self.dtype)
+        return self._where
+
+    @property
+    def own(self) -> Tensor | None:
+        """The parameters as one flat view of their memory, where there is one."""
+        if self._own is None:
+            within = self.bucket.within(self.params[0]) if self.params[0].dtype == self.dtype else None
+            self._own = (within if within is None else within.detach(),)
+        return self._own[0]
+
+    def blank(self) -> Tensor:
+        """Where to write what is to be :meth:`put`: whatever stands in it."""
+        return self.scratch.flat("mean", (self.bucket.size,), self.dtype, self.params[0].device) if self.own is None else self.own
+
+    def mean(self) -> Tensor:
+        """What stands in the parameters, flat, shape (size,): a view of them, or a copy in scratch; see :meth:`put`."""
+        return self.read(self.params, "mean") if self.own is None else self.own
+
+    def put(self, flat: Tensor, only: frozenset[int] | None = None, name: str = "mean") -> None:
+        """Write a flat tensor into the parameters, or into some of them; nothing is to be done for :meth:`mean` of a view."""
+        if self.own is None:
+            self.write(flat, self.params, only, name)
+        elif flat is not self.own:
+            self.own.copy_(flat)
+
+    def read(self, tensors: Sequence[Tensor], name: str) -> Tensor:
+        """One flat tensor, shape (size,), out of one for each parameter: a view of it, or a copy in the scratch of that name."""
+        within = self.bucket.within(tensors[0]) if tensors[0].dtype == self.dtype else None
+        if within is not None:
+            return within
+        flat = self.scratch.flat(name, (self.bucket.size,), self.dtype, self.params[0].device)
+        torch._foreach_copy_(self._cut(name, flat), self.bucket.pieces(tensors))
+        return flat
+
+    def write(self, flat: Tensor, tensors: Sequence[Tensor], only: frozenset[int] | None, name: str) -> None:
+        """Copy a flat tensor back, in place: storage, memory format and tied views of the tensors stay as they are.
+
+        Args:
+            flat: Shape (size,).
+            tensors: One for each parameter.
+            only: The numbers of those to be written; None is all.
+            name: Under which the cut of this tensor is remembered.
+        """
+        pieces, views = self.bucket.pieces(tensors), self._cut(name, flat)
+        if only is not None:
+            pieces, views = [pieces[i] for i in sorted(only)], [views[i] for i in sorted(only)]
+        torch._foreach_copy_(pieces, views)
+
+    def keep(self, flat: Tensor, block: Tensor, only: frozenset[int] | None) -> None:
+        """Copy a flat tensor into a block of the plot, or what of it belongs to some parameters."""
+        if only is None:
+            block.copy_(flat)
+        else:
+            new, old = self.bucket.views(flat, self.params), self.bucket.views(block, self.params)
+            for i in only:
+                old[i].copy_(new[i])
+
+    def _cut(self, name: str, flat: Tensor) -> list[Tensor]:
+        known = self._views.get(name)
+        if known is None or known[0].data_ptr() != flat.data_ptr():
+            known = self._views[name] = flat, self.bucket.views(flat, self.params)
+        return known[1]
+
+    def flat(self, name: str) -> Tensor:
+        """A block of the plot's own, shape (size,); zeros at first."""
+        if name not in self.flats:
+            with torch.inference_mode(False):  # it must outlive an evaluation in inference mode
+                self.flats[name] = self.params[0].new_zeros(self.bucket.size, dtype=self.dtype)
+        return self.flats[name]
+
+    def drop(self, name: str) -> None:
+        """Give the memory of a block of the plot's own back."""
+        self.flats.pop(name, None)
+        self._views.pop(name, None)
+
+    def shared(self, name: str, states: Sequence[dict[str, Any]], fill: float = 0.0) -> Tensor:
+        """A block of the state, shape (size,), in the memory of ``state[name]`` of every parameter.
+
+        Whoever put another tensor into a state (a checkpoint, a tool) is obeyed: its values are taken over.
+        """
+        held, owners = [state.get(name) for state in states], self.owners.get(name, ())
+        if len(owners) != len(held) or not all(map(operator.is_, owners, held)):
+            self._share(name, states, fill)
+        return self.flats[name]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _share(self, name: str, states: Sequence[dict[str, Any]], fill: float) -> None:
+        stretch, param = self.bucket.stretches[0], self.params[0]
+        if stretch.count < param.numel():  # a piece of a large tensor: the tensor owns the memory
+            held = states[0].get(name)
+            if held is None or held.dtype != self.dtype or held.device != param.device or not held.is_contiguous():
+                fresh = param.new_full(param.shape, fill, dtype=self.dtype)
+                states[0][name] = fresh if held is None else fresh.copy_(held)
+            self.flats[name] = states[0][name].view(-1)[stretch.start : stretch.start + stretch.count]
+        else:
+            flat = param.new_full((self.bucket.size,), fill, dtype=self.dtype)
+            for state, view in zip(states, self.bucket.views(flat, self.params), strict=True):
+                state[name] = view.copy_(state[name]) if name in state else view
+            self.flats[name] = flat
+        self.owners[name] = [state[name] for state in states]
+
+
+def plots(params: Sequence[tuple[int, Tensor]], scratch: Scratch, limit: int) -> list[Plot]:
+    """Deal parameters, each with its noise address, into plots of one dtype and device."""
+    kinds: dict[Any, list[tuple[int, Tensor]]] = {}
+    for start, p in params:
+        kinds.setdefault((p.dtype, p.device), []).append((start, p))
+    made = []
+    for (dtype, _), members in kinds.items():
+        for bucket in buckets([p for _, p in members], limit):
+            within = [members[i] for i in bucket.members]
+            wide = torch.promote_types(dtype, torch.float32)
+            made.append(Plot([p for _, p in within], tuple(n for n, _ in within), bucket, wide, scratch))
+    return made
