@@ -98,6 +98,15 @@ class Plot:
             pieces, views = [pieces[i] for i in sorted(only)], [views[i] for i in sorted(only)]
         torch._foreach_copy_(pieces, views)
 
+    def holds(self, flat: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """Whether a flat tensor is equal to one tensor for each parameter, element by element."""
+        return all(map(torch.equal, self.bucket.views(flat, tensors), (t.to(self.dtype) for t in self.bucket.pieces(tensors))))
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """The inner product of two flat tensors over what belongs to parameters."""
+        pieces = zip(self.bucket.views(a, self.params), self.bucket.views(b, self.params), strict=True)
+        return float(sum(x.reshape(-1).dot(y.reshape(-1)) for x, y in pieces))
+
     def keep(self, flat: Tensor, block: Tensor, only: frozenset[int] | None) -> None:
         """Copy a flat tensor into a block of the plot, or what of it belongs to some parameters."""
         if only is None:

@@ -131,6 +131,7 @@ class Draws:
         self._begun_means: set[int] = set()  # plots whose running means belong to this step
         self._curved: set[int] = set()  # those whose curvature was seen
         self._handed: dict[Tensor, Tensor] = {}  # mean gradients that stand in p.grad
+        self._spare: dict[Tensor, Tensor] = {}  # gradients that were read, for the mean to be written into
         self._train.cells = []
         self._read: dict[Plot, Tensor] = {}  # gradients that lie flat at the moment
         if self.injected:
@@ -267,6 +268,7 @@ class Draws:
             self._train.cells = []
         elif self._finite(fresh):
             self._average(fresh)
+            self._spare = {p: p.grad for p in fresh if p.grad is not None}
         _clear(fresh)
 
     def _average(self, fresh: list[Tensor]) -> None:
@@ -292,7 +294,8 @@ class Draws:
 
     def _hand_over(self) -> None:
         """Put the mean gradient into ``p.grad``, so that unscaling and clipping act on the mean."""
-        self._handed = {p: torch.empty_like(p) for p in self._averaged}
+        spare, self._spare = self._spare, {}
+        self._handed = {p: spare[p] if p in spare else torch.empty_like(p) for p in self._averaged}
         for cell in self.host.cells(list(self._handed)):
             gradients = [self._handed.get(p, p) for p in cell.plot.params]
             cell.plot.write(self._means(cell.plot)[0], gradients, cell.only, "mean_gradient")
@@ -313,10 +316,13 @@ class Draws:
         back = [p for p in handed if p.grad is not None]
         changes = []
         for cell in self.host.cells(back):
-            before = self._means(cell.plot)[0].to(cell.plot.params[0].dtype).to(cell.plot.dtype)  # as it was handed over
-            changes.append((cell, before, cell.plot.read(_gradients(cell.plot.params), "gradient").clone()))
-        size = sum(float((before * before).sum()) for _, before, _ in changes)
-        common = sum(float((before * after).sum()) for _, before, after in changes) / size if size else 1.0
+            before = self._means(cell.plot)[0]
+            before = before.to(cell.plot.params[0].dtype).to(cell.plot.dtype)  # as it was handed over
+            gradients = _gradients(cell.plot.params)
+            if not cell.plot.holds(before, gradients):
+                changes.append((cell, before, cell.plot.read(gradients, "gradient").clone()))
+        size = sum(cell.plot.dot(before, before) for cell, before, _ in changes)
+        common = sum(cell.plot.dot(before, after) for cell, before, after in changes) / size if size else 1.0
         for cell, before, after in changes:
             gradient, curvature = self._means(cell.plot)
             factor = torch.where(before == 0, common, after / before)
