@@ -1,14 +1,22 @@
-"""What one run of a program works on: parameters of one plot that have made the same number of steps."""
+"""What one run of a program works on: parameters of one plot that have made the same number of steps.
+
+A :class:`Layout` deals the parameters of an optimizer into cells, and begins and counts their state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from ..plots import Plot
+from ..lowering import Scratch
+from ..noise import addresses
+from ..plots import Plot, plots
 from ..rule import BayesRule
+from .hyperparameters import analyzed
 
 
 class Cell(NamedTuple):
@@ -33,3 +41,138 @@ class Cell(NamedTuple):
     def params(self) -> list[Tensor]:
         """The parameters that belong to the cell."""
         return [p for i, p in enumerate(self.plot.params) if self.only is None or i in self.only]
+
+
+class Names(NamedTuple):
+    """Under which names a parameter's state is kept; None where there is nothing to keep."""
+
+    hess: str | None
+    memory: str
+
+
+class Host(Protocol):
+    """What a layout needs of its optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    frugal: bool
+
+    @property
+    def names(self) -> Names: ...
+    @property
+    def ranges(self) -> Mapping[str, Any]: ...
+    def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
+    def start(self, group: Mapping[str, Any]) -> float: ...
+    def like_state(self, param: Tensor) -> Tensor: ...
+
+
+class Layout:
+    """The parameters of an optimizer, dealt into cells.
+
+    Args:
+        host: The optimizer.
+        scratch: Where small parameters are copied together.
+    """
+
+    def __init__(self, host: Host, scratch: Scratch) -> None:
+        self.host, self.scratch, self.limit = host, scratch, 0
+        self._plots: dict[int, tuple[Any, list[Plot]]] = {}  # by group
+        self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}  # by group: "step" of every parameter, and all in one
+        self._plan: tuple[Any, list[Cell]] | None = None  # what was dealt last (parameters, hyper-parameters), and the cells
+
+    def renew(self, limit: int) -> None:
+        """Before a step: steps and state may have changed, and the number of elements a bucket may have."""
+        self._plan, self.limit = None, limit
+
+    def forget(self) -> None:
+        """Deal everything anew: groups, parameters or their state were replaced."""
+        self._plan, self._plots, self._counters = None, {}, {}
+
+    def trainable(self) -> list[Tensor]:
+        """The parameters that want a gradient, over all groups in order."""
+        return [p for group in self.host.param_groups for p in group["params"] if p.requires_grad]
+
+    def cells(self, params: Sequence[Tensor]) -> list[Cell]:
+        """Trainable parameters, dealt into cells, each of one plot and number of steps."""
+        wanted = list(map(id, params)), [analyzed(group, self.host.ranges) for group in self.host.param_groups]
+        if self._plan is None or self._plan[0] != wanted:
+            chosen = set(wanted[0])
+            self._plan = wanted, [cell for i, known in enumerate(wanted[1]) for cell in self._visit(i, chosen, *known)]
+        return self._plan[1]
+
+    def _visit(self, index: int, chosen: set[int], numbers: dict[str, Any], structure: tuple[Any, ...]) -> Iterator[Cell]:
+        """The cells of a group."""
+        group = self.host.param_groups[index]
+        params = [p for p in group["params"] if p.requires_grad]
+        states = {id(p): self.state(group, p) for p in params}
+        steps = dict(zip(states, self._steps(index, list(states.values())), strict=True))
+        rule, seed = self.host.rule(group), int(group.get("seed", 0))
+        for plot in self._plot(index):
+            within = [states[id(p)] for p in plot.params]
+            own = [steps[id(p)] if id(p) in chosen else -1 for p in plot.params]
+            for step in sorted(set(own) - {-1}):
+                only = None if len(set(own)) == 1 else frozenset(i for i, n in enumerate(own) if n == step)
+                known = (state for state, n in zip(within, own, strict=True) if n == step)
+                remembers = step > 0 and any(self.host.names.memory in state for state in known)
+                inputs = {**numbers, "done": step, "seed": seed}
+                kept = self._kept(group, rule, plot, within)
+                yield Cell(plot, group, rule, inputs, (*structure, "prior_mean" in kept), kept, step, remembers, only)
+
+    def _plot(self, index: int) -> list[Plot]:
+        """The plots of a group, dealt anew when its parameters have changed in kind, place or number."""
+        params = self.host.param_groups[index]["params"]
+        key = [(id(p), p.data_ptr(), p.shape, p.dtype, p.requires_grad, p.is_contiguous()) for p in params]
+        if index not in self._plots or self._plots[index][0] != (key, self.limit):
+            every = [p for group in self.host.param_groups for p in group["params"]]
+            starts = dict(zip(map(id, every), addresses(p.numel() for p in every), strict=True))
+            wanted = [(starts[id(p)], p) for p in params if p.requires_grad]
+            narrow = {p.dtype for _, p in wanted if p.dtype.itemsize < 4}
+            if self.host.frugal and narrow:
+                raise ValueError(
+                    f"{type(self.host).__name__}: memory='low' would round the mean of {narrow.pop()} parameters in every draw; "
+                    "pass memory='default' or keep them in float32"
+                )
+            dealt = plots(wanted, self.scratch, self.limit)
+            self._plots[index] = (key, self.limit), dealt
+        return self._plots[index][1]
+
+    def _steps(self, index: int, states: Sequence[dict[str, Any]]) -> list[int]:
+        """How many steps each trainable parameter of a group has made; the counters share one tensor."""
+        counters = [state["step"] for state in states]
+        held, flat = self._counters.get(index, ([], torch.zeros(0)))
+        if len(held) != len(counters) or not all(map(operator.is_, held, counters)):
+            with torch.inference_mode(False), torch.no_grad():
+                flat = torch.tensor([float(counter) for counter in counters])
+                held = list(flat.unbind())
+            self._counters[index] = held, flat
+            for state, counter in zip(states, held, strict=True):
+                state["step"] = counter
+        return list(map(int, flat.tolist()))
+
+    def count(self, params: Sequence[Tensor]) -> None:
+        """One step more for parameters."""
+        moved = set(map(id, params))
+        for index, (_, flat) in self._counters.items():
+            own = [id(p) in moved for p in self.host.param_groups[index]["params"] if p.requires_grad]
+            flat.add_(1.0 if all(own) else torch.tensor(own, dtype=flat.dtype))
+
+    def _kept(self, group: Mapping[str, Any], rule: BayesRule, plot: Plot, states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """What is kept for a plot, by the names that programs use."""
+        flats: dict[str, Tensor] = {
+            name: plot.shared(name, states) for name in ("prior_mean", "prior_precision") if name in states[0]
+        }
+        if self.host.names.hess:
+            flats["hess"] = plot.shared(self.host.names.hess, states, self.host.start(group))
+        if rule.momentum.remembers:
+            flats["memory"] = plot.shared(self.host.names.memory, states)
+        return flats
+
+    def state(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+        """The state of a parameter, begun where it is not."""
+        state: dict[str, Any] = self.host.state[param]
+        if "step" not in state or (self.host.names.hess is not None and self.host.names.hess not in state):
+            with torch.inference_mode(False), torch.no_grad():
+                state.setdefault("step", torch.tensor(0.0))
+                if self.host.names.hess is not None and self.host.names.hess not in state:
+                    state[self.host.names.hess] = self.host.like_state(param).fill_(self.host.start(group))
+        return state

@@ -15,7 +15,6 @@ depend. Every other number is an input.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,7 +27,6 @@ from ..program import Program, Runner
 from ..rule import BayesRule, Gaussian, Look, Rates
 from ..vector import BUCKET
 from .cells import Cell
-from .hyperparameters import Allowed, is_numeric
 
 Compile = Literal["auto"] | bool
 Flats = dict[str, Any]
@@ -52,23 +50,6 @@ class Author(Protocol):
     def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
     def rates(self, group: Mapping[str, Any], step: Any) -> Rates: ...
     def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]: ...
-
-
-def analyzed(group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """The numbers of a group that are inputs, and its structure: everything else.
-
-    A schedule may lead the learning rate through 0, so it is always an input.
-    """
-    numbers: dict[str, Any] = {}
-    structure: list[Any] = []
-    for name, allowed in ranges.items():
-        value = group[name]
-        for index, number in enumerate(value) if isinstance(value, list | tuple) else ((None, value),):
-            if is_numeric(allowed) and number is not None and (name == "lr" or float(number) not in (0.0, math.inf)):
-                numbers[name if index is None else f"{name}[{index}]"] = float(number)
-            else:
-                structure.append((name, index, number))
-    return numbers, tuple(structure)
 
 
 def symbolic(group: Mapping[str, Any], symbols: Mapping[str, Any]) -> dict[str, Any]:

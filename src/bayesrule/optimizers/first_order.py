@@ -17,9 +17,10 @@ from ..momentum import HeavyBall, Momentum
 from ..retractions import Additive, SquareRoot
 from ..rule import BayesRule, Gaussian, NoInertia, Rates
 from ..vector import equal
+from .cells import Names
 from .execution import Compile
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, SWITCH, Pair
-from .optimizer import BayesOptimizer, Names
+from .optimizer import BayesOptimizer
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT

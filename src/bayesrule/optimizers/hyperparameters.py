@@ -104,3 +104,20 @@ def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapp
             raise ValueError(f"{optimizer}: parameter group {number} has no {name}: it belongs to another optimizer")
         if group[name] not in allowed:
             raise ValueError(f"{optimizer}: parameter group {number}: {name} must be {allowed}, got {group[name]!r}")
+
+
+def analyzed(group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """The numbers of a group that are inputs, and its structure: everything else.
+
+    A schedule may lead the learning rate through 0, so it is always an input.
+    """
+    numbers: dict[str, Any] = {}
+    structure: list[Any] = []
+    for name, allowed in ranges.items():
+        value = group[name]
+        for index, number in enumerate(value) if isinstance(value, list | tuple) else ((None, value),):
+            if is_numeric(allowed) and number is not None and (name == "lr" or float(number) not in (0.0, math.inf)):
+                numbers[name if index is None else f"{name}[{index}]"] = float(number)
+            else:
+                structure.append((name, index, number))
+    return numbers, tuple(structure)

@@ -8,23 +8,20 @@ bucket of parameters, and its result is copied back in place.
 from __future__ import annotations
 
 import math
-import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..families.gaussian import Diagonal
-from ..noise import addresses
-from ..plots import Plot, plots
 from ..posterior import Posterior
 from ..rule import BayesRule, Gaussian, Rates
-from .cells import Cell
-from .execution import Compile, Execution, Flats, analyzed
+from .cells import Layout, Names
+from .execution import Compile, Execution, Flats
 from .hyperparameters import Allowed, validate
 from .learned import adopt, learned
 from .reminders import Reminders
@@ -32,13 +29,6 @@ from .sampling import Draws, Injected
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
-
-
-class Names(NamedTuple):
-    """Under which names a parameter's state is kept; None where there is nothing to keep."""
-
-    hess: str | None
-    memory: str
 
 
 class BayesOptimizer(Optimizer, ABC):
@@ -89,11 +79,9 @@ class BayesOptimizer(Optimizer, ABC):
 
     def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile) -> None:
         self.execution = Execution(self, compile)
+        self.layout = Layout(self, self.execution.scratch)
         self._draws = Draws(self, Injected(noise) if noise else None)
-        self._plots: dict[int, tuple[Any, list[Plot]]] = {}  # by group
-        self._plan: tuple[Any, list[Cell]] | None = None  # what was dealt last (parameters, hyper-parameters), and the cells
         self._reminders = Reminders(type(self).__name__)
-        self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}  # by group: "step" of every parameter, and all in one
         self._ready = False  # whether this step has begun
 
     # What a subclass fills in
@@ -201,18 +189,18 @@ class BayesOptimizer(Optimizer, ABC):
         self._reminders.of_draws(wanted, drawn, self.defaults.get("antithetic", False))
         if taken is not None:
             params, how = taken
-            cells = self.cells(params)
+            cells = self.layout.cells(params)
             for cell in cells:
                 kind, flats, numbers = how(cell)
                 self.execution.run(kind, cell, flats, numbers)
                 cell.plot.put(flats["mean"], cell.only)
-            self._count(params)
+            self.layout.count(params)
             torch.clear_autocast_cache()
             if drawn:
                 for p in params:
                     p.grad = None
         self._draws.forget()
-        self._plan, self._ready = None, False
+        self._ready = False
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -223,84 +211,13 @@ class BayesOptimizer(Optimizer, ABC):
 
     # q in pieces
 
-    def trainable(self) -> list[Tensor]:
-        """The parameters that want a gradient, over all groups in order."""
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def cells(self, params: Sequence[Tensor]) -> list[Cell]:
-        """Trainable parameters, dealt into cells, each of one plot and number of steps."""
-        wanted = list(map(id, params)), [analyzed(group, self.ranges) for group in self.param_groups]
-        if self._plan is None or self._plan[0] != wanted:
-            chosen = set(wanted[0])
-            self._plan = wanted, [cell for i, known in enumerate(wanted[1]) for cell in self._visit(i, chosen, *known)]
-        return self._plan[1]
-
     def _renew(self) -> None:
         """Before the first draw of a step: hyper-parameters may have changed, and it may be time to compile."""
         if not self._draws.begun:
-            self._plan = None
             if not self._ready:
                 self._ready = True
-                self.execution.advance(lambda: sum(p.numel() for p in self.trainable()))
-
-    def _visit(self, index: int, chosen: set[int], numbers: dict[str, Any], structure: tuple[Any, ...]) -> Iterator[Cell]:
-        """The cells of a group."""
-        group = self.param_groups[index]
-        params = [p for p in group["params"] if p.requires_grad]
-        states = {id(p): self._state(group, p) for p in params}
-        steps = dict(zip(states, self._steps(index, list(states.values())), strict=True))
-        rule, seed = self.rule(group), int(group.get("seed", 0))
-        for plot in self._plot(index):
-            within = [states[id(p)] for p in plot.params]
-            own = [steps[id(p)] if id(p) in chosen else -1 for p in plot.params]
-            for step in sorted(set(own) - {-1}):
-                only = None if len(set(own)) == 1 else frozenset(i for i, n in enumerate(own) if n == step)
-                known = (state for state, n in zip(within, own, strict=True) if n == step)
-                remembers = step > 0 and any(self.names.memory in state for state in known)
-                inputs = {**numbers, "done": step, "seed": seed}
-                kept = self._kept(group, rule, plot, within)
-                yield Cell(plot, group, rule, inputs, (*structure, "prior_mean" in kept), kept, step, remembers, only)
-
-    def _plot(self, index: int) -> list[Plot]:
-        """The plots of a group, dealt anew when its parameters have changed in kind, place or number."""
-        params = self.param_groups[index]["params"]
-        key = [(id(p), p.data_ptr(), p.shape, p.dtype, p.requires_grad, p.is_contiguous()) for p in params]
-        if index not in self._plots or self._plots[index][0] != (key, self.execution.limit):
-            every = [p for group in self.param_groups for p in group["params"]]
-            starts = dict(zip(map(id, every), addresses(p.numel() for p in every), strict=True))
-            wanted = [(starts[id(p)], p) for p in params if p.requires_grad]
-            dealt = plots(wanted, self.execution.scratch, self.execution.limit)
-            self._plots[index] = (key, self.execution.limit), dealt
-        return self._plots[index][1]
-
-    def _steps(self, index: int, states: Sequence[dict[str, Any]]) -> list[int]:
-        """How many steps each trainable parameter of a group has made; the counters share one tensor."""
-        counters = [state["step"] for state in states]
-        held, flat = self._counters.get(index, ([], torch.zeros(0)))
-        if len(held) != len(counters) or not all(map(operator.is_, held, counters)):
-            with torch.inference_mode(False), torch.no_grad():
-                flat = torch.tensor([float(counter) for counter in counters])
-                held = list(flat.unbind())
-            self._counters[index] = held, flat
-            for state, counter in zip(states, held, strict=True):
-                state["step"] = counter
-        return list(map(int, flat.tolist()))
-
-    def _count(self, params: Sequence[Tensor]) -> None:
-        """One step more for parameters."""
-        moved = set(map(id, params))
-        for index, (_, flat) in self._counters.items():
-            own = [id(p) in moved for p in self.param_groups[index]["params"] if p.requires_grad]
-            flat.add_(1.0 if all(own) else torch.tensor(own, dtype=flat.dtype))
-
-    def _kept(self, group: Mapping[str, Any], rule: BayesRule, plot: Plot, states: Sequence[dict[str, Any]]) -> Flats:
-        """What is kept for a plot, by the names that programs use."""
-        flats: Flats = {name: plot.shared(name, states) for name in ("prior_mean", "prior_precision") if name in states[0]}
-        if self.names.hess:
-            flats["hess"] = plot.shared(self.names.hess, states, self.start(group))
-        if rule.momentum.remembers:
-            flats["memory"] = plot.shared(self.names.memory, states)
-        return flats
+                self.execution.advance(lambda: sum(p.numel() for p in self.layout.trainable()))
+            self.layout.renew(self.execution.limit)
 
     def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]:
         """The q and the prior of a cell, from what is kept for it."""
@@ -313,16 +230,6 @@ class BayesOptimizer(Optimizer, ABC):
         """Zeros shaped like a parameter, in the dtype of its state."""
         return param.new_zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32))
 
-    def _state(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
-        """The state of a parameter, begun where it is not."""
-        state: dict[str, Any] = self.state[param]
-        if "step" not in state or (self.names.hess is not None and self.names.hess not in state):
-            with torch.inference_mode(False), torch.no_grad():
-                state.setdefault("step", torch.tensor(0.0))
-                if self.names.hess is not None and self.names.hess not in state:
-                    state[self.names.hess] = self.like_state(param).fill_(self.start(group))
-        return state
-
     # The posterior
 
     def posterior(self, model: nn.Module, num_data: int | None = None) -> Posterior:
@@ -332,7 +239,7 @@ class BayesOptimizer(Optimizer, ABC):
 
     def marginal(self, group: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean, precision and prior (mean, precision) of one parameter."""
-        state, ess = self._state(group, param), group["ess"]
+        state, ess = self.layout.state(group, param), group["ess"]
         mean = self.like_state(param).copy_(param.detach())
         pull = ess * group["weight_decay"] if group["weight_decay"] else 0.0  # where ess may be infinite
         prior_mean = state.get("prior_mean", mean.new_zeros(()))
@@ -347,7 +254,7 @@ class BayesOptimizer(Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not set it takes from the defaults."""
         super().add_param_group(param_group)
-        self._plan = None
+        self.layout.forget()
         try:
             self._check(len(self.param_groups) - 1)
         except Exception:
@@ -411,7 +318,7 @@ class BayesOptimizer(Optimizer, ABC):
             self._prepare(state.pop("noise"), state.pop("compile"))
         else:
             self._draws.forget()
-            self._plots, self._plan = {}, None
+            self.layout.forget()
         super().__setstate__(state)
 
     def _why(self, drawn: int) -> str:

@@ -34,7 +34,7 @@ from torch import Tensor
 from ..noise import EVALUATE, TRAIN, Noise
 from ..plots import Plot
 from ..rule import Gaussian
-from .cells import Cell
+from .cells import Cell, Layout
 from .execution import THEN, Execution, Flats
 
 STASH = "offset"
@@ -44,10 +44,9 @@ class Host(Protocol):
     """What the draws need of their optimizer."""
 
     execution: Execution
+    layout: Layout
     frugal: bool
 
-    def trainable(self) -> list[Tensor]: ...
-    def cells(self, params: Sequence[Tensor]) -> list[Cell]: ...
     def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]: ...
 
 
@@ -180,7 +179,7 @@ class Draws:
         train = self._open is self._train
         self._restore()
         if train:
-            _clear(self.host.trainable())
+            _clear(self.host.layout.trainable())
             if self._averaged:
                 self._hand_over()
 
@@ -197,12 +196,12 @@ class Draws:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _write(self, written: Written, stream: int, draw: int) -> None:
-        params = self.host.trainable()
+        params = self.host.layout.trainable()
         if self.injected:
             self.injected.params = params
         written.cells = []
         self._open = written
-        for cell in self.host.cells(params):
+        for cell in self.host.layout.cells(params):
             if not cell.draws:
                 continue
             plot = cell.plot
@@ -275,7 +274,7 @@ class Draws:
         """A running mean over draws; a parameter without a gradient in one of them had the gradient zero there."""
         self._averaged.update(dict.fromkeys(fresh))
         self._total += self._weight
-        for cell in {id(cell.plot): cell for cell in self.host.cells(list(self._averaged))}.values():
+        for cell in {id(cell.plot): cell for cell in self.host.layout.cells(list(self._averaged))}.values():
             means = dict(zip(("mean_gradient", "mean_curvature"), self._means(cell.plot), strict=True))
             flats, numbers = self.at_hand(cell)
             whole = cell._replace(only=None)
@@ -296,7 +295,7 @@ class Draws:
         """Put the mean gradient into ``p.grad``, so that unscaling and clipping act on the mean."""
         spare, self._spare = self._spare, {}
         self._handed = {p: spare[p] if p in spare else torch.empty_like(p) for p in self._averaged}
-        for cell in self.host.cells(list(self._handed)):
+        for cell in self.host.layout.cells(list(self._handed)):
             gradients = [self._handed.get(p, p) for p in cell.plot.params]
             cell.plot.write(self._means(cell.plot)[0], gradients, cell.only, "mean_gradient")
         for p, gradient in self._handed.items():
@@ -315,7 +314,7 @@ class Draws:
             self._averaged.pop(p)
         back = [p for p in handed if p.grad is not None]
         changes = []
-        for cell in self.host.cells(back):
+        for cell in self.host.layout.cells(back):
             before = self._means(cell.plot)[0]
             before = before.to(cell.plot.params[0].dtype).to(cell.plot.dtype)  # as it was handed over
             gradients = _gradients(cell.plot.params)
@@ -377,7 +376,7 @@ class Draws:
         return {**flats, "pairs": plot.where.numbers}, {**numbers, **{THEN + name: n for name, n in made.items()}}
 
     def _with_gradient(self) -> list[Tensor]:
-        given = [(p, p.grad) for p in self.host.trainable()]
+        given = [(p, p.grad) for p in self.host.layout.trainable()]
         fresh = [p for p, gradient in given if gradient is not None]
         if any(gradient is not None and gradient.layout != torch.strided for _, gradient in given):
             raise RuntimeError("sparse gradients are not supported; make the embedding with sparse=False")
@@ -385,7 +384,7 @@ class Draws:
 
     def _finite(self, params: Sequence[Tensor]) -> bool:
         """Whether all gradients are finite: one pass over each, and a second only where the sum of squares is not."""
-        plots = {id(cell.plot): cell.plot for cell in self.host.cells(params)}.values()
+        plots = {id(cell.plot): cell.plot for cell in self.host.layout.cells(params)}.values()
         self._read, sums = {}, []
         for plot in plots:
             flat = self._gradient(plot)

@@ -16,9 +16,10 @@ from ..posterior import Posterior
 from ..retractions import Riemannian
 from ..rule import BayesRule, Curvature, Gaussian, Rates
 from ..vector import equal
+from .cells import Names
 from .execution import Compile
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
-from .optimizer import BayesOptimizer, Names
+from .optimizer import BayesOptimizer
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
