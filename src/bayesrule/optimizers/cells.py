@@ -158,9 +158,8 @@ class Layout:
 
     def _kept(self, group: Mapping[str, Any], rule: BayesRule, plot: Plot, states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """What is kept for a plot, by the names that programs use."""
-        flats: dict[str, Tensor] = {
-            name: plot.shared(name, states) for name in ("prior_mean", "prior_precision") if name in states[0]
-        }
+        of_prior = [name for name in ("prior_mean", "prior_precision") if name in states[0]]
+        flats: dict[str, Tensor] = {name: plot.shared(name, states) for name in of_prior}
         if self.host.names.hess:
             flats["hess"] = plot.shared(self.host.names.hess, states, self.host.start(group))
         if rule.momentum.remembers:
