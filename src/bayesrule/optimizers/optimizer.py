@@ -23,9 +23,10 @@ from ..rule import BayesRule, Gaussian, Rates
 from .cells import Layout, Names
 from .execution import Compile, Execution, Flats
 from .hyperparameters import Allowed, validate
+from .injection import Injected
 from .learned import adopt, learned
 from .reminders import Reminders
-from .sampling import Draws, Injected
+from .sampling import Draws
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
