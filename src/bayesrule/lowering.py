@@ -9,10 +9,12 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.utils.dlpack import from_dlpack
 
 from .vector import axpy, convert, head, lerp
 
@@ -72,7 +74,8 @@ class Scratch:
         """The numbers 0 to size - 1, shape (size,), of int32."""
         held = self._counts.get(device)
         if held is None or len(held) < size:
-            held = self._counts[device] = torch.arange(size, dtype=torch.int32, device=device)
+            most = max(1 << 16, 1 << (size - 1).bit_length())  # it is to be replaced seldom, as views keep the old one
+            held = self._counts[device] = torch.arange(most, dtype=torch.int32, device=device)
         return held[:size]
 
     @property
@@ -94,9 +97,12 @@ class Line:
         for node in self.calls:  # a number is what is made of numbers alone
             if set(node.all_input_nodes) <= self.numbers:
                 self.numbers.add(node)
+        self.roots: dict[fx.Node, fx.Node] = {}  # whose memory a node sees: views see that of what they are views of
+        for node in self.nodes:
+            self.roots[node] = self.roots[node.args[0]] if node.target in ("view", head) else node
         values = list(zip(nodes[-1].args[0], (self.flats[name] for name in targets), strict=True))
-        self.copies = [(value, target) for value, target in values if value in inputs]
-        self.results = [(value, target) for value, target in values if value not in inputs]
+        self.copies = [(value, target) for value, target in values if self.roots[value] in inputs]
+        self.results = [(value, target) for value, target in values if self.roots[value] not in inputs]
 
     def is_tensor(self, argument: Any) -> bool:
         """Whether an argument of a call is a tensor."""
@@ -143,10 +149,12 @@ class Plan:
         key = given[0].numel(), given[0].device, scratch.version
         if key not in self.held:
             found = _shapes(graph, given, numbers)
-            for _ in range(2):  # a slot that grows moves: only the second time all lie where they stay
-                whole = [scratch.flat(p.slot, found[p.node].shape, found[p.node].dtype, given[0].device) for p in self.places]
+            with torch.inference_mode(False):
+                for _ in range(2):  # a slot that grows moves: only the second time all lie where they stay
+                    values = [(p, found[p.node]) for p in self.places]
+                    whole = [scratch.flat(p.slot, v.shape, v.dtype, given[0].device) for p, v in values]
+                parts = [t if p.part is None else t[:, p.part] for t, p in zip(whole, self.places, strict=True)]
             self.held = {k: held for k, held in self.held.items() if k[-1] == scratch.version}
-            parts = [t if p.part is None else t[:, p.part] for t, p in zip(whole, self.places, strict=True)]
             self.held[given[0].numel(), given[0].device, scratch.version] = parts
             return parts
         return self.held[key]
@@ -157,23 +165,17 @@ class _Planner:
 
     def __init__(self, line: Line, given: Sequence[Tensor], numbers: Sequence[Any]) -> None:
         self.line, self.found = line, _shapes(line.graph, given, numbers)
-        self.roots = self._roots()
+        self.roots = line.roots
         self.last = self._last_uses()
         self.halves = self._halves()
         self.targets = {value: target for value, target in self.line.results}
         self.graph = fx.Graph()
         self.mapped: dict[fx.Node, fx.Node] = {}
+        self.kept: dict[fx.Node, fx.Node] = {}  # copies of what is overwritten before it is copied
         self.places: dict[_Place, fx.Node] = {}
         self.slots: dict[fx.Node, int] = {}  # of what lies in scratch and is still needed
         self.free: list[int] = []
         self.made = 0
-
-    def _roots(self) -> dict[fx.Node, fx.Node]:
-        """Whose memory a node sees: views see that of what they are views of."""
-        roots: dict[fx.Node, fx.Node] = {}
-        for node in self.line.nodes:
-            roots[node] = roots[node.args[0]] if node.target in ("view", head) else node
-        return roots
 
     def _last_uses(self) -> dict[fx.Node, int]:
         """The number of the call that reads a memory last; the end for what is copied at the end."""
@@ -181,11 +183,17 @@ class _Planner:
         for number, call in enumerate(self.line.calls):
             for node in call.all_input_nodes:
                 last[self.roots[node]] = number
-        self.early = [pair for pair in self.line.copies if pair[1] not in last]  # nobody reads what is overwritten
-        self.late = [pair for pair in self.line.copies if pair[1] in last]
+            if not self._is_known(call):  # what it gives may see its operands
+                last.update((self.roots[node], len(self.line.calls)) for node in call.all_input_nodes)
+        sources = {self.roots[value] for value, _ in self.line.copies}
+        self.early = [(v, t) for v, t in self.line.copies if t not in last and t not in sources and v is self.roots[v]]
+        self.late = [pair for pair in self.line.copies if pair not in self.early]
         for value, _ in [*self.late, *self.line.results]:
             last[self.roots[value]] = len(self.line.calls)
         return last
+
+    def _is_known(self, node: fx.Node) -> bool:
+        return node in self.line.numbers or node.target in ("view", head, torch.stack) or self._into(node) is not None
 
     def _halves(self) -> dict[fx.Node, tuple[fx.Node, int]]:
         """Results that are needed only to be stacked: they are written to their part of the stack at once."""
@@ -193,7 +201,7 @@ class _Planner:
         for call in self.line.calls:
             if call.target is torch.stack and call.args[1] == 1:
                 parts = call.args[0]
-                if all(len(part.users) == 1 and self._into(part) for part in parts):
+                if len(set(parts)) == len(parts) and all(len(part.users) == 1 and self._into(part) for part in parts):
                     halves.update({part: (call, k) for k, part in enumerate(parts)})
         return halves
 
@@ -208,6 +216,10 @@ class _Planner:
             for used in dict.fromkeys(self.roots[n] for n in node.all_input_nodes):
                 if self.last[used] == number and used in self.slots:
                     self.free.append(self.slots.pop(used))
+        overwritten = {target for _, target in self.late}
+        for value, _ in self.late:  # all are written at once
+            if self.roots[value] in overwritten:
+                self.kept[value] = self.graph.call_method("clone", (self.mapped[value],))
         for value, target in [*self.late, *self.line.results]:
             if value not in self.targets or self.mapped[value] is not self.mapped[target]:
                 self._copy(value, target)
@@ -215,11 +227,11 @@ class _Planner:
         return Plan(fx.GraphModule({}, self.graph), list(self.places))
 
     def _copy(self, value: fx.Node, target: fx.Node) -> None:
-        self.graph.call_method("copy_", (self.mapped[target], self.mapped[value]))
+        self.graph.call_method("copy_", (self.mapped[target], self.kept.get(value, self.mapped[value])))
 
     def _into(self, node: fx.Node) -> Callable[..., Any] | None:
         """The call with ``out=`` that computes a node; None where there is none."""
-        if node in self.line.numbers:
+        if node in self.line.numbers or (node.target is axpy and self.line.is_tensor(node.args[2])):  # alpha= is a number
             return None
         if node.op == "call_method":
             return _METHODS.get(str(node.target))
@@ -288,18 +300,25 @@ class Compiled:
     def __init__(self, line: Line, numbers: Sequence[Any]) -> None:
         wanted = [n for n in line.nodes if n in line.numbers and not line.numbers.issuperset(n.users)]
         self._numbers = _of_numbers(line, wanted)
-        whole = [isinstance(value, int) for value in self._numbers(*numbers)]
+        self._whole = whole = [isinstance(value, int) for value in self._numbers(*numbers)]
         self._function = torch.compile(_functional(line, wanted, whole).forward, fullgraph=True, dynamic=True)
         self._floats: tuple[Any, Tensor] | None = None
 
     def __call__(self, given: Sequence[Tensor], numbers: Sequence[Any]) -> None:
         values = self._numbers(*numbers)
-        device, dtype = given[0].device, next(t.dtype for t in given if t.dtype.is_floating_point)
-        floats = [value for value in values if isinstance(value, float)], device, dtype
+        if any(whole and not isinstance(value, int) for whole, value in zip(self._whole, values, strict=True)):
+            raise TypeError(f"numbers that were whole when this was compiled are {values} now")
+        device, dtype = given[0].device, reduce(torch.promote_types, (t.dtype for t in given if t.dtype.is_floating_point))
+        floats = [float(v) for whole, v in zip(self._whole, values, strict=True) if not whole], device, dtype
         if self._floats is None or self._floats[0] != floats:
             self._floats = floats, torch.tensor([*floats[0], 1.0], dtype=dtype).to(device)
-        ints = torch.tensor([value for value in values if isinstance(value, int)] or [0], dtype=torch.int64)
-        self._function(*given, self._floats[1], ints.to(device))
+        ints = torch.tensor([v for whole, v in zip(self._whole, values, strict=True) if whole] or [0], dtype=torch.int64)
+        self._function(*map(_plain, given), self._floats[1], ints.to(device))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that is no view: the compiler makes a graph for each kind of view."""
+    return tensor if tensor._base is None and tensor.storage_offset() == 0 else from_dlpack(tensor.detach())
 
 
 def _of_numbers(line: Line, wanted: Sequence[fx.Node]) -> Callable[..., Sequence[Any]]:
@@ -316,7 +335,7 @@ def _of_numbers(line: Line, wanted: Sequence[fx.Node]) -> Callable[..., Sequence
 def _functional(line: Line, wanted: Sequence[fx.Node], whole: Sequence[bool]) -> fx.GraphModule:
     """The part that computes with tensors, given the flats, the floats and the whole numbers that it wants."""
     graph = fx.Graph()
-    mapped: dict[fx.Node, Any] = {node: graph.placeholder(name) for name, node in line.flats.items()}
+    mapped: dict[Any, Any] = {node: graph.placeholder(name) for name, node in line.flats.items()}
     packs = [graph.placeholder(name) for name in ("floats", "ints")]
     counts = [0, 0]
     for node, kind in zip(wanted, whole, strict=True):
@@ -338,8 +357,10 @@ def _functional(line: Line, wanted: Sequence[fx.Node], whole: Sequence[bool]) ->
         else:
             mapped[node] = graph.node_copy(node, mapped.__getitem__)
     one = graph.call_function(operator.getitem, (packs[0], counts[0]))
-    for value, target in line.copies:  # the compiler may read a bare copy of an input after that was overwritten
-        graph.call_method("copy_", (mapped[target], graph.call_function(operator.mul, (mapped[value], one))))
+    for value, _ in line.copies:  # the compiler may read a bare copy of an input after that was overwritten
+        mapped[value, one] = graph.call_function(operator.mul, (mapped[value], one))
+    for value, target in line.copies:
+        graph.call_method("copy_", (mapped[target], mapped[value, one]))
     for value, target in line.results:
         graph.call_method("copy_", (mapped[target], mapped[value]))
     graph.output(None)

@@ -130,7 +130,8 @@ class CounterNoise(Noise):
             return Vector([self._shaped(part, kind, start // 2) for start, part in zip(starts, like, strict=True)])
         numbers = torch.arange(whole_blocks(like.numel()) // 2, dtype=torch.int32, device=like.device)
         flat = kind(self._word(numbers, first), torch.promote_types(like.dtype, torch.float32))
-        return flat[: like.numel()].view(like.shape).to(like.dtype)
+        found = flat[: like.numel()].view(like.shape).to(like.dtype)
+        return _inside(found, like.dtype) if kind is _uniforms else found
 
     def _word(self, numbers: Any, first: Any) -> Any:
         """SplitMix64 of pair numbers counted from the first: int64, shape (blocks, pairs of a block), not negative."""
@@ -161,9 +162,14 @@ def _normals(word: Any, dtype: torch.dtype) -> Any:
 
 
 def _uniforms(word: Any, dtype: torch.dtype) -> Any:
-    kind = torch.finfo(dtype)
     second = convert(convert(word, torch.int32), dtype) * 2**-32 + 0.5
-    return _paired(*(u.clamp(kind.tiny, 1 - kind.eps / 2) for u in (_unit(word, dtype), second)))
+    return _paired(_inside(_unit(word, dtype), dtype), _inside(second, dtype))
+
+
+def _inside(u: Any, dtype: torch.dtype) -> Any:
+    """Numbers in [0, 1] kept strictly between: a dtype rounds to its ends."""
+    kind = torch.finfo(dtype)
+    return u.clamp(kind.tiny, 1 - kind.eps / 2)
 
 
 def _unit(word: Any, dtype: torch.dtype) -> Any:

@@ -36,7 +36,7 @@ class Plot:
     owners: dict[str, list[Tensor]] = field(default_factory=dict)
     _views: dict[str, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
     _where: Where | None = None
-    _own: tuple[Tensor | None] | None = None
+    _own: tuple[Any, Tensor | None] | None = None
 
     @property
     def where(self) -> Where:
@@ -55,10 +55,16 @@ class Plot:
     @property
     def own(self) -> Tensor | None:
         """The parameters as one flat view of their memory, where there is one."""
-        if self._own is None:
-            within = self.bucket.within(self.params[0]) if self.params[0].dtype == self.dtype else None
-            self._own = (within if within is None else within.detach(),)
-        return self._own[0]
+        p = self.params[0]
+        place = p.data_ptr(), p.dtype, p.shape, p.is_contiguous()  # somebody may have given the parameter other memory
+        if self._own is None or self._own[0] != place:
+            within = self.bucket.within(p) if p.dtype == self.dtype else None
+            self._own = place, within if within is None else within.detach()
+        return self._own[1]
+
+    def sees(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether :meth:`read` gives a view of these tensors."""
+        return tensors[0].dtype == self.dtype and self.bucket.within(tensors[0]) is not None
 
     def blank(self) -> Tensor:
         """Where to write what is to be :meth:`put`: whatever stands in it."""

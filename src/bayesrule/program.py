@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -92,6 +93,8 @@ class Program:
             self._compiled = self._checked(flats, numbers)
         else:
             self._compiled([flats[name] for name in self.flats], [numbers[name] for name in self.numbers])
+        for name in self.targets:  # autograd is to know that they were written
+            torch.autograd.graph.increment_version(flats[name])
 
     def _checked(self, flats: Named, numbers: Named) -> Compiled:
         """Compile and run, once the compiled program does to copies what the eager one does."""
@@ -136,10 +139,12 @@ class Runner:
         if not self.compiled or once:
             program.run(flats, numbers, self.scratch)
             return
+        kind = flats[program.flats[0]].device.type
         try:
-            program.run_compiled(flats, numbers)
+            with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+                program.run_compiled(flats, numbers)
         except Exception as error:
-            if program.is_compiled:
+            if program.is_compiled and not type(error).__module__.startswith("torch._dynamo"):  # that is of compiling anew
                 raise
             self.compiled, self.failed = False, True
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -16,7 +16,8 @@ from ..lowering import Scratch
 from ..noise import addresses
 from ..plots import Plot, plots
 from ..rule import BayesRule
-from .hyperparameters import analyzed
+from ..vector import BUCKET
+from .hyperparameters import analyzed, validate
 
 
 class Cell(NamedTuple):
@@ -74,18 +75,20 @@ class Layout:
         scratch: Where small parameters are copied together.
     """
 
-    def __init__(self, host: Host, scratch: Scratch) -> None:
-        self.host, self.scratch, self.limit = host, scratch, 0
+    def __init__(self, host: Host, name: str, scratch: Scratch) -> None:
+        self.host, self.name, self.scratch, self.limit = host, name, scratch, BUCKET
         self._plots: dict[int, tuple[Any, list[Plot]]] = {}  # by group
+        self._stale: set[int] = set()  # groups whose plots may be dealt anew
         self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}  # by group: "step" of every parameter, and all in one
+        self._valid: dict[int, Any] = {}  # by group: hyper-parameters that were found in their ranges
         self._plan: tuple[Any, list[Cell]] | None = None  # what was dealt last (parameters, hyper-parameters), and the cells
 
     def renew(self, limit: int) -> None:
         """Before a step: steps and state may have changed, and the number of elements a bucket may have."""
-        self._plan, self.limit = None, limit
+        self._plan, self.limit, self._stale = None, limit, set(self._plots)
 
     def forget(self) -> None:
-        """Deal everything anew: groups, parameters or their state were replaced."""
+        """Deal everything anew: parameters or their state were replaced."""
         self._plan, self._plots, self._counters = None, {}, {}
 
     def trainable(self) -> list[Tensor]:
@@ -93,21 +96,37 @@ class Layout:
         return [p for group in self.host.param_groups for p in group["params"] if p.requires_grad]
 
     def cells(self, params: Sequence[Tensor]) -> list[Cell]:
-        """Trainable parameters, dealt into cells, each of one plot and number of steps."""
-        wanted = list(map(id, params)), [analyzed(group, self.host.ranges) for group in self.host.param_groups]
+        """Trainable parameters, dealt into cells, each of one plot and number of steps.
+
+        Raises:
+            ValueError: A hyper-parameter has left its range, or a parameter has another shape than its state.
+        """
+        groups = range(len(self.host.param_groups))
+        wanted = list(map(id, params)), [self._analyzed(index) for index in groups]
         if self._plan is None or self._plan[0] != wanted:
             chosen = set(wanted[0])
-            self._plan = wanted, [cell for i, known in enumerate(wanted[1]) for cell in self._visit(i, chosen, *known)]
+            self._plan = wanted, [cell for index in groups for cell in self._visit(index, chosen, *wanted[1][index])]
         return self._plan[1]
+
+    def _analyzed(self, index: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        """The numbers and the structure of a group, once all are in their ranges."""
+        group = self.host.param_groups[index]
+        known = [group.get(name) for name in self.host.ranges]
+        if not any(isinstance(value, Tensor) for value in known) and self._valid.get(index) == known:
+            return analyzed(group, self.host.ranges)
+        validate(self.name, index, group, self.host.ranges)
+        self._valid[index] = known
+        return analyzed(group, self.host.ranges)
 
     def _visit(self, index: int, chosen: set[int], numbers: dict[str, Any], structure: tuple[Any, ...]) -> Iterator[Cell]:
         """The cells of a group."""
         group = self.host.param_groups[index]
-        params = [p for p in group["params"] if p.requires_grad]
-        states = {id(p): self.state(group, p) for p in params}
+        dealt = self._plot(index)
+        params = {id(p): p for plot in dealt for p in plot.params}
+        states = {key: self.state(group, p) for key, p in params.items()}
         steps = dict(zip(states, self._steps(index, list(states.values())), strict=True))
         rule, seed = self.host.rule(group), int(group.get("seed", 0))
-        for plot in self._plot(index):
+        for plot in dealt:
             within = [states[id(p)] for p in plot.params]
             own = [steps[id(p)] if id(p) in chosen else -1 for p in plot.params]
             for step in sorted(set(own) - {-1}):
@@ -116,25 +135,36 @@ class Layout:
                 remembers = step > 0 and any(self.host.names.memory in state for state in known)
                 inputs = {**numbers, "done": step, "seed": seed}
                 kept = self._kept(group, rule, plot, within)
-                yield Cell(plot, group, rule, inputs, (*structure, "prior_mean" in kept), kept, step, remembers, only)
+                yield Cell(plot, dict(group), rule, inputs, (*structure, "prior_mean" in kept), kept, step, remembers, only)
 
     def _plot(self, index: int) -> list[Plot]:
-        """The plots of a group, dealt anew when its parameters have changed in kind, place or number."""
+        """The plots of a group, dealt anew when its parameters have changed in kind, place or number; never within a step."""
+        if index in self._plots and index not in self._stale:
+            return self._plots[index][1]
+        self._stale.discard(index)
         params = self.host.param_groups[index]["params"]
-        key = [(id(p), p.data_ptr(), p.shape, p.dtype, p.requires_grad, p.is_contiguous()) for p in params]
-        if index not in self._plots or self._plots[index][0] != (key, self.limit):
+        key = [(id(p), p.data_ptr(), p.shape, p.dtype, p.requires_grad, p.is_contiguous()) for p in params], self.limit
+        if index not in self._plots or self._plots[index][0] != key:
             every = [p for group in self.host.param_groups for p in group["params"]]
             starts = dict(zip(map(id, every), addresses(p.numel() for p in every), strict=True))
             wanted = [(starts[id(p)], p) for p in params if p.requires_grad]
-            narrow = {p.dtype for _, p in wanted if p.dtype.itemsize < 4}
-            if self.host.frugal and narrow:
-                raise ValueError(
-                    f"{type(self.host).__name__}: memory='low' would round the mean of {narrow.pop()} parameters in every draw; "
-                    "pass memory='default' or keep them in float32"
-                )
-            dealt = plots(wanted, self.scratch, self.limit)
-            self._plots[index] = (key, self.limit), dealt
+            for _, p in wanted:
+                self._check(p)
+            self._plots[index] = key, plots(wanted, self.scratch, self.limit)
         return self._plots[index][1]
+
+    def _check(self, param: Tensor) -> None:
+        if self.host.frugal and param.dtype.itemsize < 4:
+            raise ValueError(
+                f"{self.name}: memory='low' would round the mean of {param.dtype} parameters in every draw; "
+                "pass memory='default' or keep them in float32"
+            )
+        for name, tensor in self.host.state.get(param, {}).items():
+            if name != "step" and tensor.shape != param.shape:
+                raise ValueError(
+                    f"{self.name}: a parameter has shape {tuple(param.shape)}, its {name} shape {tuple(tensor.shape)}: it was "
+                    "given another shape after steps; make a new optimizer"
+                )
 
     def _steps(self, index: int, states: Sequence[dict[str, Any]]) -> list[int]:
         """How many steps each trainable parameter of a group has made; the counters share one tensor."""
@@ -153,7 +183,7 @@ class Layout:
         """One step more for parameters."""
         moved = set(map(id, params))
         for index, (_, flat) in self._counters.items():
-            own = [id(p) in moved for p in self.host.param_groups[index]["params"] if p.requires_grad]
+            own = [key in moved for key in {id(p): None for plot in self._plots[index][1] for p in plot.params}]
             flat.add_(1.0 if all(own) else torch.tensor(own, dtype=flat.dtype))
 
     def _kept(self, group: Mapping[str, Any], rule: BayesRule, plot: Plot, states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

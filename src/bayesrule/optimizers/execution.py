@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
+
+from torch import Tensor
 
 from ..estimators.oracle import Seen
 from ..lowering import Scratch
 from ..noise import CounterNoise, Noise, Where
-from ..program import Program, Runner
+from ..program import Named, Program, Runner
 from ..rule import BayesRule, Gaussian, Look, Rates
 from ..vector import BUCKET
 from .cells import Cell
@@ -57,10 +59,15 @@ def symbolic(group: Mapping[str, Any], symbols: Mapping[str, Any]) -> dict[str, 
     filled: dict[str, Any] = {}
     for name, value in group.items():
         if isinstance(value, list | tuple) and name != "params":
-            filled[name] = tuple(symbols.get(f"{name}[{i}]", number) for i, number in enumerate(value))
+            filled[name] = tuple(symbols.get(f"{name}[{i}]", _plain(number)) for i, number in enumerate(value))
         else:
-            filled[name] = symbols.get(name, value)
+            filled[name] = symbols.get(name, _plain(value))
     return filled
+
+
+def _plain(value: Any) -> Any:
+    """A number that came as a tensor, as a number."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 class Execution:
@@ -68,15 +75,16 @@ class Execution:
 
     Args:
         author: The optimizer.
+        name: Its name, for warnings.
         compile: False never; True from the first step; "auto" after :data:`PATIENCE` eager steps of a model that is worth it,
             where there is a compiler.
     """
 
-    def __init__(self, author: Author, compile: Compile) -> None:
-        if compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
+    def __init__(self, author: Author, name: str, compile: Compile) -> None:
+        if not (compile is True or compile is False or (isinstance(compile, str) and compile == "auto")):
+            raise ValueError(f"{name}: compile must be True, False or 'auto', got {compile!r}")
         self.author, self.compile = author, compile
-        self.runner = Runner(type(author).__name__)
+        self.runner = Runner(name)
         self.programs: dict[Any, Program] = {}
         self.limit = BUCKET  # elements of a bucket
         self._steps = 0
@@ -103,7 +111,7 @@ class Execution:
             self.runner.compiled = ready
         self.limit = COMPILED_BUCKET if self.runner.compiled else BUCKET
 
-    def run(self, kind: str, cell: Cell, flats: Flats, numbers: Mapping[str, Any]) -> tuple[str, ...]:
+    def run(self, kind: str, cell: Cell, flats: Flats, numbers: Named, drawn: Cell | None = None) -> tuple[str, ...]:
         """Run a program on a cell; what it writes and does not belong to the cell stays as it is.
 
         Args:
@@ -111,75 +119,86 @@ class Execution:
             cell: Whose structure the program is recorded from.
             flats: By name; those that the program writes are written in place.
             numbers: By name.
+            drawn: The cell as it was when its offset was made, where that is made again.
 
         Returns:
             The names of the flats that were written.
         """
         first = kind in MOVES and cell.rule.momentum.remembers and not cell.remembers
-        of_rule = (cell.structure, tuple(numbers), first) if numbers else ()
+        of_rule = (cell.structure, drawn and drawn.structure, tuple(numbers), first) if numbers else ()
         key = kind, of_rule, tuple(flats), cell.plot.dtype
         program = self.programs.get(key)
         if program is None:
-            recorded = getattr(_Recording(self.author, cell), kind)
+            recorded = getattr(_Recording(self.author, cell, drawn or cell), kind)
             program = self.programs[key] = Program.record(recorded, list(flats), list(numbers))
-        if cell.only is None:
-            self.runner.run(program, flats, numbers, once=first)
-        else:
-            copies = {**flats, **{name: flats[name].clone() for name in program.targets}}
-            self.runner.run(program, copies, numbers, once=first)
+        copies = flats if cell.only is None else {**flats, **{name: flats[name].clone() for name in program.targets}}
+        for part in _parts(copies, self.limit):
+            self.runner.run(program, part, numbers, once=first)
+        if cell.only is not None:
             for name in program.targets:
                 cell.plot.keep(copies[name], flats[name], cell.only)
         return program.targets
 
 
+def _parts(flats: Flats, limit: int) -> Iterator[Flats]:
+    """Flats in parts of at most a bucket: only a large parameter that is not contiguous is longer."""
+    size = flats["mean"].numel()
+    if size <= limit:
+        yield flats
+        return
+    for start in range(0, size, limit):
+        ends = {name: (start // 2, (start + limit) // 2) if name == "pairs" else (start, start + limit) for name in flats}
+        yield {name: flat[slice(*ends[name])] for name, flat in flats.items()}
+
+
 class _Recording:
     """The programs as functions of symbols."""
 
-    def __init__(self, author: Author, cell: Cell) -> None:
-        self.author, self.cell = author, cell
+    def __init__(self, author: Author, cell: Cell, drawn: Cell) -> None:
+        self.author, self.cell, self.drawn = author, cell, drawn
 
-    def _slots(self, flats: Flats, numbers: Mapping[str, Any]) -> tuple[dict[str, Any], BayesRule, Gaussian, Gaussian]:
-        group = symbolic(self.cell.group, numbers)
+    def _slots(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[dict[str, Any], BayesRule, Gaussian, Gaussian]:
+        group = symbolic(cell.group, numbers)
         return group, self.author.rule(group), *self.author.belief(group, flats)
 
-    def _offset(self, flats: Flats, numbers: Mapping[str, Any]) -> Any:
+    def _offset(self, flats: Flats, numbers: Named) -> Any:
         numbers = {name.removeprefix(THEN): n for name, n in numbers.items() if name.startswith(THEN)} or numbers
-        _, rule, q, _ = self._slots(flats, numbers)
+        _, rule, q, _ = self._slots(self.drawn, flats, numbers)
         where = Where(flats["pairs"], numbers["first"], self.cell.plot.dtype)
         noise: Noise = CounterNoise(numbers["seed"], numbers["stream"], numbers["done"], where=where)
         return rule.expectation.offset(q, noise, numbers["draw"])
 
-    def draw(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+    def draw(self, flats: Flats, numbers: Named) -> Flats:
         sample = flats["mean"] + self._offset(flats, numbers)
         return {"offset": flats["mean"], "mean": sample} if "offset" in flats else {"mean": sample}
 
-    def close(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+    def close(self, flats: Flats, numbers: Named) -> Flats:
         if "pairs" in flats:
             return {"mean": flats["mean"] - self._offset(flats, numbers)}
         return {"mean": flats["offset"], "offset": flats["mean"] - flats["offset"]}
 
-    def average(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+    def average(self, flats: Flats, numbers: Named) -> Flats:
         look = self._look_at_hand(flats, numbers)
         mean = Look(None, flats["mean_gradient"], flats["mean_curvature"]).lerp(look, numbers["weight"])
         unseen = {} if look.curvature is None else {"mean_curvature": mean.curvature}
         return {"mean_gradient": mean.gradient, **unseen}
 
-    def move(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+    def move(self, flats: Flats, numbers: Named) -> Flats:
         return self._moved(flats, numbers, self._look_at_hand(flats, numbers))
 
-    def move_blindly(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+    def move_blindly(self, flats: Flats, numbers: Named) -> Flats:
         return self._moved(flats, numbers, Look(None, flats["gradient"], None))
 
-    def move_on_average(self, flats: Flats, numbers: Mapping[str, Any]) -> Flats:
+    def move_on_average(self, flats: Flats, numbers: Named) -> Flats:
         return self._moved(flats, numbers, Look(None, flats["mean_gradient"], flats.get("mean_curvature")))
 
-    def _look_at_hand(self, flats: Flats, numbers: Mapping[str, Any]) -> Look:
-        _, rule, q, prior = self._slots(flats, numbers)
+    def _look_at_hand(self, flats: Flats, numbers: Named) -> Look:
+        _, rule, q, prior = self._slots(self.cell, flats, numbers)
         offset = self._offset(flats, numbers) if "pairs" in flats else flats.get("offset")
         return Look(None, flats["gradient"], rule.curvature(q, prior, offset, Seen(flats["gradient"])))
 
-    def _moved(self, flats: Flats, numbers: Mapping[str, Any], look: Look) -> Flats:
-        group, rule, q, prior = self._slots(flats, numbers)
+    def _moved(self, flats: Flats, numbers: Named, look: Look) -> Flats:
+        group, rule, q, prior = self._slots(self.cell, flats, numbers)
         memory = flats["memory"] if self.cell.remembers else None
         new, memory = rule.move(q, prior, look, self.author.rates(group, numbers["done"] + 1), memory)
         written = {"mean": new.mean, "hess": new.hess, "memory": memory}

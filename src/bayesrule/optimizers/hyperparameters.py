@@ -119,5 +119,5 @@ def analyzed(group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> tuple[d
             if is_numeric(allowed) and number is not None and (name == "lr" or float(number) not in (0.0, math.inf)):
                 numbers[name if index is None else f"{name}[{index}]"] = float(number)
             else:
-                structure.append((name, index, number))
+                structure.append((name, index, float(number) if isinstance(number, Tensor) else number))
     return numbers, tuple(structure)

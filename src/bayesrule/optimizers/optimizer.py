@@ -8,6 +8,7 @@ bucket of parameters, and its result is copied back in place.
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,8 +48,9 @@ class BayesOptimizer(Optimizer, ABC):
         compile: Whether steps are compiled by ``torch.compile``: False never, True from the first step, "auto" after 50 eager steps
             where there are at least 100,000 parameters and a compiler, and never with ``noise``. The result is the same up to
             rounding.
-        memory: "low" makes the noise of a draw again instead of keeping the mean aside; for parameters of at least 32 bits. The
-            mean then returns rounded to the last place of the sample.
+        memory: "low" makes the noise of a draw again instead of keeping the mean aside, for parameters of at least 32 bits: the
+            memory of Adam, three times the noise. The mean then returns rounded to the last place of the sample; only a draw
+            with ``train=False`` still keeps it aside, so that looking changes nothing.
 
     Raises:
         ValueError: A hyper-parameter is outside its range; the message names group, value and range.
@@ -70,6 +72,10 @@ class BayesOptimizer(Optimizer, ABC):
     ) -> None:
         if memory not in ("default", "low"):
             raise ValueError(f"{type(self).__name__}: memory must be 'default' or 'low', got {memory!r}")
+        if noise is not None and not callable(noise):
+            raise TypeError(f"{type(self).__name__}: noise must be a function of a parameter, got {noise!r}")
+        if prior is not None and not isinstance(prior, Posterior):
+            raise TypeError(f"{type(self).__name__}: prior must be a Posterior, got {prior!r}")
         if memory == "low" and noise:
             raise ValueError(f"{type(self).__name__}: memory='low' makes its noise again, so it takes no noise=; drop one of them")
         self.frugal = memory == "low"
@@ -79,9 +85,10 @@ class BayesOptimizer(Optimizer, ABC):
             adopt(self, prior)
 
     def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile) -> None:
-        self.execution = Execution(self, compile)
-        self.layout = Layout(self, self.execution.scratch)
-        self._draws = Draws(self, Injected(noise) if noise else None)
+        host, name = weakref.proxy(self), type(self).__name__  # no circle keeps a dropped optimizer alive
+        self.execution = Execution(host, name, compile)
+        self.layout = Layout(host, name, self.execution.scratch)
+        self._draws = Draws(host, Injected(noise) if noise else None)
         self._reminders = Reminders(type(self).__name__)
         self._ready = False  # whether this step has begun
 
@@ -108,6 +115,8 @@ class BayesOptimizer(Optimizer, ABC):
     @contextmanager
     def sampled_params(self, train: bool = True, weight: float = 1.0) -> Iterator[None]:
         """Put a draw of q into the parameters; leaving the context brings the mean back, bit by bit.
+
+        With ``memory="low"`` the mean that returns from a draw with ``train=True`` is rounded to the last place of the sample.
 
         Args:
             train: Learn from the gradient that the context leaves in ``p.grad``; forward *and* backward belong inside. With
@@ -192,8 +201,7 @@ class BayesOptimizer(Optimizer, ABC):
             params, how = taken
             cells = self.layout.cells(params)
             for cell in cells:
-                kind, flats, numbers = how(cell)
-                self.execution.run(kind, cell, flats, numbers)
+                flats = how(cell)
                 cell.plot.put(flats["mean"], cell.only)
             self.layout.count(params)
             torch.clear_autocast_cache()
@@ -255,7 +263,6 @@ class BayesOptimizer(Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not set it takes from the defaults."""
         super().add_param_group(param_group)
-        self.layout.forget()
         try:
             self._check(len(self.param_groups) - 1)
         except Exception:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -62,9 +63,9 @@ class Written:
     block: str | None
     cells: list[tuple[Cell, Mapping[str, Any]]] = field(default_factory=list)
 
-    def numbers(self, cell: Cell) -> Mapping[str, Any] | None:
-        """What the sample of a cell's plot was made from; None if there is none."""
-        return next((numbers for other, numbers in self.cells if other.plot is cell.plot), None)
+    def of(self, cell: Cell) -> tuple[Cell, Mapping[str, Any]] | None:
+        """The sample of a cell as it was made, and from what numbers; None if there is none."""
+        return next(((c, numbers) for c, numbers in self.cells if c.plot is cell.plot and c.step == cell.step), None)
 
 
 class Draws:
@@ -93,9 +94,9 @@ class Draws:
         self._begun_means: set[int] = set()  # plots whose running means belong to this step
         self._curved: set[int] = set()  # those whose curvature was seen
         self._handed: dict[Tensor, Tensor] = {}  # mean gradients that stand in p.grad
-        self._spare: dict[Tensor, Tensor] = {}  # gradients that were read, for the mean to be written into
         self._train.cells = []
         self._read: dict[Plot, Tensor] = {}  # gradients that lie flat at the moment
+        self._copied: Plot | None = None  # whose gradient stands in scratch
         if self.injected:
             self.injected.held = None
 
@@ -107,7 +108,7 @@ class Draws:
             if train and self._joinable:
                 return False
             raise RuntimeError("a draw is open already: leave its sampled_params() context before another one opens")
-        if not 0 < weight < math.inf:
+        if not isinstance(weight, Real) or not 0 < weight < math.inf:
             raise ValueError(f"the weight of a draw must be a number in (0, inf), got {weight!r}")
         if train:
             self.renew()
@@ -117,7 +118,8 @@ class Draws:
                 self._train.block = None if self.host.frugal else STASH
                 self._write(self._train, TRAIN, self.begun)
             else:
-                self._write(Written("looked"), EVALUATE, self._looked)
+                # the stash is free unless a closed draw still waits in it
+                self._write(Written("looked" if self._pending or self.host.frugal else STASH), EVALUATE, self._looked)
         except BaseException:
             self.discard()
             raise
@@ -214,7 +216,8 @@ class Draws:
         torch.clear_autocast_cache()
         if written is not self._train:
             for cell, _ in written.cells:
-                cell.plot.drop(written.block or "")
+                if written.block != STASH:
+                    cell.plot.drop(written.block or "")
 
     # Reading
 
@@ -230,19 +233,18 @@ class Draws:
             self._train.cells = []
         elif self._finite(fresh):
             self._average(fresh)
-            self._spare = {p: p.grad for p in fresh if p.grad is not None}
         _clear(fresh)
 
     def _average(self, fresh: list[Tensor]) -> None:
         """A running mean over draws; a parameter without a gradient in one of them had the gradient zero there."""
         self._averaged.update(dict.fromkeys(fresh))
         self._total += self._weight
-        for cell in {id(cell.plot): cell for cell in self.host.layout.cells(list(self._averaged))}.values():
-            means = dict(zip(("mean_gradient", "mean_curvature"), self._means(cell.plot), strict=True))
-            flats, numbers = self.at_hand(cell)
-            whole = cell._replace(only=None)
-            weight = {"weight": self._weight / self._total}
-            if "mean_curvature" in self.host.execution.run("average", whole, {**flats, **means}, {**numbers, **weight}):
+        for cell in self.host.layout.cells(list(self._averaged)):
+            gradient, curvature = self._means(cell.plot)
+            flats, numbers, drawn = self.at_hand(cell)
+            flats = {**flats, "mean_gradient": gradient, "mean_curvature": curvature}
+            numbers = {**numbers, "weight": self._weight / self._total}
+            if "mean_curvature" in self.host.execution.run("average", cell, flats, numbers, drawn):
                 self._curved.add(id(cell.plot))
 
     def _means(self, plot: Plot) -> tuple[Tensor, Tensor]:
@@ -256,8 +258,7 @@ class Draws:
 
     def _hand_over(self) -> None:
         """Put the mean gradient into ``p.grad``, so that unscaling and clipping act on the mean."""
-        spare, self._spare = self._spare, {}
-        self._handed = {p: spare[p] if p in spare else torch.empty_like(p) for p in self._averaged}
+        self._handed = {p: torch.empty_like(p) for p in self._averaged}
         for cell in self.host.layout.cells(list(self._handed)):
             gradients = [self._handed.get(p, p) for p in cell.plot.params]
             cell.plot.write(self._means(cell.plot)[0], gradients, cell.only, "mean_gradient")
@@ -303,8 +304,8 @@ class Draws:
     # The step
 
     @torch.no_grad()
-    def take(self) -> tuple[list[Tensor], Callable[[Cell], tuple[str, Flats, Mapping[str, Any]]]] | None:
-        """The parameters to move, and how to move a cell of them: kind, flats and numbers; None if every draw was dropped."""
+    def take(self) -> tuple[list[Tensor], Callable[[Cell], Flats]] | None:
+        """The parameters to move, and what moves a cell of them and returns its flats; None if every draw was dropped."""
         if self._averaged:
             self.read()
             finite = self.settle()
@@ -315,28 +316,32 @@ class Draws:
             return None
         return fresh, self._by_gradient
 
-    def _on_average(self, cell: Cell) -> tuple[str, Flats, Mapping[str, Any]]:
-        """By the mean over the draws that were read."""
+    def _on_average(self, cell: Cell) -> Flats:
+        """Move by the mean over the draws that were read."""
         gradient, curvature = self._means(cell.plot)
         seen = {"mean_curvature": curvature} if id(cell.plot) in self._curved else {}
-        mean = cell.plot.mean()
-        return "move_on_average", {"mean": mean, **cell.kept, "mean_gradient": gradient, **seen}, cell.inputs
+        flats = {"mean": cell.plot.mean(), **cell.kept, "mean_gradient": gradient, **seen}
+        self.host.execution.run("move_on_average", cell, flats, cell.inputs)
+        return flats
 
-    def _by_gradient(self, cell: Cell) -> tuple[str, Flats, Mapping[str, Any]]:
-        """By the gradient that stands in ``p.grad``; without a draw it tells no curvature to a rule that draws."""
-        flats, numbers = self.at_hand(cell)
-        return "move_blindly" if cell.rule.expectation.draws and not self.begun else "move", flats, numbers
+    def _by_gradient(self, cell: Cell) -> Flats:
+        """Move by the gradient that stands in ``p.grad``; without a draw it tells no curvature to a rule that draws."""
+        flats, numbers, drawn = self.at_hand(cell)
+        kind = "move_blindly" if cell.rule.expectation.draws and not self.begun else "move"
+        self.host.execution.run(kind, cell, flats, numbers, drawn)
+        return flats
 
-    def at_hand(self, cell: Cell) -> tuple[Flats, Mapping[str, Any]]:
-        """The flats and numbers that make a look of the gradient in ``p.grad``."""
+    def at_hand(self, cell: Cell) -> tuple[Flats, Mapping[str, Any], Cell | None]:
+        """What makes a look of the gradient in ``p.grad``: flats, numbers, and the cell as it was drawn if that is made again."""
         plot, numbers = cell.plot, cell.inputs
         flats = {"mean": plot.mean(), **cell.kept, "gradient": self._gradient(plot)}
-        made = self._train.numbers(cell)
+        made = self._train.of(cell)
         if made is None:
-            return flats, numbers
+            return flats, numbers, None
         if self._train.block:
-            return {**flats, "offset": plot.flat(self._train.block)}, numbers
-        return {**flats, "pairs": plot.where.numbers}, {**numbers, **{THEN + name: n for name, n in made.items()}}
+            return {**flats, "offset": plot.flat(self._train.block)}, numbers, None
+        then = {THEN + name: n for name, n in made[1].items()}
+        return {**flats, "pairs": plot.where.numbers}, {**numbers, **then}, made[0]
 
     def _with_gradient(self) -> list[Tensor]:
         given = [(p, p.grad) for p in self.host.layout.trainable()]
@@ -361,9 +366,11 @@ class Draws:
         """The gradient in ``p.grad``, flat; what was read to see whether it is finite need not be read again."""
         if plot in self._read:
             return self._read.pop(plot)
-        if plot.own is None:  # the copy takes the place of another's
-            self._read = {other: flat for other, flat in self._read.items() if other.own is not None}
-        return plot.read(_gradients(plot.params), "gradient")
+        gradients = _gradients(plot.params)
+        if not plot.sees(gradients):  # the copy takes the place of another's
+            self._read = {other: flat for other, flat in self._read.items() if other is not self._copied}
+            self._copied = plot
+        return plot.read(gradients, "gradient")
 
 
 def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
