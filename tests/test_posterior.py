@@ -110,7 +110,7 @@ class TestGaussian:
         assert all((one[name] != post.sample(seed=4)[name]).all() for name in SHAPES)
         assert {name: tuple(t.shape) for name, t in one.items()} == SHAPES
 
-    @pytest.mark.parametrize("kind", [np.int64, np.uint16, torch.tensor], ids=str)
+    @pytest.mark.parametrize("kind", [np.int64, np.uint16, torch.tensor], ids=["int64", "uint16", "tensor"])
     def test_seeds_and_draws_of_other_kinds_are_the_same_numbers(self, kind):
         post = gaussian()
         one, two = post.sample(5, draw=2), post.sample(kind(5), draw=kind(2))
