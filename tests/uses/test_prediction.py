@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -697,3 +698,19 @@ def test_a_single_output_is_no_class_probability(model):
     with pytest.raises(ValueError, match="class probabilities need"):
         br.predict(model.eval(), None, torch.zeros(5, 2))
     assert br.predict(model.eval(), None, torch.zeros(5, 2), link="identity").mean.shape[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        (dict(batch_size=0), ValueError, "batch_size must be a whole number >= 1, got 0"),
+        (dict(batch_size=2.5), ValueError, "batch_size must be a whole number >= 1, got 2.5"),
+        (dict(compile="auto"), ValueError, "compile must be True or False, got 'auto'"),
+        (dict(x=[1.0, 2.0]), TypeError, "inputs as one tensor"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_refused_in_one_line(given, error, says):
+    net, post = learned()
+    with pytest.raises(error, match=re.escape(says)):
+        br.predict(net, post, **{"x": net.x, **given})

@@ -69,7 +69,8 @@ def predict(
     log-sum-exp, so that an improbable class keeps its log probability.
 
     Args:
-        model: Gives logits (outputs, for regression), shape (n, ..., K), in eval mode.
+        model: Gives logits (outputs, for regression), shape (n, ..., K), in eval mode; in training mode a forward also moves the
+            running statistics of batch norm, and they stay moved.
         posterior: What was learned; None takes the model's weights as they are.
         x: Inputs, shape (N, ...).
         method: "mean", "mc" (Monte Carlo), or None: "mc" where there is a posterior.
@@ -97,6 +98,9 @@ def predict(
 
     Source: spelled out for IVON in Shen et al. (2024), section 3.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"predict takes inputs as one tensor, shape (N, ...), got {type(x).__name__}")
+    batch_size = whole_number("batch_size", batch_size, 1)
     return _predict(model, posterior, x.split(batch_size), link, _How(method, num_samples, seed, antithetic, vmap, compile))
 
 
@@ -173,6 +177,8 @@ def _predict(
     how: _How,
 ) -> Prediction:
     method, num_samples, seed, antithetic, vmap, compile = how
+    if not isinstance(compile, bool):
+        raise ValueError(f"compile must be True or False, got {compile!r}")
     method = method or ("mean" if posterior is None else "mc")
     if link not in ("softmax", "identity"):
         raise ValueError(f"unknown link {link!r}; take 'softmax' or 'identity'")
