@@ -44,8 +44,9 @@ class Draws:
         starts = addresses(m.numel() for m in mean.values())
         names = {id(into[name]): name for name in mean}
         written = {t.untyped_storage().data_ptr() for t in into.values()}
+        limit = 4 * BUCKET if compile else BUCKET
         self._plots: list[tuple[Plot, Tensor, Tensor]] = []
-        for plot in plots([(start, into[name]) for start, name in zip(starts, mean, strict=True)], self._runner.scratch, BUCKET):
+        for plot in plots([(start, into[name]) for start, name in zip(starts, mean, strict=True)], self._runner.scratch, limit):
             members, device = [names[id(p)] for p in plot.params], plot.params[0].device
             center = plot.read([mean[name].to(device) for name in members], "draw")
             if center.untyped_storage().data_ptr() in written or plot.own is None:

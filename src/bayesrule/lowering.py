@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -142,22 +143,24 @@ class Plan:
 
     module: fx.GraphModule
     places: list[_Place]
-    held: dict[Any, list[Tensor]] = field(default_factory=dict)
+    held: WeakKeyDictionary[Scratch, dict[Any, list[Tensor]]] = field(default_factory=WeakKeyDictionary)
 
     def tensors(self, scratch: Scratch, graph: fx.Graph, given: Sequence[Tensor], numbers: Sequence[Any]) -> list[Tensor]:
         """The places in scratch, for flats like these."""
+        held = self.held.setdefault(scratch, {})
         key = given[0].numel(), given[0].device, scratch.version
-        if key not in self.held:
+        if key not in held:
             found = _shapes(graph, given, numbers)
             with torch.inference_mode(False):
                 for _ in range(2):  # a slot that grows moves: only the second time all lie where they stay
                     values = [(p, found[p.node]) for p in self.places]
                     whole = [scratch.flat(p.slot, v.shape, v.dtype, given[0].device) for p, v in values]
                 parts = [t if p.part is None else t[:, p.part] for t, p in zip(whole, self.places, strict=True)]
-            self.held = {k: held for k, held in self.held.items() if k[-1] == scratch.version}
-            self.held[given[0].numel(), given[0].device, scratch.version] = parts
+            for old in [k for k in held if k[-1] != scratch.version]:
+                del held[old]
+            held[given[0].numel(), given[0].device, scratch.version] = parts
             return parts
-        return self.held[key]
+        return held[key]
 
 
 class _Planner:

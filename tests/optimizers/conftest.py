@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 import bayesrule as br
+from bayesrule.optimizers import execution
 
 
 class Logistic(nn.Module):
@@ -70,7 +71,7 @@ def learn(problem: Bowls, optimizer: Any, steps: int = 1, only: Sequence[int] | 
 
 def compiled(optimizer: Any) -> int:
     """How many programs of an optimizer run compiled."""
-    return sum(program.is_compiled for program in optimizer.execution.programs.values())
+    return optimizer.execution.active and sum(program.is_compiled for program in optimizer.execution.programs.values())
 
 
 def everything(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -112,3 +113,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> None:
+    """No programs of earlier tests: what is counted or made to fail begins from nothing."""
+    execution.SHARED.clear()

@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ from .cells import Cell
 Compile = Literal["auto"] | bool
 Flats = dict[str, Any]
 
-COMPILED_BUCKET = 1 << 19
+COMPILED_BUCKET = 1 << 20
 """Elements of a bucket for compiled programs: their temporaries are registers, but for the noise."""
 
 PATIENCE, WORTHWHILE = 50, 100_000
@@ -41,6 +42,9 @@ PATIENCE, WORTHWHILE = 50, 100_000
 
 
 MOVES = ("move", "move_blindly", "move_on_average")
+
+SHARED: WeakKeyDictionary[type, dict[Any, Program]] = WeakKeyDictionary()
+"""The programs of every class of optimizers, so that a second optimizer of a kind need not compile."""
 
 THEN = "then "
 """Before the names of numbers as they were when a draw was made whose offset is made again."""
@@ -75,17 +79,19 @@ class Execution:
 
     Args:
         author: The optimizer.
-        name: Its name, for warnings.
+        kind: Its class: what one of its optimizers has recorded and compiled serves all.
         compile: False never; True from the first step; "auto" after :data:`PATIENCE` eager steps of a model that is worth it,
             where there is a compiler.
     """
 
-    def __init__(self, author: Author, name: str, compile: Compile) -> None:
+    def __init__(self, author: Author, kind: type, compile: Compile) -> None:
+        name = kind.__name__
         if not (compile is True or compile is False or (isinstance(compile, str) and compile == "auto")):
             raise ValueError(f"{name}: compile must be True, False or 'auto', got {compile!r}")
         self.author, self.compile = author, compile
         self.runner = Runner(name)
         self.programs: dict[Any, Program] = {}
+        self._shared = SHARED.setdefault(kind, {})
         self.limit = BUCKET  # elements of a bucket
         self._steps = 0
 
@@ -127,10 +133,11 @@ class Execution:
         first = kind in MOVES and cell.rule.momentum.remembers and not cell.remembers
         of_rule = (cell.structure, drawn and drawn.structure, tuple(numbers), first) if numbers else ()
         key = kind, of_rule, tuple(flats), cell.plot.dtype
-        program = self.programs.get(key)
+        program = self.programs.get(key) or self._shared.get(key)
         if program is None:
             recorded = getattr(_Recording(self.author, cell, drawn or cell), kind)
-            program = self.programs[key] = Program.record(recorded, list(flats), list(numbers))
+            program = self._shared[key] = Program.record(recorded, list(flats), list(numbers))
+        self.programs[key] = program
         copies = flats if cell.only is None else {**flats, **{name: flats[name].clone() for name in program.targets}}
         for part in _parts(copies, self.limit):
             self.runner.run(program, part, numbers, once=first)

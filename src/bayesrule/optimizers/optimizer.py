@@ -86,7 +86,7 @@ class BayesOptimizer(Optimizer, ABC):
 
     def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile) -> None:
         host, name = weakref.proxy(self), type(self).__name__  # no circle keeps a dropped optimizer alive
-        self.execution = Execution(host, name, compile)
+        self.execution = Execution(host, type(self), compile)
         self.layout = Layout(host, name, self.execution.scratch)
         self._draws = Draws(host, Injected(noise) if noise else None)
         self._reminders = Reminders(type(self).__name__)
