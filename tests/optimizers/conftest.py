@@ -107,6 +107,19 @@ def agree(found: torch.optim.Optimizer, wanted: torch.optim.Optimizer, tolerance
         assert gap <= tolerance * size, f"{name}: {gap:.3g} apart, of {size:.3g}"
 
 
+def closures(problem: Any, optimizer: Any, steps: int) -> None:
+    """Steps on the logistic regression by closures."""
+    for step in range(steps):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = problem.loss(step)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """A function that sets the number of threads, until the test ends."""

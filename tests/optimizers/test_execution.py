@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.optimizers import test_variational as published
-from tests.optimizers.conftest import Bowls, Logistic, agree, compiled, everything, learn, same_bits
-from torch import Tensor
+from tests.optimizers.conftest import Bowls, Logistic, agree, closures, compiled, everything, learn, same_bits
 
 import bayesrule as br
 
@@ -54,15 +53,7 @@ def run(make: type, hyper: dict[str, Any], steps: int, compile: Any, groups: Any
     """An optimizer after steps on the logistic regression, by closures."""
     problem = Logistic()
     optimizer = make(groups(problem.parameters()), **hyper, compile=compile)
-    for step in range(steps):
-
-        def closure(step: int = step) -> Tensor:
-            optimizer.zero_grad()
-            loss = problem.loss(step)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+    closures(problem, optimizer, steps)
     return optimizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.instances import flat, living_bytes
-from tests.optimizers.conftest import Bowls, Logistic, agree, everything, learn, same_bits
+from tests.optimizers.conftest import Bowls, Logistic, agree, closures, everything, learn, same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -154,19 +154,6 @@ class TestStash:
             with optimizer.sampled_params(train=False):
                 pass
         assert living_bytes() == before
-
-
-def closures(problem: Any, optimizer: Any, steps: int) -> None:
-    """Steps on the logistic regression by closures."""
-    for step in range(steps):
-
-        def closure(step: int = step) -> Tensor:
-            optimizer.zero_grad()
-            loss = problem.loss(step)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
 
 
 LOOKS = [
