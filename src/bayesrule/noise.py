@@ -23,18 +23,20 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .vector import BLOCK, Bucket, Vector, convert, head, whole_blocks
 
-TRAIN, EVALUATE, POSTERIOR = range(3)
-"""Streams: draws that are learned from, draws that only look, draws from a :class:`~bayesrule.Posterior`."""
+TRAIN, EVALUATE, POSTERIOR, PROBE = range(4)
+"""Streams: draws that are learned from, draws that only look, draws from a :class:`~bayesrule.Posterior`, probes of a Hessian."""
 
 _HALF = BLOCK // 2
 _GAMMA, _FIRST, _SECOND = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -54,6 +56,13 @@ class Noise(ABC):
     @abstractmethod
     def at(self, *, step: int | None = None, draw: int | None = None) -> Noise:
         """The same source at another step or draw."""
+
+    def forked(self, like: Tensor) -> AbstractContextManager[None]:
+        """torch's own generator on the device of ``like``, seeded from this address for a while, then put back.
+
+        For samplers that reject (gamma and what is made of it): numbers repeat on one kind of device, not across kinds.
+        """
+        raise TypeError(f"{type(self).__name__} gives normals and uniforms only; use CounterNoise")
 
 
 def addresses(sizes: Iterable[int]) -> list[int]:
@@ -121,6 +130,17 @@ class CounterNoise(Noise):
 
     def uniform(self, like: Any) -> Any:
         return self._shaped(like, _uniforms)
+
+    @contextmanager
+    def forked(self, like: Tensor) -> Iterator[None]:
+        kind, seed = like.device.type, key(self.seed, self.stream, self.step, self.draw, 0)
+        with torch.random.fork_rng([] if kind == "cpu" else [like.device], device_type="cuda" if kind == "cpu" else kind):
+            if kind == "cpu":
+                torch.default_generator.manual_seed(seed)
+            else:
+                with torch.device(like.device):
+                    getattr(torch, kind).manual_seed(seed)
+            yield
 
     def _shaped(self, like: Any, kind: Callable[[Any, torch.dtype], Any], first: int = 0) -> Any:
         if self.where is not None:

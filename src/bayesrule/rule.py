@@ -20,6 +20,8 @@ Newton, ridge      Full             Delta           Hessian            Natural, 
 RMSprop            Diagonal         Delta           SquaredGradient    SquareRoot                     HeavyBall of the step
 Adam, AdamW        Diagonal         Delta           SquaredGradient    SquareRoot                     Momentum
 IVON               Diagonal         MonteCarlo      Reparameterized    Riemannian                     Momentum
+conjugate Bayes    Beta, Gamma ...  Exact           Zero               Natural, rate 1                NoInertia
+CVI                WeightSpace ...  Exact           Zero               Natural                        NoInertia
 =================  ===============  ==============  =================  =============================  =====================
 
 The prior :math:`q_0` is a member of the family, so yesterday's posterior may be today's prior.
@@ -34,7 +36,7 @@ Source: M. E. Khan and H. Rue (2023), The Bayesian Learning Rule, JMLR 24(281).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -59,6 +61,10 @@ class Look(NamedTuple):
         pairs = zip(self, other, strict=True)
         return Look(*(a if b is None else b if a is None else lerp(a, b, weight) for a, b in pairs))
 
+    def scaled(self, factor: Any) -> Look:
+        """This look times a number."""
+        return Look(*(None if part is None else part * factor for part in self))
+
 
 class Rates(NamedTuple):
     """Step sizes: of the mean (alpha), of the precision (rho), and how many steps there will have been (from 1)."""
@@ -70,6 +76,8 @@ class Rates(NamedTuple):
 
 class Family(ABC):
     """A family of distributions q over theta, and one member of it."""
+
+    mean: Any
 
     @abstractmethod
     def natural(self) -> Point:
@@ -94,6 +102,30 @@ class Family(ABC):
     def under(self, prior: Self) -> Self:
         """The same distribution, written relative to a prior where the family keeps the two apart."""
         return self
+
+    def objective(self, loss: Callable[[Point], Oracle], prior: Self) -> Callable[[Point], Oracle]:
+        """What is looked at: the loss; and log q - log prior too, in a family whose KL has no closed form."""
+        return loss
+
+    def place(self, where: Point | None) -> Point:
+        """The theta that a draw stands for: where it looked, or the mean. A Gaussian tells its draws as offsets."""
+        return self.mean if where is None else where
+
+    def draw(self, noise: Noise) -> Point:
+        """One draw of theta, as :meth:`place` takes it."""
+        return self.sample(noise)
+
+    def score(self, where: Point) -> Look:
+        """What the number 1 seen there says of the look: E_q[f score] is the look of f, without any derivative of f."""
+        raise TypeError(f"a {type(self).__name__} has no score; use an expectation that asks for gradients")
+
+    def grid(self, nodes: Tensor, weights: Tensor) -> Iterator[tuple[float, Point]]:
+        """Weights and places of a quadrature made of one for the unit normal, shape (nodes,) each."""
+        raise TypeError(f"a {type(self).__name__} has no quadrature grid; use Enumerate, Pathwise or Score")
+
+    def support(self) -> Iterator[tuple[Tensor, Point]]:
+        """Every possible theta with its probability, where there are finitely many."""
+        raise TypeError(f"a {type(self).__name__} takes infinitely many values; use GaussHermite, Pathwise or Score")
 
     @abstractmethod
     def sample(self, noise: Noise) -> Point:
@@ -176,8 +208,18 @@ class Gaussian(Family):
         pull = prior.stretch(self.mean if equal(prior.mean, 0.0) else self.mean - prior.mean)
         return pull if equal(prior.ess, self.ess) else pull * (prior.ess / self.ess)
 
+    def place(self, where: Point | None) -> Point:
+        return self.mean if where is None else self.mean + where
+
+    def draw(self, noise: Noise) -> Point:
+        return self.root_solve(noise.normal(self.mean))
+
     def sample(self, noise: Noise) -> Point:
-        return self.mean + self.root_solve(noise.normal(self.mean))
+        return self.mean + self.draw(noise)
+
+    def score(self, where: Point) -> Look:
+        pull = self.stretch(where) * self.ess
+        return Look(None, pull, self.outer(pull, pull) - self.precision)
 
 
 class Oracle(ABC):
@@ -194,6 +236,10 @@ class Oracle(ABC):
     def squares(self) -> Point:
         """Mean over examples of the squared gradient of each, shaped like theta."""
         raise self._cannot("give the gradient of each example")
+
+    def diagonal(self) -> Point:
+        """Diagonal of the Hessian of the mean loss, shaped like theta; all of it where the loss is a sum over elements."""
+        raise self._cannot("give the diagonal of the Hessian")
 
     def product(self, v: Point) -> Point:
         """Hessian of the mean loss times v, shaped like theta."""
@@ -220,13 +266,13 @@ class Expectation(ABC):
 
     draws: int = 0
 
-    @abstractmethod
     def offset(self, q: Any, noise: Noise, draw: int) -> Point | None:
         """Where draw number ``draw`` looks, as an offset from the mean; None is the mean itself."""
+        raise TypeError(f"{type(self).__name__} does not look at single draws; an optimizer needs Delta or MonteCarlo")
 
     @abstractmethod
     def __call__(self, q: Any, look_at: Callable[[Point | None], Look], noise: Noise) -> Look:
-        """E_q of the look taken at an offset from the mean."""
+        """E_q of the look taken at an offset from the mean; ``look_at`` is a :class:`Sight` or another function."""
 
 
 class Curvature(ABC):
@@ -234,13 +280,51 @@ class Curvature(ABC):
 
     Attributes:
         degree: How many gradients are multiplied in it; what rescales the gradient rescales it to this power.
+        draws: How many random probes make one estimate.
     """
 
     degree: int = 0
+    draws: int = 0
 
     @abstractmethod
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
         """One estimate, in the structure of q; None leaves the precision alone."""
+
+    def at(self, noise: Noise) -> Curvature:
+        """This curvature with the noise of one look, for those that draw."""
+        return self
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a loss is looked at from q: called with where a draw looked, it gives the look from there.
+
+    Attributes:
+        q: Who looks, with its prior.
+        prior: The prior.
+        loss: From theta to what can be asked there.
+        curvature: What stands in for the Hessian.
+    """
+
+    q: Any
+    prior: Any
+    loss: Callable[[Point], Oracle]
+    curvature: Curvature
+
+    def __call__(self, where: Point | None) -> Look:
+        oracle = self.oracle(where)
+        return Look(oracle.value(), oracle.gradient(), self.curvature(self.q, self.prior, where, oracle))
+
+    def oracle(self, where: Point | None) -> Oracle:
+        """What can be asked there."""
+        return self.loss(self.q.place(where))
+
+    def value(self, where: Point | None) -> Tensor:
+        """The mean loss there."""
+        value = self.oracle(where).value()
+        if value is None:
+            raise TypeError(f"the value of the loss is needed, and {type(self.loss).__name__} does not know it")
+        return value
 
 
 class Retraction(ABC):
@@ -320,14 +404,11 @@ class BayesRule:
 
     def look(self, q: Any, prior: Any, loss: Callable[[Point], Oracle], noise: Noise | None = None) -> Look:
         """Estimate E_q[loss], E_q[gradient], E_q[curvature]."""
-        if noise is None and self.expectation.draws:
+        if noise is None and (self.expectation.draws or self.curvature.draws):
             raise ValueError("this rule draws: pass noise=CounterNoise(seed, step=t) with another step t in every call")
-
-        def look_at(offset: Point | None) -> Look:
-            oracle = loss(q.mean if offset is None else q.mean + offset)
-            return Look(oracle.value(), oracle.gradient(), self.curvature(q, prior, offset, oracle))
-
-        return self.expectation(q, look_at, noise or CounterNoise())
+        noise = noise or CounterNoise()
+        sight = Sight(q, prior, q.objective(loss, prior), self.curvature.at(noise))
+        return self.expectation(q, sight, noise)
 
     def move(self, q: Any, prior: Any, look: Look, rates: Rates, memory: Point | None = None) -> tuple[Any, Point | None]:
         """Take the step; return the new q and what is to be remembered. q is to be written under the prior."""

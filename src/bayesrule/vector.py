@@ -122,6 +122,16 @@ def equal(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, int | float) and isinstance(b, int | float) and a == b)
 
 
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds everywhere; True inside vmap or a compiled graph, where nobody can ask. Waits for the device."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(condition.all())
+    except RuntimeError:  # what torch.func.vmap raises
+        return True
+
+
 def axpy(a: Any, b: Any, scale: Any) -> Any:
     """The sum a + scale b in one pass over memory."""
     if isinstance(a, Vector):

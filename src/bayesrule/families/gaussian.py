@@ -7,66 +7,21 @@ unit of ess) and ``ess``. With the last two left out, ``hess`` is the precision 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+from torch.distributions import Distribution, MultivariateNormal
 
 from ..rule import Gaussian, Look, Point
-from ..vector import Vector, equal, rsqrt
-
-
-class _Elementwise(Gaussian):
-    """A metric that multiplies element by element: a number, or something shaped like the mean."""
-
-    def stretch(self, v: Point) -> Point:
-        return v * self.metric
-
-    def precondition(self, v: Point) -> Point:
-        return v / self.metric
-
-    def root_precondition(self, v: Point) -> Point:
-        return v * rsqrt(self.metric)
-
-    def root_solve(self, v: Point) -> Point:
-        return v * rsqrt(self.precision)
-
-    def sandwich(self, d: Any) -> Any:
-        return d * (d / self.metric)
-
-    @cached_property
-    def metric(self) -> Any:
-        return self.hess + self.weight_decay
-
-    @abstractmethod
-    def outer(self, a: Point, b: Point) -> Any: ...
-
-    @property
-    def _precisions(self) -> Point:
-        """The precision of every element, shaped like the mean."""
-        return self.mean * 0 + self.precision
-
-    def entropy(self) -> Tensor:
-        total: Tensor = ((2 * math.pi * math.e) / self._precisions).log().sum() / 2
-        return total
-
-    def kl(self, other: Self) -> Tensor:
-        mine, theirs = self._precisions, other._precisions
-        gap = self.mean - other.mean
-        total: Tensor = (theirs / mine + theirs * gap * gap - 1 + (mine / theirs).log()).sum() / 2
-        return total
-
-    def log_prob(self, theta: Point) -> Tensor:
-        precision, gap = self._precisions, theta - self.mean
-        total: Tensor = ((precision / (2 * math.pi)).log() - precision * gap * gap).sum() / 2
-        return total
+from ..vector import Vector, equal, holds
+from .structure import Elementwise, TwoBlocks, all_finite
 
 
 @dataclass(frozen=True)
-class Fixed(_Elementwise):
+class Fixed(Elementwise):
     """A Gaussian whose precision never moves: gradient descent and SGD.
 
     Its entropy is constant, so the rule's pull towards the prior is the prior's own gradient.
@@ -110,6 +65,23 @@ class Fixed(_Elementwise):
     def expected(self) -> Point:
         return self.mean
 
+    def from_expected(self, expected: Point) -> Self:
+        return self.moved(mean=expected)
+
+    def in_domain(self, natural: Point) -> Tensor:
+        return all_finite(natural)
+
+    def statistics(self, theta: Point) -> Point:
+        return theta
+
+    def log_partition(self) -> Tensor:
+        """A with all that does not move counted to h."""
+        total: Tensor = (self.mean * self.mean * self.precision).sum() / 2
+        return total
+
+    def score(self, where: Point) -> Look:
+        return Look(None, self.stretch(where) * self.ess, None)
+
     def natural_gradient(self, look: Look) -> Point:
         return look.gradient * self.ess
 
@@ -117,46 +89,8 @@ class Fixed(_Elementwise):
         return self.prior_gradient(prior) * self.ess
 
 
-class _TwoBlocks(Gaussian):
-    """Natural parameters (S m, -S / 2) of a Gaussian whose precision S is free within its structure."""
-
-    @abstractmethod
-    def _apply(self, matrix: Any, v: Point) -> Point:
-        """A matrix of the structure times a vector."""
-
-    @abstractmethod
-    def _second_moment(self) -> Any:
-        """What the structure keeps of E[theta theta^T]."""
-
-    def moved(self, *, mean: Point | None = None, hess: Any = None) -> Self:
-        return replace(self, mean=self.mean if mean is None else mean, hess=self.hess if hess is None else hess)  # type: ignore[type-var]
-
-    def under(self, prior: Gaussian) -> Self:
-        if isinstance(prior, Full) != isinstance(self, Full):
-            raise TypeError(f"a {type(self).__name__} needs a prior of its own structure, got a {type(prior).__name__}")
-        pull = prior.precision / self.ess
-        return self if equal(pull, self.weight_decay) else replace(self, hess=self.metric - pull, weight_decay=pull)  # type: ignore[type-var]
-
-    def natural(self) -> Vector:
-        precision = self.precision
-        return Vector([self._apply(precision, self.mean), precision * -0.5])
-
-    def from_natural(self, natural: Point) -> Self:
-        moved = self.moved(hess=natural[1] * (-2 / self.ess) - self.weight_decay)
-        return moved.moved(mean=moved.solve(natural[0]))
-
-    def expected(self) -> Vector:
-        return Vector([self.mean, self._second_moment()])
-
-    def natural_gradient(self, look: Look) -> Vector:
-        if look.curvature is None:
-            raise TypeError(f"the natural gradient of a {type(self).__name__} needs a curvature; the look has none")
-        gradient = look.gradient - self._apply(look.curvature, self.mean)
-        return Vector([gradient * self.ess, look.curvature * (self.ess / 2)])
-
-
 @dataclass(frozen=True)
-class Isotropic(_TwoBlocks, _Elementwise):
+class Isotropic(TwoBlocks, Elementwise):
     """A Gaussian with one variance for all elements.
 
     Args:
@@ -183,9 +117,23 @@ class Isotropic(_TwoBlocks, _Elementwise):
     def _second_moment(self) -> Any:
         return (self.mean * self.mean).sum() + self.mean.numel() / self.precision
 
+    def statistics(self, theta: Point) -> Vector:
+        return Vector([theta, (theta * theta).sum()])
+
+    def _precision_of(self, expected: Vector) -> Any:
+        return self.mean.numel() / (expected[1] - (expected[0] * expected[0]).sum())
+
+    @classmethod
+    def from_torch(cls, distribution: Distribution) -> Self:
+        """The same distribution, from torch's Independent Normal of one scale."""
+        mean, precision = cls._normal(distribution)
+        if not holds(precision == precision.flatten()[0]):
+            raise ValueError(f"an {cls.__name__} has one variance, got scales from {precision.min()} to {precision.max()}")
+        return cls(mean, precision.flatten()[0])
+
 
 @dataclass(frozen=True)
-class Diagonal(_TwoBlocks, _Elementwise):
+class Diagonal(TwoBlocks, Elementwise):
     """A Gaussian whose elements are independent: the family of Adam, IVON and everything at scale.
 
     Args:
@@ -212,15 +160,26 @@ class Diagonal(_TwoBlocks, _Elementwise):
     def _second_moment(self) -> Any:
         return self.mean * self.mean + 1 / self.precision
 
+    def statistics(self, theta: Point) -> Vector:
+        return Vector([theta, theta * theta])
+
+    def _precision_of(self, expected: Vector) -> Any:
+        return 1 / (expected[1] - expected[0] * expected[0])
+
+    @classmethod
+    def from_torch(cls, distribution: Distribution) -> Self:
+        """The same distribution, from torch's Independent Normal."""
+        return cls(*cls._normal(distribution))
+
 
 @dataclass(frozen=True)
-class Full(_TwoBlocks):
+class Full(TwoBlocks):
     """A Gaussian with any precision. Costs D^2 numbers and D^3 operations a step.
 
     Args:
-        mean: Shape (D,).
-        hess: Shape (D, D), symmetric; a number stands for that multiple of the identity.
-        weight_decay: Shape (D, D), or a number likewise.
+        mean: Shape (D,), or (..., D) for a batch of problems.
+        hess: Shape (..., D, D), symmetric; a number stands for that multiple of the identity.
+        weight_decay: Shape (..., D, D), or a number likewise.
         ess: Effective sample size.
 
     Raises:
@@ -232,17 +191,30 @@ class Full(_TwoBlocks):
         tensor([0.5000, 0.2500])
     """
 
+    matrices = True
+
     mean: Tensor
     hess: Any = 1.0
     weight_decay: Any = 0.0
     ess: float = 1.0
 
     def __post_init__(self) -> None:
-        eye = torch.eye(len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
+        eye = torch.eye(self._size, dtype=self.mean.dtype, device=self.mean.device)
         for name in ("hess", "weight_decay"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.dim() == 0:
                 object.__setattr__(self, name, value * eye)
+
+    @property
+    def batch_shape(self) -> Size:
+        return torch.broadcast_shapes(self.mean.shape[:-1], self.hess.shape[:-2])
+
+    @property
+    def _size(self) -> int:
+        return self.mean.shape[-1]
+
+    def _inner(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(-1)
 
     @cached_property
     def metric(self) -> Tensor:
@@ -251,14 +223,18 @@ class Full(_TwoBlocks):
 
     @property
     def covariance(self) -> Tensor:
-        """Shape (D, D)."""
+        """Shape (..., D, D)."""
         return torch.cholesky_inverse(self._root) / self.ess
+
+    @property
+    def variance(self) -> Tensor:
+        return self.covariance.diagonal(dim1=-2, dim2=-1)
 
     @cached_property
     def _root(self) -> Tensor:
         """Lower Cholesky factor of the metric."""
         root, failed = torch.linalg.cholesky_ex(self.metric)
-        if failed:
+        if not holds(failed == 0):
             least = torch.linalg.eigvalsh(self.metric).min().item()
             raise ValueError(
                 f"the precision is not positive definite (least eigenvalue {least * self.ess:.3g}): "
@@ -267,43 +243,66 @@ class Full(_TwoBlocks):
         return root
 
     def stretch(self, v: Tensor) -> Tensor:
-        return self.metric @ v
+        return self._apply(self.metric, v)
 
     def precondition(self, v: Tensor) -> Tensor:
-        return torch.cholesky_solve(v[:, None], self._root)[:, 0]
+        return torch.cholesky_solve(v[..., None], self._root)[..., 0]
 
     def root_precondition(self, v: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(self._root.T, v[:, None], upper=True)[:, 0]
+        return torch.linalg.solve_triangular(self._root.mT, v[..., None], upper=True)[..., 0]
 
     def sandwich(self, d: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(self._root, d, upper=False)
-        return half.T @ half
+        return half.mT @ half
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        product = torch.outer(a, b)
-        return (product + product.T) / 2
+        return self.project(a[..., :, None] * b[..., None, :])
 
     def project(self, matrix: Tensor) -> Tensor:
-        return (matrix + matrix.T) / 2
+        return (matrix + matrix.mT) / 2
 
     def _apply(self, matrix: Tensor, v: Tensor) -> Tensor:
-        return matrix @ v
+        return (matrix @ v[..., None])[..., 0]
 
     def _second_moment(self) -> Tensor:
-        return self.covariance + torch.outer(self.mean, self.mean)
+        return self.covariance + self.outer(self.mean, self.mean)
+
+    def statistics(self, theta: Tensor) -> Vector:
+        return Vector([theta, self.outer(theta, theta)])
+
+    def _precision_of(self, expected: Vector) -> Tensor:
+        root, failed = torch.linalg.cholesky_ex(expected[1] - self.outer(expected[0], expected[0]))
+        if not holds(failed == 0):
+            raise ValueError("expected is outside the domain of Full: its second moment is less than its mean squared")
+        return torch.cholesky_inverse(root)
+
+    def in_domain(self, natural: Vector) -> Tensor:
+        finite = natural[0].isfinite().all(-1) & natural[1].isfinite().all(-1).all(-1)
+        return finite & (torch.linalg.cholesky_ex(torch.nan_to_num(natural[1] * -2)).info == 0)
+
+    def to_torch(self) -> MultivariateNormal:
+        return MultivariateNormal(self.mean, precision_matrix=self.precision, validate_args=False)
+
+    @classmethod
+    def from_torch(cls, distribution: Distribution) -> Self:
+        """The same distribution, from torch's MultivariateNormal."""
+        if not isinstance(distribution, MultivariateNormal):
+            raise TypeError(f"a {cls.__name__} is made from a MultivariateNormal, got {distribution}")
+        return cls(distribution.loc, distribution.precision_matrix)
 
     def _log_det(self) -> Tensor:
         """Log determinant of the precision."""
-        return 2 * self._root.diagonal().log().sum() + len(self.mean) * math.log(self.ess)
+        return 2 * self._root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + self._size * math.log(self.ess)
 
     def entropy(self) -> Tensor:
-        return (len(self.mean) * math.log(2 * math.pi * math.e) - self._log_det()) / 2
+        return (self._size * math.log(2 * math.pi * math.e) - self._log_det()) / 2
 
     def kl(self, other: Self) -> Tensor:
         gap = self.mean - other.mean
-        trace = (other.precision * self.covariance).sum()
-        return (trace + gap @ other.precision @ gap - len(self.mean) + self._log_det() - other._log_det()) / 2
+        trace = (other.precision * self.covariance).sum((-2, -1))
+        pull = self._inner(gap, self._apply(other.precision, gap))
+        return (trace + pull - self._size + self._log_det() - other._log_det()) / 2
 
     def log_prob(self, theta: Tensor) -> Tensor:
         gap = theta - self.mean
-        return (self._log_det() - len(self.mean) * math.log(2 * math.pi) - gap @ self.precision @ gap) / 2
+        return (self._log_det() - self._size * math.log(2 * math.pi) - self._inner(gap, self._apply(self.precision, gap))) / 2

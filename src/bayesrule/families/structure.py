@@ -1,0 +1,170 @@
+"""What the structures of Gaussians share: element by element or by matrices, with a precision that moves or not."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from itertools import product
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+
+from ..rule import Gaussian, Look, Point
+from ..vector import Vector, equal, rsqrt
+from .exponential import ExponentialFamily
+
+
+class Structured(Gaussian, ExponentialFamily):
+    """What all structures share: a grid of few dimensions, and the log partition by way of the entropy."""
+
+    matrices = False
+    """Whether precisions are matrices."""
+
+    score = Gaussian.score
+
+    def _inner(self, a: Point, b: Point) -> Tensor:
+        """Inner product of two thetas."""
+        total: Tensor = (a * b).sum()
+        return total
+
+    def grid(self, nodes: Tensor, weights: Tensor) -> Iterator[tuple[float, Point]]:
+        size = self.mean.numel()
+        if size > 3:
+            raise ValueError(f"a grid of {len(nodes)} nodes in each of {size} dimensions is too large: use MonteCarlo, or Exact")
+        for index in product(range(len(nodes)), repeat=size):
+            z = nodes[list(index)].to(self.mean).view(self.mean.shape)
+            yield weights[list(index)].prod().item(), self.root_solve(z)
+
+    def log_partition(self) -> Tensor:
+        return self.entropy() + (self._inner(self.mean, self.stretch(self.mean)) * self.ess - self._size) / 2
+
+    @property
+    def _size(self) -> int:
+        """Number of elements of one theta."""
+        size: int = self.mean.numel()
+        return size
+
+    @property
+    def variance(self) -> Any:
+        """Variance of every element, shaped like the mean."""
+        return self.mean * 0 + 1 / self.precision
+
+
+class Elementwise(Structured):
+    """A metric that multiplies element by element: a number, or something shaped like the mean."""
+
+    def stretch(self, v: Point) -> Point:
+        return v * self.metric
+
+    def precondition(self, v: Point) -> Point:
+        return v / self.metric
+
+    def root_precondition(self, v: Point) -> Point:
+        return v * rsqrt(self.metric)
+
+    def root_solve(self, v: Point) -> Point:
+        return v * rsqrt(self.precision)
+
+    def sandwich(self, d: Any) -> Any:
+        return d * (d / self.metric)
+
+    @cached_property
+    def metric(self) -> Any:
+        return self.hess + self.weight_decay
+
+    @abstractmethod
+    def outer(self, a: Point, b: Point) -> Any: ...
+
+    def to_torch(self) -> Distribution:
+        return Independent(Normal(self.mean, self._precisions.rsqrt(), validate_args=False), self.mean.dim(), validate_args=False)
+
+    @classmethod
+    def _normal(cls, distribution: Distribution) -> tuple[Tensor, Tensor]:
+        """Mean and precision of a distribution of torch that is one theta of independent normals."""
+        normal = distribution.base_dist if isinstance(distribution, Independent) else distribution
+        if not isinstance(normal, Normal) or distribution.batch_shape:
+            raise TypeError(f"a {cls.__name__} is made from an Independent Normal without a batch, got {distribution}")
+        return normal.loc, normal.scale**-2
+
+    @property
+    def _precisions(self) -> Point:
+        """The precision of every element, shaped like the mean."""
+        return self.mean * 0 + self.precision
+
+    def entropy(self) -> Tensor:
+        total: Tensor = ((2 * math.pi * math.e) / self._precisions).log().sum() / 2
+        return total
+
+    def kl(self, other: Self) -> Tensor:
+        mine, theirs = self._precisions, other._precisions
+        gap = self.mean - other.mean
+        total: Tensor = (theirs / mine + theirs * gap * gap - 1 + (mine / theirs).log()).sum() / 2
+        return total
+
+    def log_prob(self, theta: Point) -> Tensor:
+        precision, gap = self._precisions, theta - self.mean
+        total: Tensor = ((precision / (2 * math.pi)).log() - precision * gap * gap).sum() / 2
+        return total
+
+
+class TwoBlocks(Structured):
+    """Natural parameters (S m, -S / 2) of a Gaussian whose precision S is free within its structure."""
+
+    @abstractmethod
+    def _apply(self, matrix: Any, v: Point) -> Point:
+        """A matrix of the structure times a vector."""
+
+    @abstractmethod
+    def _second_moment(self) -> Any:
+        """What the structure keeps of E[theta theta^T]."""
+
+    def moved(self, *, mean: Point | None = None, hess: Any = None) -> Self:
+        return replace(self, mean=self.mean if mean is None else mean, hess=self.hess if hess is None else hess)  # type: ignore[type-var]
+
+    def under(self, prior: Any) -> Self:
+        if prior.matrices != self.matrices:
+            raise TypeError(f"a {type(self).__name__} needs a prior of its own structure, got a {type(prior).__name__}")
+        pull = prior.precision / self.ess
+        return self if equal(pull, self.weight_decay) else replace(self, hess=self.metric - pull, weight_decay=pull)  # type: ignore[type-var]
+
+    def natural(self) -> Vector:
+        precision = self.precision
+        return Vector([self._apply(precision, self.mean), precision * -0.5])
+
+    def from_natural(self, natural: Point) -> Self:
+        moved = self.moved(hess=natural[1] * (-2 / self.ess) - self.weight_decay)
+        return moved.moved(mean=moved.solve(natural[0]))
+
+    def expected(self) -> Vector:
+        return Vector([self.mean, self._second_moment()])
+
+    @abstractmethod
+    def _precision_of(self, expected: Vector) -> Any:
+        """The precision of the member with this expectation parameter."""
+
+    def from_expected(self, expected: Vector) -> Self:
+        return self.moved(mean=expected[0], hess=self._precision_of(expected) / self.ess - self.weight_decay)
+
+    def in_domain(self, natural: Vector) -> Tensor:
+        return all_finite(natural) & all_positive(natural[1] * -2)
+
+    def natural_gradient(self, look: Look) -> Vector:
+        if look.curvature is None:
+            raise TypeError(f"the natural gradient of a {type(self).__name__} needs a curvature; the look has none")
+        gradient = look.gradient - self._apply(look.curvature, self.mean)
+        return Vector([gradient * self.ess, look.curvature * (self.ess / 2)])
+
+
+def all_finite(point: Any) -> Tensor:
+    """Whether all numbers of a point are finite, shape ()."""
+    return torch.stack([all_finite(part) for part in point]).all() if isinstance(point, Vector) else point.isfinite().all()
+
+
+def all_positive(point: Any) -> Tensor:
+    """Whether all numbers of a point are positive, shape ()."""
+    return torch.stack([all_positive(part) for part in point]).all() if isinstance(point, Vector) else (point > 0).all()
