@@ -20,8 +20,8 @@ _HOMES = {
     "families.circular": "VonMises",
     "families.matrices": "NormalGamma NormalInverseGamma NormalInverseWishart Wishart",
     "estimators.oracle": "Loss ModelLoss Quadratic",
-    "estimators.expectations": "Delta MonteCarlo",
-    "estimators.curvatures": "GaussNewton Hessian Reparameterized SquaredGradient Zero",
+    "estimators.expectations": "Delta Enumerate Exact GaussHermite MonteCarlo Pathwise Score",
+    "estimators.curvatures": "DiagonalHessian GaussNewton Hessian Hutchinson Reparameterized SquaredGradient Zero",
     "retractions": "Additive Natural Riemannian SquareRoot",
     "momentum": "HeavyBall Momentum",
     "posterior": "Posterior sampled",
@@ -29,17 +29,20 @@ _HOMES = {
     "optimizers.first_order": "SGD RMSprop Adam AdamW",
     "optimizers.variational": "IVON",
     "algorithms.newton": "gradient_descent laplace newton",
-    "algorithms.conjugate": "linear_regression ridge",
+    "algorithms.regression": "linear_regression ridge",
     "algorithms.table": "table",
     "uses.prediction": "Prediction evaluate predict",
 }
+_MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [*_HOME, *_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for."""
+    if name in _MODULES:
+        return importlib.import_module(f"bayesrule.{_MODULES[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'bayesrule' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"bayesrule.{_HOME[name]}"), name)

@@ -57,6 +57,10 @@ class Noise(ABC):
     def at(self, *, step: int | None = None, draw: int | None = None) -> Noise:
         """The same source at another step or draw."""
 
+    def apart(self, stream: int) -> Noise:
+        """The same address in another stream."""
+        raise TypeError(f"{type(self).__name__} has one stream only; use CounterNoise")
+
     def forked(self, like: Tensor) -> AbstractContextManager[None]:
         """torch's own generator on the device of ``like``, seeded from this address for a while, then put back.
 
@@ -124,6 +128,9 @@ class CounterNoise(Noise):
 
     def at(self, *, step: int | None = None, draw: int | None = None) -> CounterNoise:
         return replace(self, step=self.step if step is None else step, draw=self.draw if draw is None else draw)
+
+    def apart(self, stream: int) -> CounterNoise:
+        return replace(self, stream=stream)
 
     def normal(self, like: Any) -> Any:
         return self._shaped(like, _normals)

@@ -193,6 +193,10 @@ class Gaussian(Family):
     def moved(self, *, mean: Point | None = None, hess: Any = None) -> Self:
         """The same Gaussian with another mean or another curvature."""
 
+    def bend(self, v: Point) -> Point:
+        """hess v: what a quadratic loss with the curvature of q adds to its gradient at the offset v."""
+        return self.stretch(v) - self.weight_decay * v
+
     def solve(self, v: Point) -> Point:
         """precision^-1 v."""
         return self.precondition(v) / self.ess
@@ -271,8 +275,8 @@ class Expectation(ABC):
         raise TypeError(f"{type(self).__name__} does not look at single draws; an optimizer needs Delta or MonteCarlo")
 
     @abstractmethod
-    def __call__(self, q: Any, look_at: Callable[[Point | None], Look], noise: Noise) -> Look:
-        """E_q of the look taken at an offset from the mean; ``look_at`` is a :class:`Sight` or another function."""
+    def __call__(self, q: Any, look_at: Any, noise: Noise) -> Look:
+        """E_q of the look; ``look_at`` is a :class:`Sight`."""
 
 
 class Curvature(ABC):

@@ -1,96 +1,171 @@
-"""Conjugate models: one step of the rule, from any start, is Bayes' rule."""
+r"""Bayes' rule in one step: conjugate pairs of a prior and a likelihood.
+
+Where :math:`\log p(y | \theta) = \langle s(y), T(\theta) \rangle + c(y)` with the statistics T of the prior's family, the natural
+gradient of the expected loss is :math:`-s(y)` for every q. One step of the rule with rate 1 is then Bayes' rule, from any start:
+
+.. math::  \lambda = \lambda_0 + \textstyle\sum_i s(y_i), \qquad
+           \log p(y) = A(\lambda) - A(\lambda_0) + \textstyle\sum_i c(y_i).
+
+====================================  ================================  ==============================================
+likelihood                            prior                             predictive
+====================================  ================================  ==============================================
+Bernoulli()                           Beta                              Bernoulli
+Binomial(trials)                      Beta                              beta-binomial, as a Categorical
+Poisson()                             Gamma (the rate)                  NegativeBinomial
+Exponential()                         Gamma (the rate)                  Lomax, as a shifted Pareto
+Categorical(), Multinomial()          Dirichlet                         Categorical
+Normal(variance=)                     Normal (the mean)                 Normal
+Normal(mean=)                         Gamma (precision)                 StudentT
+Normal(mean=)                         InverseGamma (variance)           StudentT
+Normal()                              NormalGamma (mean, precision)     StudentT
+MultivariateNormal(covariance=)       Full (the mean)                   MultivariateNormal
+MultivariateNormal(mean=)             Wishart (precision)               MultivariateStudentT
+MultivariateNormal()                  NormalInverseWishart              MultivariateStudentT
+LinearRegression()                    NormalInverseGamma                a function of X, StudentT
+VonMises(concentration)               VonMises (the direction)          VonMisesPredictive
+====================================  ================================  ==============================================
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.distributions import Distribution
 
-from ..estimators.oracle import Quadratic
-from ..families.gaussian import Full
-from .newton import NEWTON
+from ..estimators.curvatures import Zero
+from ..estimators.expectations import Exact
+from ..families.exponential import ExponentialFamily
+from ..retractions import Natural
+from ..rule import BayesRule, Look, Oracle
+from ..vector import Vector
+from .pairs import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Exponential,
+    Likelihood,
+    LinearRegression,
+    Multinomial,
+    MultivariateNormal,
+    Normal,
+    Poisson,
+    VonMises,
+)
+
+__all__ = [
+    "BAYES",
+    "Bernoulli",
+    "Binomial",
+    "Categorical",
+    "Exponential",
+    "Likelihood",
+    "LinearRegression",
+    "Multinomial",
+    "MultivariateNormal",
+    "Normal",
+    "Poisson",
+    "Sites",
+    "Update",
+    "VonMises",
+    "update",
+]
+
+BAYES = BayesRule(Exact(), Zero(), Natural())
+"""Conjugate Bayes as slots; with rate 1 it is Bayes' rule."""
+
+NAMES: dict[str, Callable[[], Likelihood]] = {
+    "bernoulli": Bernoulli,
+    "poisson": Poisson,
+    "exponential": Exponential,
+    "categorical": Categorical,
+    "multinomial": Multinomial,
+    "normal": Normal,
+    "multivariate_normal": MultivariateNormal,
+    "linear_regression": LinearRegression,
+}
 
 
-def linear_regression(X: Tensor, y: Tensor, prior: Full, noise_variance: float = 1.0) -> Full:
-    r"""Bayesian linear regression: the exact posterior of the weights.
+class Update(NamedTuple):
+    """What :func:`update` returns.
 
-    Costs N D^2 + D^3 operations for N examples.
+    Attributes:
+        posterior: A member of the prior's family.
+        log_evidence: log p(data), in nats, shape batch_shape.
+        predictive: Distribution of the next observation; for regression a function from inputs to it.
+    """
 
-    .. math::  S = S_0 + X^T X / \sigma^2, \qquad m = S^{-1} (S_0 m_0 + X^T y / \sigma^2).
+    posterior: Any
+    log_evidence: Tensor
+    predictive: Distribution | Callable[[Tensor], Distribution]
 
-    As an instance of the rule: Full Gaussian · Delta · Hessian · Natural, one step of rate 1 from the prior.
+
+@dataclass(frozen=True)
+class Sites:
+    """The loss of conjugate observations: it knows its natural gradient, which is the same for every q.
 
     Args:
-        X: Inputs, shape (examples, features); a column of ones, if an intercept is wanted.
-        y: Targets, shape (examples,).
-        prior: Gaussian prior over the weights; the posterior of earlier data goes on learning.
-        noise_variance: sigma^2 of the targets, > 0, in units of y squared.
-
-    Returns:
-        The posterior; ``.mean`` of shape (features,), ``.precision`` of shape (features, features).
-
-    Raises:
-        ValueError: Shapes do not agree, numbers are not finite, or the posterior is improper.
-
-    Example:
-        >>> import torch
-        >>> linear_regression(torch.ones(3, 1), torch.tensor([1.0, 2.0, 3.0]), Full(torch.zeros(1), 1.0)).mean
-        tensor([1.5000])
-
-    Source: Khan and Rue (2023), section 2.
+        natural: The sum of the observations' natural parameters, shaped like that of the family.
     """
-    if X.dim() != 2 or y.shape != X.shape[:1]:
-        raise ValueError(f"X must have shape (examples, features) and y (examples,), got {tuple(X.shape)} and {tuple(y.shape)}")
-    for name, values in (("X", X), ("y", y)):
-        if bad := int((~values.isfinite()).sum()):
-            raise ValueError(f"{name} has {bad} entries that are not finite; remove or impute them")
-    if len(prior.mean) != X.shape[1]:
-        raise ValueError(f"X has {X.shape[1]} features, the prior is over {len(prior.mean)}")
-    _check_variance(noise_variance)
-    loss = Quadratic(X.T @ X / noise_variance, X.T @ y / noise_variance)
-    try:
-        return NEWTON.step(Full(prior.mean, prior.precision), prior, loss)
-    except ValueError as error:
-        raise ValueError(
-            f"the posterior is improper: {len(X)} rows of X and the prior leave some direction of {X.shape[1]} undetermined; "
-            "give a prior of positive precision (a larger penalty)"
-        ) from error
+
+    natural: Vector
+
+    def __call__(self, theta: Any) -> Oracle:
+        raise TypeError("Sites are looked at as a whole: use the expectation Exact")
+
+    def expected(self, q: Any) -> Look:
+        """The look of any q."""
+        look: Look = q.as_look(-self.natural)
+        return look
 
 
-def ridge(X: Tensor, y: Tensor, penalty: float, noise_variance: float = 1.0) -> Full:
-    r"""Ridge regression, with its uncertainty.
+def update(prior: Any, likelihood: Likelihood | str, data: Any, *, start: Any = None, rate: float = 1.0) -> Update:
+    r"""Bayes' rule for a conjugate pair: posterior, evidence and predictive in closed form.
 
-    Costs N D^2 + D^3 operations for N examples.
+    Costs a pass over the data; a batch of problems is one call.
 
-    .. math::  m = \arg\min_\theta \|X \theta - y\|^2 + \lambda \|\theta\|^2.
+    .. math::  \lambda = (1 - \rho) \lambda_\text{start} + \rho\, (\lambda_0 + \textstyle\sum_i s(y_i)).
 
-    As an instance of the rule: :func:`linear_regression` under the prior N(0, sigma^2 / penalty), one step of rate 1.
+    As an instance of the rule: the prior's family · Exact · Zero · Natural, one step of rate 1 from any start.
 
     Args:
-        X: Inputs, shape (examples, features).
-        y: Targets, shape (examples,).
-        penalty: lambda >= 0.
-        noise_variance: sigma^2 of the targets, > 0; it scales the precision and leaves the mean.
+        prior: A member of the family that the likelihood is conjugate to; yesterday's posterior, for instance.
+        likelihood: One of this module, or the name of one without parameters, such as "bernoulli".
+        data: Observations, shape (examples, \*batch_shape, \*event); ``(X, y)`` for LinearRegression.
+        start: Where the step starts; the prior, if not given. With rate 1 it does not matter.
+        rate: Step size in (0, 1]; below 1 the result lies on the way.
 
     Returns:
-        The posterior; ``.mean`` of shape (features,), ``.precision`` of shape (features, features).
+        :class:`Update`: posterior, log_evidence, predictive (the last two those of rate 1 only).
 
     Raises:
-        ValueError: As :func:`linear_regression`, or the penalty is negative.
+        ValueError: Data are empty, not finite, of a wrong shape, or outside the support.
+        TypeError: Prior and likelihood are no pair.
 
     Example:
-        >>> import torch
-        >>> ridge(torch.ones(3, 1), torch.tensor([1.0, 2.0, 3.0]), penalty=1.0).mean
-        tensor([1.5000])
+        Seven heads in ten throws of a coin:
 
-    Source: Khan and Rue (2023), section 2.
+        >>> import bayesrule as br
+        >>> coin = br.conjugate.update(br.Beta(1.0, 1.0), "bernoulli", torch.tensor([1.0] * 7 + [0.0] * 3))
+        >>> coin.posterior.mean
+        tensor(0.6667)
+
+    Source: Khan and Rue (2023), section 5.1.
     """
-    _check_variance(noise_variance)
-    if not 0 <= penalty < math.inf:
-        raise ValueError(f"penalty must be a number in [0, inf), got {penalty}")
-    return linear_regression(X, y, Full(X.new_zeros(X.shape[-1]), penalty / noise_variance), noise_variance)
-
-
-def _check_variance(noise_variance: float) -> None:
-    if not 0 < noise_variance < math.inf:
-        raise ValueError(f"noise_variance must be a number in (0, inf), got {noise_variance}")
+    if isinstance(likelihood, str):
+        if likelihood not in NAMES:
+            raise ValueError(
+                f"likelihood must be one of {', '.join(NAMES)} or an object of bayesrule.conjugate, got {likelihood!r}"
+            )
+        likelihood = NAMES[likelihood]()
+    if not isinstance(likelihood, Likelihood) or not isinstance(prior, ExponentialFamily):
+        raise TypeError(f"update takes a family and a likelihood, got {type(prior).__name__} and {type(likelihood).__name__}")
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate must be a number in (0, 1], got {rate}")
+    pair = likelihood.of(prior)
+    checked = pair.check(prior, data)
+    posterior = BAYES.step(prior if start is None else start, prior, Sites(pair.site(prior, *checked)), rate)
+    gained = posterior.log_partition() - prior.log_partition()
+    return Update(posterior, gained + pair.constant(prior, *checked), pair.predictive(posterior))

@@ -18,8 +18,8 @@ from ..optimizers.first_order import SGD, Adam, AdamW, RMSprop
 from ..optimizers.optimizer import BayesOptimizer
 from ..optimizers.variational import IVON
 from ..rule import BayesRule
-from .conjugate import linear_regression, ridge
 from .newton import GRADIENT_DESCENT, NEWTON, gradient_descent, laplace, newton
+from .regression import linear_regression, ridge
 
 STEPS = 200
 

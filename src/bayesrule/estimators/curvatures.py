@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..noise import PROBE, Noise
 from ..rule import Curvature, Oracle, Point
-from ..vector import equal
+from ..vector import Vector, equal
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,22 @@ class Reparameterized(Curvature):
     Unbiased from gradients alone, and free; the noise of an estimate grows with ess times the square of the gradient.
     It needs a spread: at the mean it says nothing and the precision stays as it is.
 
+    Args:
+        control_variate: "stl" puts :math:`\nabla \ell - h (\theta - m)` in the place of the gradient and adds h. The mean stays,
+            and the noise is gone where q is the posterior of a quadratic loss.
+
     Source: R. Price (1958); W. Lin, M. E. Khan and M. Schmidt (2019), arXiv:1910.13398.
     """
 
+    control_variate: Literal["stl"] | None = None
     degree = 1
 
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
-        return None if offset is None else q.outer(q.stretch(offset) * q.ess, oracle.gradient())
+        if offset is None:
+            return None
+        if self.control_variate is None:
+            return q.outer(q.stretch(offset) * q.ess, oracle.gradient())
+        return q.outer(q.stretch(offset) * q.ess, oracle.gradient() - q.bend(offset)) + q.hess
 
 
 @dataclass(frozen=True)
@@ -77,3 +87,47 @@ class Hessian(Curvature):
 
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
         return q.project(oracle.hessian())
+
+
+@dataclass(frozen=True)
+class DiagonalHessian(Curvature):
+    """The Hessian's diagonal, from an oracle that knows it; all of the Hessian where the loss is a sum over elements."""
+
+    degree = 1
+
+    def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
+        return oracle.diagonal()
+
+
+@dataclass(frozen=True)
+class Hutchinson(Curvature):
+    r"""The Hessian's diagonal by random probes: :math:`E[z \odot (H z)]`, z = ±1. For families without matrices.
+
+    Costs one product with the Hessian a probe. Unbiased; the variance of element i is
+    :math:`\sum_{j \neq i} H_{ij}^2` over the number of probes.
+
+    Args:
+        draws: Number of probes.
+
+    Source: M. F. Hutchinson (1990); C. Bekas, E. Kokiopoulou and Y. Saad (2007).
+    """
+
+    draws: int = 1
+    noise: Noise | None = None
+    degree = 1
+
+    def at(self, noise: Noise) -> Curvature:
+        return replace(self, noise=noise.apart(PROBE))
+
+    def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
+        if self.noise is None:
+            raise ValueError("Hutchinson draws: look through BayesRule.look(..., noise=CounterNoise(seed, step=t))")
+        total: Any = 0.0
+        for probe in range(self.draws):
+            signs = _signs(self.noise.at(draw=probe).uniform(q.mean))
+            total = total + q.outer(signs, oracle.product(signs))
+        return total / self.draws
+
+
+def _signs(u: Any) -> Any:
+    return u.map(_signs) if isinstance(u, Vector) else (u - 0.5).sign() + (u == 0.5)

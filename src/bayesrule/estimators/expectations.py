@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ..noise import Noise
 from ..rule import Expectation, Look, Point
-from ..vector import equal
+from ..vector import Vector, equal
 
 
 @dataclass(frozen=True)
@@ -25,27 +30,188 @@ class Delta(Expectation):
 
 @dataclass(frozen=True)
 class MonteCarlo(Expectation):
-    """The mean over draws of theta. Unbiased; one look a draw.
+    r"""The mean over draws of theta from a Gaussian. Unbiased; one look a draw.
 
     A q without spread (infinite ess) is looked at in its mean.
 
     Args:
         draws: Number of draws where the rule itself looks; a host that opens the draws decides for itself.
         antithetic: Draws 2k and 2k + 1 are mirror images in the mean, which takes the gradient's noise out of the curvature.
+        control_variate: "stl" subtracts from every gradient what a quadratic with the curvature of q would show there,
+            :math:`g - h (\theta - m)`. The mean stays, and the noise is gone where q is the posterior of a quadratic loss.
+            :class:`~bayesrule.Reparameterized` has the same option for the curvature.
+
+    Source: G. Roeder, Y. Wu and D. Duvenaud (2017), arXiv:1703.09194.
     """
 
     draws: int = 1
     antithetic: bool = False
+    control_variate: Literal["stl"] | None = None
 
     def offset(self, q: Any, noise: Noise, draw: int) -> Point | None:
         if equal(q.ess, math.inf):
             return None
         if not self.antithetic:
-            return q.root_solve(noise.at(draw=draw).normal(q.mean))
-        return q.root_solve(noise.at(draw=draw // 2).normal(q.mean)) * (1 - 2 * (draw % 2))
+            return q.draw(noise.at(draw=draw))
+        return q.draw(noise.at(draw=draw // 2)) * (1 - 2 * (draw % 2))
 
     def __call__(self, q: Any, look_at: Callable[[Point | None], Look], noise: Noise) -> Look:
-        mean = look_at(self.offset(q, noise, 0))
-        for draw in range(1, self.draws):
-            mean = mean.lerp(look_at(self.offset(q, noise, draw)), 1 / (draw + 1))
-        return mean
+        return _mean((1.0, self._one(q, look_at, self.offset(q, noise, draw))) for draw in range(self.draws))
+
+    def _one(self, q: Any, look_at: Callable[[Point | None], Look], offset: Point | None) -> Look:
+        look = look_at(offset)
+        if self.control_variate is None or offset is None:
+            return look
+        return look._replace(gradient=look.gradient - q.bend(offset))
+
+
+def _mean(looks: Iterable[tuple[float | Tensor, Look]]) -> Look:
+    """The mean of looks with positive weights, one held at a time."""
+    mean: Look | None = None
+    total: float | Tensor = 0.0
+    for weight, look in looks:
+        total = total + weight
+        mean = look if mean is None else mean.lerp(look, weight / total)
+    if mean is None:
+        raise ValueError("no look was taken: draws must be at least 1")
+    return mean
+
+
+def _sum(looks: Iterable[tuple[Any, Look]]) -> Look:
+    """The sum of looks, each times its weight."""
+    total: list[Any] = [None, None, None]
+    for weight, look in looks:
+        parts = look.scaled(weight)
+        total = [b if a is None else a if b is None else a + b for a, b in zip(total, parts, strict=True)]
+    return Look(*total)
+
+
+@cache
+def hermite(nodes: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights with which sums are expectations under the unit normal, shape (nodes,) each, float64."""
+    if nodes < 1:
+        raise ValueError(f"a quadrature needs at least one node, got {nodes}")
+    at, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    return torch.from_numpy(at), torch.from_numpy(weights / weights.sum())
+
+
+@dataclass(frozen=True)
+class GaussHermite(Expectation):
+    """Gauss-Hermite quadrature: exact for polynomials of degree below twice the nodes, no noise.
+
+    Costs nodes^D looks for D <= 3 elements of theta. Latent families, whose losses are sums over predictors, need only
+    ``nodes`` looks: all predictors move together.
+
+    Args:
+        nodes: Nodes in each dimension.
+    """
+
+    nodes: int = 20
+
+    def __call__(self, q: Any, look_at: Callable[[Point | None], Look], noise: Noise) -> Look:
+        return _mean((weight, look_at(where)) for weight, where in q.grid(*hermite(self.nodes)))
+
+
+@dataclass(frozen=True)
+class Exact(Expectation):
+    """The expectation that the loss itself knows, in closed form or by quadrature: conjugate sites, likelihoods of a predictor.
+
+    Asks ``loss.expected(q)``. No curvature is asked: the look has what the loss says.
+    """
+
+    def __call__(self, q: Any, look_at: Any, noise: Noise) -> Look:
+        expected = getattr(getattr(look_at, "loss", None), "expected", None)
+        if expected is None:
+            raise TypeError("Exact needs a loss that knows its expectation; use GaussHermite, Enumerate or MonteCarlo")
+        look: Look = expected(q)
+        return look
+
+
+@dataclass(frozen=True)
+class Enumerate(Expectation):
+    r"""The sum over all values of a discrete theta: exact, 2^n values for n Bernoullis.
+
+    .. math::  \nabla_\mu E_q[f] = F^{-1} \textstyle\sum_x q(x)\, (T(x) - \mu)\, f(x), \quad
+               \text{for one coin } f(1) - f(0).
+
+    Only values of the loss are asked.
+    """
+
+    def __call__(self, q: Any, look_at: Any, noise: Noise) -> Look:
+        return _scored(q, [(look_at.value(point), probability, point) for probability, point in q.support()])
+
+
+@dataclass(frozen=True)
+class Score(Expectation):
+    r"""The score function estimator (REINFORCE): only values of the loss are asked, which need not be differentiable.
+
+    .. math::  \nabla_\mu E_q[f] = F^{-1} E_q[(T - \mu) (f - b)].
+
+    For a Gaussian the look has gradient :math:`S d\, (f - b)` and curvature :math:`(S d d^T S - S)(f - b)`, d = theta - m.
+    Unbiased, and far noisier than gradients: for discrete theta, or losses without gradients.
+
+    Args:
+        draws: Number of draws; at least 2 for the baseline "leave-one-out".
+        baseline: The b above: the mean of the other draws, a number, or None for 0.
+
+    Source: W. Kool, H. van Hoof and M. Welling (2019), Buy 4 REINFORCE samples, get a baseline for free.
+    """
+
+    draws: int = 2
+    baseline: Literal["leave-one-out"] | float | None = "leave-one-out"
+
+    def __call__(self, q: Any, look_at: Any, noise: Noise) -> Look:
+        least = 2 if self.baseline == "leave-one-out" else 1
+        if self.draws < least:
+            raise ValueError(f"draws must be at least {least} for the baseline {self.baseline}, got {self.draws}")
+        places = [q.draw(noise.at(draw=draw)) for draw in range(self.draws)]
+        values = [look_at.value(where) for where in places]
+        mean: Any = sum(values) / self.draws
+        if self.baseline == "leave-one-out":
+            above = [(value - mean) * (self.draws / (self.draws - 1)) for value in values]
+        else:
+            above = [value - (self.baseline or 0.0) for value in values]
+        looks = (q.score(where).scaled(value / self.draws) for value, where in zip(above, places, strict=True))
+        return _sum((1.0, look) for look in looks)._replace(value=mean)
+
+
+def _scored(q: Any, seen: list[tuple[Tensor, Tensor, Point]]) -> Look:
+    """The look of values with their probabilities and places."""
+    mean: Any = sum(value * probability for value, probability, _ in seen)
+    looks = ((probability * (value - mean), q.score(point)) for value, probability, point in seen)
+    return _sum(looks)._replace(value=mean)
+
+
+@dataclass(frozen=True)
+class Pathwise(Expectation):
+    r"""The mean over draws that are differentiable in the parameters: Gamma, Beta, Dirichlet, Wishart and what is made of them.
+
+    .. math::  \nabla_\mu E_q[f] = F^{-1} E_q[(\partial \theta / \partial \lambda)^T \nabla f(\theta)].
+
+    Implicit reparameterization gives the inner derivative. Unbiased.
+
+    Args:
+        draws: Number of draws.
+
+    Source: M. Figurnov, S. Mohamed and A. Mnih (2018), Implicit reparameterization gradients.
+    """
+
+    draws: int = 1
+
+    def __call__(self, q: Any, look_at: Any, noise: Noise) -> Look:
+        if not q.reparameterizable:
+            raise TypeError(f"draws of a {type(q).__name__} are not differentiable; use Enumerate or Score")
+        return _mean((1.0, self._one(q, look_at, noise.at(draw=draw))) for draw in range(self.draws))
+
+    def _one(self, q: Any, look_at: Any, noise: Noise) -> Look:
+        def draw(*natural: Tensor) -> Any:
+            theta = q.from_natural(Vector(natural)).sample(noise)
+            return tuple(theta) if isinstance(theta, Vector) else theta
+
+        theta: Any
+        back: Any
+        theta, back = torch.func.vjp(draw, *q.natural())[:2]
+        oracle = look_at.oracle(Vector(theta) if isinstance(theta, tuple) else theta)
+        gradient = oracle.gradient()
+        pulled = back(tuple(gradient) if isinstance(gradient, Vector) else gradient)
+        return Look(oracle.value(), q.fisher_solve(Vector(pulled)), None)

@@ -76,6 +76,10 @@ class ExponentialFamily(Family):
     def natural_gradient(self, look: Look) -> Point:
         return look.gradient
 
+    def as_look(self, natural_gradient: Vector) -> Look:
+        """The look that has this natural gradient: the reverse of :meth:`natural_gradient`."""
+        return Look(None, natural_gradient, None)
+
     def score(self, where: Point) -> Look:
         return Look(None, self.fisher_solve(self.statistics(where) - self.expected()), None)
 
@@ -363,7 +367,7 @@ def _derivative(of: Callable[[Vector], Vector], at: Vector, v: Vector) -> Vector
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
         return _leaves(of(_rebuilt(iter(leaves), at)))
 
-    _, back = torch.func.vjp(flat, *_leaves(at))
+    back: Any = torch.func.vjp(flat, *_leaves(at))[1]
     return _rebuilt(iter(back(_leaves(v))), at)
 
 

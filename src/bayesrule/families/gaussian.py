@@ -45,6 +45,9 @@ class Fixed(Elementwise):
     def precondition(self, v: Point) -> Point:
         return v if equal(self.hess, 1.0) else v / self.hess
 
+    def bend(self, v: Point) -> Point:
+        return self.stretch(v)
+
     def outer(self, a: Point, b: Point) -> Any:
         return a * b
 
@@ -244,6 +247,9 @@ class Full(TwoBlocks):
 
     def stretch(self, v: Tensor) -> Tensor:
         return self._apply(self.metric, v)
+
+    def bend(self, v: Tensor) -> Tensor:
+        return self._apply(self.hess, v)
 
     def precondition(self, v: Tensor) -> Tensor:
         return torch.cholesky_solve(v[..., None], self._root)[..., 0]

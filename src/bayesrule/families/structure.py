@@ -115,6 +115,10 @@ class Elementwise(Structured):
 class TwoBlocks(Structured):
     """Natural parameters (S m, -S / 2) of a Gaussian whose precision S is free within its structure."""
 
+    def as_look(self, natural_gradient: Vector) -> Look:
+        first, second = natural_gradient
+        return Look(None, (first + self._apply(second, self.mean) * 2) / self.ess, second * (2 / self.ess))
+
     @abstractmethod
     def _apply(self, matrix: Any, v: Point) -> Point:
         """A matrix of the structure times a vector."""

@@ -1,0 +1,451 @@
+"""Likelihoods and what they are conjugate to: sites, constants, predictives. See :mod:`bayesrule.algorithms.conjugate`."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+from torch.nn.functional import one_hot
+
+from ..families.circular import VonMises as VonMisesFamily
+from ..families.gaussian import Full
+from ..families.matrices import NormalGamma, NormalInverseGamma, NormalInverseWishart, Wishart
+from ..families.normal import Normal as NormalFamily
+from ..families.positive import Gamma, InverseGamma
+from ..families.simplex import Beta, Dirichlet
+from ..vector import Vector
+from .predictives import MultivariateStudentT, VonMisesPredictive
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+class Likelihood(ABC):
+    """Observations y given theta, with log p = <site(y), T(theta)> + constant(y). Sums are over the first dimension."""
+
+    prior: ClassVar[type]
+    event_dims: ClassVar[int] = 0
+
+    def of(self, prior: Any) -> Likelihood:
+        """This likelihood with this kind of prior."""
+        if not isinstance(prior, self.prior):
+            raise TypeError(f"{type(self).__name__} is conjugate to {self.prior.__name__}, got a prior {type(prior).__name__}")
+        return self
+
+    def check(self, prior: Any, data: Any) -> tuple[Any, ...]:
+        """The data as tensors in the prior's dtype, shape (examples, *batch_shape, *event)."""
+        like = prior.natural()[0]
+        data = torch.as_tensor(data, device=like.device).to(like.dtype)
+        event = self._event(prior)
+        wanted = (*prior.batch_shape, *event)
+        if data.dim() == 0 or data.shape[1:] != wanted:
+            names = ", ".join(["examples", *map(str, wanted)])
+            raise ValueError(f"data must have shape ({names}{',' if not wanted else ''}), got {tuple(data.shape)}")
+        if not len(data):
+            raise ValueError("data is empty: give at least one observation")
+        if not (finite := data.isfinite()).all():
+            raise ValueError(f"data has {int((~finite).sum())} entries that are not finite; remove or impute them")
+        self._support(prior, data)
+        return (data,)
+
+    def _event(self, prior: Any) -> tuple[int, ...]:
+        return ()
+
+    def _support(self, prior: Any, data: Tensor) -> None:
+        """Raise ValueError for observations that cannot occur."""
+        return
+
+    @abstractmethod
+    def site(self, prior: Any, *data: Any) -> Vector:
+        """Natural parameter of all the observations."""
+
+    def constant(self, prior: Any, *data: Any) -> Any:
+        """What the log likelihood has beside the site, shape batch_shape."""
+        return 0.0
+
+    @abstractmethod
+    def predictive(self, posterior: Any) -> Any:
+        """Distribution of the next observation."""
+
+
+def _demand(data: Tensor, valid: Tensor, words: str) -> None:
+    if not valid.all():
+        raise ValueError(f"data must be {words}, got {data[~valid][0].item():g}")
+
+
+def _whole(data: Tensor) -> Tensor:
+    return (data >= 0) & (data == data.round())
+
+
+def _known(name: str, value: Any, positive: bool = False) -> None:
+    tensor = torch.as_tensor(value)
+    if not tensor.isfinite().all() or (positive and not (tensor > 0).all()):
+        raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {tensor.tolist()}")
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Coins: y is 0 or 1."""
+
+    prior = Beta
+
+    def _support(self, prior: Any, data: Tensor) -> None:
+        _demand(data, (data == 0) | (data == 1), "0 or 1")
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        return Vector([data[0].sum(0), (1 - data[0]).sum(0)])
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        return td.Bernoulli(probs=posterior.mean)
+
+
+@dataclass(frozen=True)
+class Binomial(Likelihood):
+    """Numbers of heads in a known number of throws.
+
+    Args:
+        trials: Throws of each observation.
+    """
+
+    trials: int
+    prior = Beta
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or self.trials != int(self.trials):
+            raise ValueError(f"trials must be a whole number of at least 1, got {self.trials}")
+
+    def _support(self, prior: Any, data: Tensor) -> None:
+        _demand(data, _whole(data) & (data <= self.trials), f"whole numbers from 0 to {self.trials} (trials)")
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        return Vector([data[0].sum(0), (self.trials - data[0]).sum(0)])
+
+    def constant(self, prior: Any, *data: Any) -> Tensor:
+        return self._log_choose(data[0]).sum(0)
+
+    def _log_choose(self, count: Tensor) -> Tensor:
+        return math.lgamma(self.trials + 1) - torch.lgamma(count + 1) - torch.lgamma(self.trials - count + 1)
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        a, b = posterior.concentration1[..., None], posterior.concentration0[..., None]
+        count = torch.arange(self.trials + 1, dtype=a.dtype, device=a.device)
+        both = torch.lgamma(a + count) + torch.lgamma(b + self.trials - count)
+        return td.Categorical(logits=self._log_choose(count) + both)
+
+
+@dataclass(frozen=True)
+class Poisson(Likelihood):
+    """Counts with an unknown rate."""
+
+    prior = Gamma
+
+    def _support(self, prior: Any, data: Tensor) -> None:
+        _demand(data, _whole(data), "counts, whole and not negative")
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        return Vector([data[0].sum(0), -torch.ones_like(data[0]).sum(0)])
+
+    def constant(self, prior: Any, *data: Any) -> Tensor:
+        return -torch.lgamma(data[0] + 1).sum(0)
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        return td.NegativeBinomial(posterior.concentration, probs=1 / (posterior.rate + 1))
+
+
+@dataclass(frozen=True)
+class Exponential(Likelihood):
+    """Waiting times with an unknown rate."""
+
+    prior = Gamma
+
+    def _support(self, prior: Any, data: Tensor) -> None:
+        _demand(data, data >= 0, "waiting times, not negative")
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        return Vector([torch.ones_like(data[0]).sum(0), -data[0].sum(0)])
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        pareto = td.Pareto(posterior.rate, posterior.concentration)
+        return td.TransformedDistribution(pareto, [td.AffineTransform(-posterior.rate, 1.0)])
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """Class numbers from 0 to K - 1."""
+
+    prior = Dirichlet
+
+    def _support(self, prior: Any, data: Tensor) -> None:
+        size = prior.concentration.shape[-1]
+        _demand(data, _whole(data) & (data < size), f"class numbers from 0 to {size - 1}")
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        return Vector([one_hot(data[0].long(), prior.concentration.shape[-1]).to(data[0].dtype).sum(0)])
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        return td.Categorical(probs=posterior.mean)
+
+
+@dataclass(frozen=True)
+class Multinomial(Likelihood):
+    """Counts of K classes; the predictive is that of one more trial."""
+
+    prior = Dirichlet
+
+    def _event(self, prior: Any) -> tuple[int, ...]:
+        return (prior.concentration.shape[-1],)
+
+    def _support(self, prior: Any, data: Tensor) -> None:
+        _demand(data, _whole(data), "counts, whole and not negative")
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        return Vector([data[0].sum(0)])
+
+    def constant(self, prior: Any, *data: Any) -> Tensor:
+        return (torch.lgamma(data[0].sum(-1) + 1) - torch.lgamma(data[0] + 1).sum(-1)).sum(0)
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        return td.Categorical(probs=posterior.mean)
+
+
+@dataclass(frozen=True)
+class Normal(Likelihood):
+    """Real numbers with a normal distribution; what is known of it is given, what is not has the prior.
+
+    Args:
+        mean: Known mean.
+        variance: Known variance.
+    """
+
+    mean: Any = None
+    variance: Any = None
+
+    def of(self, prior: Any) -> Likelihood:
+        pairs = {
+            (False, True): (NormalFamily,),
+            (True, False): (Gamma, InverseGamma),
+            (False, False): (NormalGamma,),
+        }
+        wanted = pairs.get((self.mean is not None, self.variance is not None), ())
+        if not isinstance(prior, wanted):
+            names = " or ".join(family.__name__ for family in wanted) or "nothing: one of mean and variance is to be unknown"
+            raise TypeError(f"{self} is conjugate to {names}, got a prior {type(prior).__name__}")
+        if self.variance is not None:
+            _known("variance", self.variance, positive=True)
+            return _NormalMean(self.variance)
+        if self.mean is not None:
+            _known("mean", self.mean)
+            return _NormalScale(self.mean)
+        return _NormalBoth()
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        return self.of(prior).site(prior, *data)
+
+    def predictive(self, posterior: Any) -> Any:
+        return self.of(posterior).predictive(posterior)
+
+
+@dataclass(frozen=True)
+class _NormalMean(Likelihood):
+    variance: Any
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        ones = torch.ones_like(data[0])
+        return Vector([(data[0] / self.variance).sum(0), (ones / self.variance).sum(0) / -2])
+
+    def constant(self, prior: Any, *data: Any) -> Tensor:
+        variance = data[0] * 0 + self.variance
+        return -(data[0] ** 2 / variance + variance.log() + _LOG_2PI).sum(0) / 2
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        return td.Normal(posterior.loc, (1 / posterior.precision + self.variance).sqrt())
+
+
+@dataclass(frozen=True)
+class _NormalScale(Likelihood):
+    """Variance (InverseGamma) or precision (Gamma) unknown: the two differ in the sign of log T."""
+
+    mean: Any
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        half = torch.ones_like(data[0]).sum(0) / 2
+        return Vector([half if isinstance(prior, Gamma) else -half, ((data[0] - self.mean) ** 2).sum(0) / -2])
+
+    def constant(self, prior: Any, *data: Any) -> Tensor:
+        return torch.ones_like(data[0]).sum(0) * (-_LOG_2PI / 2)
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        loc = posterior.rate * 0 + self.mean
+        return td.StudentT(2 * posterior.concentration, loc, (posterior.rate / posterior.concentration).sqrt())
+
+
+@dataclass(frozen=True)
+class _NormalBoth(Likelihood):
+    def site(self, prior: Any, *data: Any) -> Vector:
+        half, (y,) = torch.ones_like(data[0]).sum(0) / 2, data
+        return Vector([half, (y**2).sum(0) / -2, y.sum(0), -half])
+
+    constant = _NormalScale.constant
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        spread = posterior.rate * (posterior.kappa + 1) / (posterior.concentration * posterior.kappa)
+        return td.StudentT(2 * posterior.concentration, posterior.loc, spread.sqrt())
+
+
+@dataclass(frozen=True)
+class MultivariateNormal(Likelihood):
+    """Vectors with a normal distribution; what is known of it is given, what is not has the prior.
+
+    Args:
+        mean: Known mean, shape (D,), or a number.
+        covariance: Known covariance, shape (D, D).
+    """
+
+    mean: Any = None
+    covariance: Tensor | None = None
+
+    def of(self, prior: Any) -> Likelihood:
+        wanted = {(False, True): Full, (True, False): Wishart, (False, False): NormalInverseWishart}.get(
+            (self.mean is not None, self.covariance is not None)
+        )
+        if wanted is None or not isinstance(prior, wanted):
+            name = wanted.__name__ if wanted else "nothing: one of mean and covariance is to be unknown"
+            raise TypeError(f"MultivariateNormal is conjugate here to {name}, got a prior {type(prior).__name__}")
+        if self.covariance is not None:
+            if torch.linalg.cholesky_ex(self.covariance).info.any():
+                raise ValueError(f"covariance must be positive definite, got {self.covariance.tolist()}")
+            return _VectorMean(self.covariance)
+        if self.mean is not None:
+            _known("mean", self.mean)
+            return _VectorPrecision(self.mean)
+        return _VectorBoth()
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        return self.of(prior).site(prior, *data)
+
+    def predictive(self, posterior: Any) -> Any:
+        return self.of(posterior).predictive(posterior)
+
+
+def _scatter(y: Tensor) -> Tensor:
+    """Sum of y y^T over the examples, shape (*batch_shape, D, D)."""
+    return torch.einsum("n...i,n...j->...ij", y, y)
+
+
+class _Vectors(Likelihood):
+    def _event(self, prior: Any) -> tuple[int, ...]:
+        return (prior.mean.shape[-1],) if isinstance(prior, Full) else (prior.scale.shape[-1],)
+
+    def constant(self, prior: Any, *data: Any) -> Any:
+        return -data[0].shape[0] * data[0].shape[-1] * _LOG_2PI / 2
+
+
+@dataclass(frozen=True)
+class _VectorMean(_Vectors):
+    covariance: Tensor
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        (y,) = data
+        inverse = torch.linalg.inv(self.covariance)
+        return Vector([y.sum(0) @ inverse, inverse.expand(*prior.batch_shape, *inverse.shape) * (len(y) / -2)])
+
+    def constant(self, prior: Any, *data: Any) -> Tensor:
+        zero = td.MultivariateNormal(torch.zeros_like(data[0]), self.covariance)
+        return zero.log_prob(data[0]).sum(0)
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        return td.MultivariateNormal(posterior.mean, posterior.covariance + self.covariance)
+
+
+@dataclass(frozen=True)
+class _VectorPrecision(_Vectors):
+    mean: Any
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        half = torch.ones_like(data[0][..., 0]).sum(0) / 2
+        return Vector([_scatter(data[0] - self.mean) / -2, half])
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        df = posterior.df - posterior.scale.shape[-1] + 1
+        loc = posterior.scale[..., 0] * 0 + self.mean
+        return MultivariateStudentT(df, loc, torch.linalg.inv(posterior.scale) / df[..., None, None])
+
+
+@dataclass(frozen=True)
+class _VectorBoth(_Vectors):
+    def site(self, prior: Any, *data: Any) -> Vector:
+        (y,), half = data, torch.ones_like(data[0][..., 0]).sum(0) / 2
+        return Vector([y.sum(0), -half, _scatter(y) / -2, -half])
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        df = posterior.df - posterior.loc.shape[-1] + 1
+        factor = (posterior.kappa + 1) / (posterior.kappa * df)
+        return MultivariateStudentT(df, posterior.loc, posterior.scale * factor[..., None, None])
+
+
+@dataclass(frozen=True)
+class LinearRegression(Likelihood):
+    """Targets y = X w + noise, weights and noise variance both unknown; the data are ``(X, y)``.
+
+    X has shape (examples, ..., D), y (examples, ...), the batch shape in between.
+    """
+
+    prior = NormalInverseGamma
+
+    def check(self, prior: Any, data: Any) -> tuple[Any, ...]:
+        if not isinstance(data, tuple | list) or len(data) != 2:
+            raise ValueError(f"data must be a pair (X, y), got {type(data).__name__}")
+        X = torch.as_tensor(data[0], device=prior.loc.device).to(prior.loc.dtype)
+        if X.shape[1:] != prior.loc.shape or not X.isfinite().all():
+            wanted = ("examples", *prior.loc.shape)
+            raise ValueError(f"X must be finite, of shape ({', '.join(map(str, wanted))}), got {tuple(X.shape)}")
+        (y,) = super().check(prior, data[1])
+        if len(X) != len(y):
+            raise ValueError(f"X and y must have equally many examples, got {len(X)} and {len(y)}")
+        return X, y
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        X, y = data
+        half = torch.ones_like(y).sum(0) / 2
+        return Vector([-half, (y**2).sum(0) / -2, (X * y[..., None]).sum(0), _scatter(X) / -2])
+
+    def constant(self, prior: Any, *data: Any) -> Any:
+        return -len(data[1]) * _LOG_2PI / 2
+
+    def predictive(self, posterior: Any) -> Any:
+        def at(X: Tensor) -> td.Distribution:
+            """The targets at inputs of shape (..., D)."""
+            spread = (X * torch.linalg.solve(posterior.precision, X[..., None])[..., 0]).sum(-1)
+            scale = (posterior.rate / posterior.concentration * (1 + spread)).sqrt()
+            return td.StudentT(2 * posterior.concentration, (X * posterior.loc).sum(-1), scale)
+
+        return at
+
+
+@dataclass(frozen=True)
+class VonMises(Likelihood):
+    """Angles in radians around an unknown direction.
+
+    Args:
+        concentration: Known concentration of the observations.
+    """
+
+    concentration: float
+    prior = VonMisesFamily
+
+    def __post_init__(self) -> None:
+        _known("concentration", self.concentration, positive=True)
+
+    def site(self, prior: Any, *data: Any) -> Vector:
+        return Vector([data[0].cos().sum(0) * self.concentration, data[0].sin().sum(0) * self.concentration])
+
+    def constant(self, prior: Any, *data: Any) -> Tensor:
+        k = torch.ones_like(data[0]) * self.concentration
+        return -(_LOG_2PI + torch.special.i0e(k).log() + k).sum(0)
+
+    def predictive(self, posterior: Any) -> td.Distribution:
+        return VonMisesPredictive(posterior.loc, posterior.concentration, self.concentration)
