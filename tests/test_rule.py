@@ -10,7 +10,7 @@ from tests.contracts import close, flat, normal, positive
 
 import bayesrule as br
 from bayesrule.algorithms.newton import GRADIENT_DESCENT, NEWTON
-from bayesrule.rule import Family
+from bayesrule.family import Family
 
 NATURAL = br.BayesRule(br.Delta(), br.Hessian(), br.Natural())
 ADDITIVE = br.BayesRule(br.Delta(), br.Hessian(), br.Additive())

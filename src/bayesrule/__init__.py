@@ -8,7 +8,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "rule": "BayesRule Curvature Expectation Family Gaussian Inertia Look NoInertia Oracle Rates Retraction",
+    "rule": "BayesRule Curvature Expectation Inertia Look NoInertia Oracle Rates Retraction",
+    "family": "DomainError Family Gaussian",
     "vector": "Vector",
     "noise": "CounterNoise Noise",
     "families.exponential": "ExponentialFamily",

@@ -12,7 +12,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .rule import Gaussian, Look, Point, Rates, Retraction
+from .family import Gaussian
+from .rule import Look, Point, Rates, Retraction
 from .vector import axpy, equal, lerp
 
 

@@ -47,13 +47,12 @@ from .pairs import (
     Categorical,
     Exponential,
     Likelihood,
-    LinearRegression,
     Multinomial,
-    MultivariateNormal,
     Normal,
     Poisson,
     VonMises,
 )
+from .vector_pairs import LinearRegression, MultivariateNormal
 
 __all__ = [
     "BAYES",

@@ -29,8 +29,9 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
+from ..family import DomainError, Family
 from ..noise import Noise
-from ..rule import Family, Look, Point
+from ..rule import Look, Point
 from ..vector import Vector, holds
 
 
@@ -205,7 +206,7 @@ class Standard(ExponentialFamily):
         try:
             return cls(*(value.to(dtype) for value in read(parameter.map(Tensor.double))))
         except ValueError as error:
-            raise ValueError(f"{name} is outside the domain of {cls.__name__}: {error}; take a smaller step") from None
+            raise DomainError(f"{name} is outside the domain of {cls.__name__}: {error}; take a smaller step") from None
 
     @classmethod
     def in_domain(cls, natural: Vector) -> Tensor:

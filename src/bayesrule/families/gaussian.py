@@ -15,7 +15,8 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
-from ..rule import Gaussian, Look, Point
+from ..family import DomainError, Gaussian
+from ..rule import Look, Point
 from ..vector import Vector, equal, holds
 from .structure import Elementwise, TwoBlocks, all_finite
 
@@ -239,7 +240,7 @@ class Full(TwoBlocks):
         root, failed = torch.linalg.cholesky_ex(self.metric)
         if not holds(failed == 0):
             least = torch.linalg.eigvalsh(self.metric).min().item()
-            raise ValueError(
+            raise DomainError(
                 f"the precision is not positive definite (least eigenvalue {least * self.ess:.3g}): "
                 "use the retraction Riemannian, the curvature GaussNewton or a smaller rate"
             )
@@ -279,7 +280,7 @@ class Full(TwoBlocks):
     def _precision_of(self, expected: Vector) -> Tensor:
         root, failed = torch.linalg.cholesky_ex(expected[1] - self.outer(expected[0], expected[0]))
         if not holds(failed == 0):
-            raise ValueError("expected is outside the domain of Full: its second moment is less than its mean squared")
+            raise DomainError("expected is outside the domain of Full: its second moment is less than its mean squared")
         return torch.cholesky_inverse(root)
 
     def in_domain(self, natural: Vector) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from ..rule import Gaussian, Look, Point
+from ..family import Gaussian
+from ..rule import Look, Point
 from ..vector import Vector, equal, rsqrt
 from .exponential import ExponentialFamily
 

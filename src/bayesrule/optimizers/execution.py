@@ -24,10 +24,11 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from ..estimators.oracle import Seen
+from ..family import Gaussian
 from ..lowering import Scratch
 from ..noise import CounterNoise, Noise, Where
 from ..program import Named, Program, Runner
-from ..rule import BayesRule, Gaussian, Look, Rates
+from ..rule import BayesRule, Look, Rates
 from ..vector import BUCKET
 from .cells import Cell
 

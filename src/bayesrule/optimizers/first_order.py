@@ -13,9 +13,10 @@ from torch import Tensor
 from ..estimators.curvatures import SquaredGradient, Zero
 from ..estimators.expectations import Delta
 from ..families.gaussian import Diagonal, Fixed
+from ..family import Gaussian
 from ..momentum import HeavyBall, Momentum
 from ..retractions import Additive, SquareRoot
-from ..rule import BayesRule, Gaussian, NoInertia, Rates
+from ..rule import BayesRule, NoInertia, Rates
 from ..vector import equal
 from .cells import Names
 from .execution import Compile

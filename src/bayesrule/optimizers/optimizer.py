@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..families.gaussian import Diagonal
+from ..family import Gaussian
 from ..posterior import Posterior
-from ..rule import BayesRule, Gaussian, Rates
+from ..rule import BayesRule, Rates
 from .cells import Layout, Names
 from .execution import Compile, Execution, Flats
 from .hyperparameters import Allowed, validate

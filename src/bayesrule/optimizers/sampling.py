@@ -32,9 +32,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..family import Gaussian
 from ..noise import EVALUATE, TRAIN
 from ..plots import Plot
-from ..rule import Gaussian
 from .cells import Cell, Layout
 from .execution import THEN, Execution, Flats
 from .injection import Injected, InjectedNoise

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..estimators.curvatures import Reparameterized, SquaredGradient, Zero
 from ..estimators.expectations import Delta, MonteCarlo
 from ..families.gaussian import Diagonal
+from ..family import Gaussian
 from ..momentum import Momentum
 from ..posterior import Posterior
 from ..retractions import Riemannian
-from ..rule import BayesRule, Curvature, Gaussian, Rates
+from ..rule import BayesRule, Curvature, Rates
 from ..vector import equal
 from .cells import Names
 from .execution import Compile
