@@ -158,6 +158,16 @@ class Gaussian(Family):
         """R v with R R^T = precision^-1: unit normals become offsets of q."""
         return self.root_precondition(v) * rsqrt(self.ess)
 
+    def bound(self, look: Look, prior: Self) -> Tensor:
+        if look.value is None:
+            raise TypeError("the evidence bound needs the value of the loss; this look has none")
+        return -look.value * self.ess - self.kl(prior)
+
+    def distance(self, prior: Gaussian) -> Any:
+        """Half the squared distance of the mean from the prior's, in its metric: what Newton's method pays for the prior."""
+        gap = self.mean - prior.mean
+        return (gap * prior.stretch(gap)).sum() * (prior.ess / 2)
+
     def prior_gradient(self, prior: Gaussian) -> Point:
         """Gradient of -log prior at the mean, per unit of ess: zero once the prior is centered on q."""
         if prior.mean is self.mean:

@@ -20,8 +20,8 @@ Newton, ridge      Full             Delta           Hessian            Natural, 
 RMSprop            Diagonal         Delta           SquaredGradient    SquareRoot                     HeavyBall of the step
 Adam, AdamW        Diagonal         Delta           SquaredGradient    SquareRoot                     Momentum
 IVON               Diagonal         MonteCarlo      Reparameterized    Riemannian                     Momentum
-conjugate Bayes    Beta, Gamma ...  Exact           Zero               Natural, rate 1                NoInertia
-CVI                WeightSpace ...  Exact           Zero               Natural                        NoInertia
+conjugate Bayes    Gamma, ...       Exact           Zero               Natural, rate 1                NoInertia
+CVI                WeightSpace      Exact           Zero               Natural                        NoInertia
 =================  ===============  ==============  =================  =============================  =====================
 
 The prior :math:`q_0` is a member of the family, so yesterday's posterior may be today's prior.

@@ -115,6 +115,9 @@ class Isotropic(TwoBlocks, Elementwise):
     def project(self, matrix: Tensor) -> Tensor:
         return matrix.diagonal().mean()
 
+    def _kept(self, diagonal: Tensor) -> Tensor:
+        return diagonal.mean()
+
     def _apply(self, matrix: Any, v: Point) -> Point:
         return v * matrix
 
@@ -258,6 +261,13 @@ class Full(TwoBlocks):
     def root_precondition(self, v: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._root.mT, v[..., None], upper=True)[..., 0]
 
+    def spread(self, X: Tensor) -> Tensor:
+        inverse = torch.linalg.inv_ex(self._root).inverse
+        return ((X @ inverse.mT) ** 2).sum(-1) / self.ess
+
+    def project_weighted(self, X: Tensor, weights: Tensor) -> Tensor:
+        return X.mT @ (weights[:, None] * X)
+
     def sandwich(self, d: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(self._root, d, upper=False)
         return half.mT @ half
@@ -297,19 +307,19 @@ class Full(TwoBlocks):
             raise TypeError(f"a {cls.__name__} is made from a MultivariateNormal, got {distribution}")
         return cls(distribution.loc, distribution.precision_matrix)
 
-    def _log_det(self) -> Tensor:
+    def log_det(self) -> Tensor:
         """Log determinant of the precision."""
         return 2 * self._root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + self._size * math.log(self.ess)
 
     def entropy(self) -> Tensor:
-        return (self._size * math.log(2 * math.pi * math.e) - self._log_det()) / 2
+        return (self._size * math.log(2 * math.pi * math.e) - self.log_det()) / 2
 
     def kl(self, other: Self) -> Tensor:
         gap = self.mean - other.mean
         trace = (other.precision * self.covariance).sum((-2, -1))
         pull = self._inner(gap, self._apply(other.precision, gap))
-        return (trace + pull - self._size + self._log_det() - other._log_det()) / 2
+        return (trace + pull - self._size + self.log_det() - other.log_det()) / 2
 
     def log_prob(self, theta: Tensor) -> Tensor:
         gap = theta - self.mean
-        return (self._log_det() - self._size * math.log(2 * math.pi) - self._inner(gap, self._apply(self.precision, gap))) / 2
+        return (self.log_det() - self._size * math.log(2 * math.pi) - self._inner(gap, self._apply(self.precision, gap))) / 2

@@ -44,6 +44,14 @@ class Structured(Gaussian, ExponentialFamily):
     def log_partition(self) -> Tensor:
         return self.entropy() + (self._inner(self.mean, self.stretch(self.mean)) * self.ess - self._size) / 2
 
+    @abstractmethod
+    def spread(self, X: Tensor) -> Tensor:
+        """Variances of x^T theta for rows x of X, shape (N,) for X of shape (N, D)."""
+
+    @abstractmethod
+    def project_weighted(self, X: Tensor, weights: Tensor) -> Any:
+        """What the structure keeps of X^T diag(weights) X."""
+
     @property
     def _size(self) -> int:
         """Number of elements of one theta."""
@@ -80,6 +88,16 @@ class Elementwise(Structured):
 
     @abstractmethod
     def outer(self, a: Point, b: Point) -> Any: ...
+
+    def spread(self, X: Tensor) -> Tensor:
+        return X**2 @ (1 / self._precisions)
+
+    def project_weighted(self, X: Tensor, weights: Tensor) -> Any:
+        return self._kept((X**2).mT @ weights)
+
+    def _kept(self, diagonal: Tensor) -> Any:
+        """What the structure keeps of a diagonal."""
+        return diagonal
 
     def to_torch(self) -> Distribution:
         return Independent(Normal(self.mean, self._precisions.rsqrt(), validate_args=False), self.mean.dim(), validate_args=False)
