@@ -30,7 +30,7 @@ _HOMES = {
     "optimizers.first_order": "SGD RMSprop Adam AdamW",
     "optimizers.variational": "IVON",
     "families.latent": "FunctionSpace WeightSpace",
-    "estimators.linear": "LinearLoss",
+    "estimators.predictors": "LikelihoodLoss LinearLoss",
     "algorithms.inference": "Inference infer",
     "algorithms.cvi": "cvi",
     "algorithms.newton": "gradient_descent laplace newton",

@@ -14,7 +14,8 @@ from torch.distributions import Distribution
 
 from ..estimators.curvatures import DiagonalHessian, Zero
 from ..estimators.expectations import Delta, Exact
-from ..estimators.likelihoods import Likelihood, LikelihoodLoss, named
+from ..estimators.likelihoods import Likelihood, named
+from ..estimators.predictors import LikelihoodLoss
 from ..families.gaussian import Full
 from ..families.latent import FunctionSpace, Latent, WeightSpace
 from ..retractions import Natural

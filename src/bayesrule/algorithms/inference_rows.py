@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..estimators.curvatures import DiagonalHessian
 from ..estimators.expectations import Delta, GaussHermite
-from ..estimators.likelihoods import Bernoulli, Gaussian, Likelihood, LikelihoodLoss, NegativeBinomial, Poisson, StudentT
-from ..estimators.linear import LinearLoss
+from ..estimators.likelihoods import Bernoulli, Gaussian, Likelihood, NegativeBinomial, Poisson, StudentT
+from ..estimators.predictors import LikelihoodLoss, LinearLoss
 from ..families.circular import VonMises
 from ..families.exponential import Standard
 from ..families.gaussian import Diagonal, Full

@@ -1,14 +1,61 @@
-"""Losses of linear predictors: any Gaussian over weights may look at them, and the expectation over q needs one dimension."""
+"""Losses of predictors: of predictors themselves, or of the weights that they are linear in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..rule import Look, Oracle
-from .likelihoods import Likelihood, LikelihoodLoss
+from .likelihoods import Likelihood
+
+
+@dataclass(frozen=True)
+class LikelihoodLoss:
+    """Minus the log likelihood of independent observations as a function of their predictors; a sum over examples.
+
+    Args:
+        likelihood: p(y | f).
+        y: Observations as :meth:`Likelihood.check` returns them, shape (N,).
+
+    Example:
+        >>> import bayesrule as br
+        >>> LikelihoodLoss(br.likelihoods.Poisson(), torch.tensor([3.0, 1.0]))(torch.zeros(2)).gradient()
+        tensor([-2., -0.])
+    """
+
+    likelihood: Likelihood
+    y: Tensor
+
+    def __call__(self, f: Tensor) -> Oracle:
+        """What is known of the loss at predictors f, shape (N,)."""
+        slope, curve = self.likelihood.derivatives(f, self.y)
+        return _LikelihoodAt(Look(-self.likelihood.log_prob(f, self.y).sum(), -slope, -curve))
+
+    def expected(self, q: Any) -> Look:
+        """The look under a q with ``mean`` and ``variance`` of shape (N,); the curvature is a diagonal, shape (N,)."""
+        value, slope, curve = self.likelihood.expected_log_prob(q.mean, q.variance, self.y)
+        return Look(-value.sum(), -slope, -curve)
+
+
+@dataclass(frozen=True)
+class _LikelihoodAt(Oracle):
+    look: Look
+
+    def value(self) -> Tensor | None:
+        return self.look.value
+
+    def gradient(self) -> Tensor:
+        return self.look.gradient
+
+    def diagonal(self) -> Any:
+        """Diagonal of the Hessian of the loss, shape (N,); the Hessian has nothing else."""
+        return self.look.curvature
+
+    def hessian(self) -> Tensor:
+        return torch.diag_embed(self.diagonal())
 
 
 @dataclass(frozen=True)
