@@ -95,11 +95,10 @@ class TestLinearRegression:
         (X, y), prior = data(), br.Full(normal(5, 4), positive(6, 4))
         close(br.linear_regression(X.flip(0), y.flip(0), prior).mean, br.linear_regression(X, y, prior).mean)
 
-    def test_no_data_leave_the_prior(self):
+    def test_no_data_are_refused(self):
         prior = br.Full(normal(5, 4), positive(6, 4))
-        q = br.linear_regression(torch.zeros(0, 4, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), prior)
-        close(q.mean, prior.mean)
-        close(q.precision, prior.precision)
+        with pytest.raises(ValueError, match=r"X and y are empty"):
+            br.linear_regression(torch.zeros(0, 4, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), prior)
 
     def test_of_a_prior_its_precision_counts_whatever_its_ess(self):
         """A posterior of other algorithms holds the curvature of a mean loss and an ess."""
@@ -162,8 +161,37 @@ def test_a_prior_of_another_size_is_refused():
             br.linear_regression(X, Y, br.Full(torch.zeros(features, dtype=torch.float64), 1.0))
 
 
-def test_directions_that_neither_data_nor_prior_determine_are_refused():
-    idle = X.clone()
-    idle[:, 2] = 0
-    with pytest.raises(ValueError, match=r"improper.*30 rows of X.*direction of 4.*penalty"):
-        br.ridge(idle, Y, 0.0)
+def singular(name: str) -> torch.Tensor:
+    design = X.clone()
+    if name == "idle":
+        design[:, 2] = 0
+    elif name == "constant":
+        design[:, 1:3] = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    elif name == "repeated":
+        design[:, 3] = design[:, 0] - 2 * design[:, 1]
+    elif name == "short":
+        design = design[:3]
+    return design
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("idle", r"column 2 of X.*30 rows, 4 columns, 1 of them constant"),
+        ("constant", r"column 2 of X.*2 of them constant"),
+        ("repeated", r"column 3 of X adds nothing to those before it"),
+        ("short", r"column 3 of X.*3 rows"),
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_directions_that_neither_data_nor_prior_determine_are_refused(name, words, scale):
+    design = singular(name) * torch.tensor([1.0, scale, 1.0, scale], dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"improper.*{words}.*penalty"):
+        br.ridge(design, Y[: len(design)], 0.0)
+    assert br.ridge(design, Y[: len(design)], 1.0).mean.isfinite().all()
+
+
+def test_a_badly_scaled_design_is_not_singular():
+    design = X * torch.tensor([1.0, 1e-7, 1e7, 1.0], dtype=torch.float64)
+    expected = torch.linalg.lstsq(X, Y).solution / torch.tensor([1.0, 1e-7, 1e7, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(br.ridge(design, Y, 0.0).mean, expected, rtol=1e-8, atol=0)

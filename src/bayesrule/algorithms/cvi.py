@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -129,7 +130,9 @@ def cvi(
     """
     X = _inputs(X)
     likelihood = named(likelihood)
-    y = likelihood.check(torch.as_tensor(y, device=X.device), like=X)
+    y = likelihood.check(_numbers(y, "y").to(X.device), like=X)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     if len(y) != len(X):
         raise ValueError(f"X and y must have equally many examples, got {len(X)} and {len(y)}")
     if kernel is None:
@@ -139,6 +142,7 @@ def cvi(
         made = as_kernel(kernel)
         with torch.no_grad():
             start = FunctionSpace(_covariance(made, X))
+        _semidefinite(start.K)
     if tune:
         start, likelihood = tuned(start, made, likelihood, y, X, tune_prior=not isinstance(prior, Full), steps=tune)
     rule = CVI if expectation is None else BayesRule(expectation, DiagonalHessian(), Natural())
@@ -209,9 +213,12 @@ def tuned(
             loss.backward()
         return loss.detach()
 
-    optimizer.step(closure)
-    with torch.no_grad():
-        prior, present = model()
+    try:
+        optimizer.step(closure)
+        with torch.no_grad():
+            prior, present = model()
+    except ValueError as error:
+        raise ValueError(f"tune ran to the end of the numbers ({error}): hold that parameter, or give more data") from error
     values = {name: float(getattr(present, name)) for name in held}
     return prior, with_values(**values)
 
@@ -225,8 +232,26 @@ def _covariance(kernel: Kernel, X: Tensor) -> Tensor:
     return K.to(X.dtype)
 
 
+def _semidefinite(K: Tensor) -> None:
+    slack = torch.finfo(K.dtype).eps ** 0.5 * K.diagonal().mean().abs()
+    if torch.linalg.cholesky_ex(K + slack * torch.eye(len(K), dtype=K.dtype, device=K.device)).info:
+        least = torch.linalg.eigvalsh(K).min().item()
+        raise ValueError(f"kernel must give a positive semi-definite matrix; its least eigenvalue is {least:.3g}")
+
+
+def _numbers(values: Any, name: str) -> Tensor:
+    """An array of numbers, whoever made it, as a tensor."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an array of numbers, got {type(values).__name__}") from None
+
+
 def _inputs(X: Any, like: Tensor | None = None, features: int | None = None) -> Tensor:
-    X = torch.as_tensor(X) if like is None else torch.as_tensor(X, device=like.device).to(like.dtype)
+    X = _numbers(X, "X")
+    X = X if like is None else X.to(like)
     X = X if X.is_floating_point() else X.to(torch.get_default_dtype())
     X = X[:, None] if X.dim() == 1 else X
     if X.dim() != 2 or not X.numel() or (features is not None and X.shape[1] != features):
@@ -241,7 +266,9 @@ def _prior(prior: Full | float, X: Tensor) -> Full:
     if isinstance(prior, Full):
         if len(prior.mean) != X.shape[1]:
             raise ValueError(f"prior is over {len(prior.mean)} weights, X has {X.shape[1]} features")
-        return prior
+        if torch.linalg.cholesky_ex(prior.precision).info:
+            raise ValueError("prior must have a positive definite precision: its weights need a finite variance to begin with")
+        return Full(prior.mean.to(X), prior.precision.to(X))
     if not 0 < float(prior) < math.inf:
         raise ValueError(f"prior must be a precision in (0, inf) or a Full Gaussian, got {prior}")
     return Full(X.new_zeros(X.shape[1]), float(prior))

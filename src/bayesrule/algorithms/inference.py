@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..estimators.expectations import Delta
@@ -89,7 +90,7 @@ def infer(
         loss: From theta to what can be asked there; minus the log likelihood of all the data, where the family has ess = 1.
         rate: Largest step size, in (0, 1].
         steps: Most steps to take.
-        tolerance: Relative change of the natural parameter, per unit of rate, at which to stop.
+        tolerance: Relative change of the natural parameter, per unit of rate, at which to stop; rounding is the least.
         seed: Of the draws, where the rule draws.
 
     Returns:
@@ -110,6 +111,10 @@ def infer(
     """
     if not 0 < rate <= 1:
         raise ValueError(f"rate must be a number in (0, 1], got {rate}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    rounding = 10 * torch.finfo(_leaves(q.natural())[0].dtype).eps
+    tolerance = max(tolerance, rounding)
     noisy = bool(rule.expectation.draws or rule.curvature.draws)
     still = isinstance(rule.expectation, Delta)
 
@@ -129,7 +134,7 @@ def infer(
             try:
                 moved, _ = rule.move(q, prior, look, Rates(rate, rate, step))
                 moved, next_look, next_bound = look_from(moved, step)
-                worse = not noisy and bound is not None and not _at_least(next_bound, bound)
+                worse = not noisy and bound is not None and not _at_least(next_bound, bound, max(1e-9, rounding))
             except DomainError:
                 if rate <= LEAST_RATE:
                     raise DomainError(f"no rate down to {rate:.0e} keeps step {step} inside the family: start nearer") from None
@@ -153,9 +158,9 @@ def infer(
     return Inference(q, trace, bool(trace) and trace[-1].change <= tolerance, look)
 
 
-def _at_least(new: float | None, old: float) -> bool:
+def _at_least(new: float | None, old: float, rounding: float) -> bool:
     """Whether a bound has not fallen, but for rounding."""
-    return new is not None and new >= old - 1e-9 * (1 + abs(old))
+    return new is not None and new >= old - rounding * (1 + abs(old))
 
 
 def _leaves(point: Any) -> list[Tensor]:

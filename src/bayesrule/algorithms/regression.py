@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..estimators.oracle import Quadratic
@@ -41,20 +42,37 @@ def linear_regression(X: Tensor, y: Tensor, prior: Full, noise_variance: float =
     """
     if X.dim() != 2 or y.shape != X.shape[:1]:
         raise ValueError(f"X must have shape (examples, features) and y (examples,), got {tuple(X.shape)} and {tuple(y.shape)}")
+    if not len(X):
+        raise ValueError("X and y are empty: give at least one example")
+    X, y = X.to(prior.mean), y.to(prior.mean)
     for name, values in (("X", X), ("y", y)):
         if bad := int((~values.isfinite()).sum()):
             raise ValueError(f"{name} has {bad} entries that are not finite; remove or impute them")
     if len(prior.mean) != X.shape[1]:
         raise ValueError(f"X has {X.shape[1]} features, the prior is over {len(prior.mean)}")
     _check_variance(noise_variance)
-    loss = Quadratic(X.T @ X / noise_variance, X.T @ y / noise_variance)
-    try:
-        return NEWTON.step(Full(prior.mean, prior.precision), prior, loss)
-    except ValueError as error:
+    loss = Quadratic(X.mT @ X / noise_variance, X.mT @ y / noise_variance)
+    if (column := _dependent(prior.precision + loss.matrix)) is not None:
+        constant = int((X == X[0]).all(0).sum())
         raise ValueError(
-            f"the posterior is improper: {len(X)} rows of X and the prior leave some direction of {X.shape[1]} undetermined; "
-            "give a prior of positive precision (a larger penalty)"
-        ) from error
+            f"the posterior is improper: column {column} of X adds nothing to those before it ({len(X)} rows, {X.shape[1]} columns, "
+            f"{constant} of them constant); give a prior of positive precision (a larger penalty) or drop the column"
+        )
+    return NEWTON.step(Full(prior.mean, prior.precision), prior, loss)
+
+
+def _dependent(precision: Tensor) -> int | None:
+    """A weight that data and prior leave free, if there is one: what those before it do not explain of it is rounding."""
+    size = precision.diagonal().clamp(min=0).sqrt()
+    if not (size > 0).all():
+        return int(size.argmin())
+    slack = 10 * len(size) * torch.finfo(size.dtype).eps
+    root, failed = torch.linalg.cholesky_ex(precision / size / size[:, None] + slack * torch.eye(len(size)).to(size))
+    if failed:
+        return int(failed) - 1
+    free = root.diagonal() ** 2
+    least = int(free.argmin())
+    return least if free[least] <= 4 * slack else None
 
 
 def ridge(X: Tensor, y: Tensor, penalty: float, noise_variance: float = 1.0) -> Full:
@@ -88,6 +106,8 @@ def ridge(X: Tensor, y: Tensor, penalty: float, noise_variance: float = 1.0) -> 
     _check_variance(noise_variance)
     if not 0 <= penalty < math.inf:
         raise ValueError(f"penalty must be a number in [0, inf), got {penalty}")
+    if not X.is_floating_point():
+        X = X.to(torch.get_default_dtype())
     return linear_regression(X, y, Full(X.new_zeros(X.shape[-1]), penalty / noise_variance), noise_variance)
 
 
