@@ -21,6 +21,7 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "memory": "memory",
     "compilation": "compilation",
     "prediction": "prediction",
+    "inference": "inference",
     "growth": "growth",
 }
 

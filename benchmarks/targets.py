@@ -1,10 +1,11 @@
-"""What the optimizer's cost should be, for 2 CPU cores and float32. A target that is missed stays in the ledger."""
+"""What things should cost, for 2 CPU cores and float32 (inference: float64). A target that is missed stays in the ledger."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 COMPILED, EAGER = "IVON, compiled", "IVON, eager"
+PAIRS = ("Gamma, Poisson", "Beta, Bernoulli", "NormalGamma, Normal")
 
 
 class Target(NamedTuple):
@@ -62,5 +63,13 @@ TARGETS: tuple[Target, ...] = (
         Target(f"prediction, {work}{how}", f"64-draw prediction / 64 forwards: {work}{how}", bound, stretch)
         for work, bound, stretch in (("ResNet-20, batch 16", 1.2, 1.1), ("MLP 0.86M, batch 32", 5, 2.5))
         for how in ("", ", compiled")
+    ),
+    Target("inference, ridge", "posterior / scikit-learn: ridge, 100,000 x 100", 1.3),
+    Target("inference, logistic regression", "posterior / scikit-learn: logistic regression, 50,000 x 50", 3.0),
+    Target("inference, logistic regression, error", "error of that logistic posterior, in 1e-6", 1.0),
+    Target("inference, Gaussian process", "posterior / scikit-learn: GP classification, 500 points", 2.0),
+    *(
+        Target(f"inference, conjugate, {pair}", f"1,000 conjugate problems one by one / in one call: {pair}", 50, at_least=True)
+        for pair in PAIRS
     ),
 )

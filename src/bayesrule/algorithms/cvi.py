@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..rule import BayesRule, Expectation
 from ..vector import Vector
 from .inference import Inference, StepInfo, infer
 from .kernels import Kernel, as_kernel
+from .regression import all_finite
 
 CVI = BayesRule(Exact(), Zero(), Natural())
 """Variational inference as slots: over sites, with expectations that the likelihood knows."""
@@ -47,13 +48,13 @@ class Fit:
         X: Inputs, shape (N, D).
     """
 
-    q: Any
+    q: Any = field(repr=False)
     likelihood: Likelihood
     evidence_bound: float
     converged: bool
-    trace: list[StepInfo]
+    trace: list[StepInfo] = field(repr=False)
     kernel: Kernel | None
-    X: Tensor
+    X: Tensor = field(repr=False)
 
     @property
     def backoffs(self) -> int:
@@ -70,7 +71,10 @@ class Fit:
         return mean, variance
 
     def predictive(self, X: Any) -> Distribution:
-        """The distribution of new observations, averaged over the posterior; batch shape (M,)."""
+        """The distribution of new observations, averaged over the posterior; batch shape (M,).
+
+        For labels a Bernoulli whose ``probs`` are the probabilities of class 1.
+        """
         return self.likelihood.predictive(*self.predict(X))
 
 
@@ -227,7 +231,7 @@ def _covariance(kernel: Kernel, X: Tensor) -> Tensor:
     K = kernel(X)
     if K.shape != (len(X), len(X)) or not K.isfinite().all():
         raise ValueError(f"kernel must give finite covariances of shape {(len(X), len(X))}, got {tuple(K.shape)}")
-    if float((K - K.mT).abs().max()) > 1e-5 * float(K.abs().max()):
+    if ((K - K.mT).abs().max() > 1e-5 * K.abs().max()).item():
         raise ValueError("kernel must give a symmetric matrix of covariances; it does not")
     return K.to(X.dtype)
 
@@ -257,8 +261,7 @@ def _inputs(X: Any, like: Tensor | None = None, features: int | None = None) -> 
     if X.dim() != 2 or not X.numel() or (features is not None and X.shape[1] != features):
         wanted = "features" if features is None else features
         raise ValueError(f"X must have shape (examples, {wanted}) with at least one example, got {tuple(X.shape)}")
-    if not (finite := X.isfinite()).all():
-        raise ValueError(f"X has {int((~finite).sum())} entries that are not finite; remove or impute them")
+    all_finite(X, "X")
     return X
 
 

@@ -45,9 +45,8 @@ def linear_regression(X: Tensor, y: Tensor, prior: Full, noise_variance: float =
     if not len(X):
         raise ValueError("X and y are empty: give at least one example")
     X, y = X.to(prior.mean), y.to(prior.mean)
-    for name, values in (("X", X), ("y", y)):
-        if bad := int((~values.isfinite()).sum()):
-            raise ValueError(f"{name} has {bad} entries that are not finite; remove or impute them")
+    all_finite(X, "X")
+    all_finite(y, "y")
     if len(prior.mean) != X.shape[1]:
         raise ValueError(f"X has {X.shape[1]} features, the prior is over {len(prior.mean)}")
     _check_variance(noise_variance)
@@ -114,3 +113,9 @@ def ridge(X: Tensor, y: Tensor, penalty: float, noise_variance: float = 1.0) -> 
 def _check_variance(noise_variance: float) -> None:
     if not 0 < noise_variance < math.inf:
         raise ValueError(f"noise_variance must be a number in (0, inf), got {noise_variance}")
+
+
+def all_finite(values: Tensor, name: str) -> None:
+    """Raise ValueError unless all numbers are finite. One pass: what is not finite shows in the sum."""
+    if not values.sum().isfinite() and (bad := int((~values.isfinite()).sum())):
+        raise ValueError(f"{name} has {bad} entries that are not finite; remove or impute them")

@@ -274,6 +274,11 @@ class Standard(ExponentialFamily):
         """Variance of every element of theta, shape (*batch_shape, *event)."""
         return self.to_torch().variance
 
+    @property
+    def stddev(self) -> Any:
+        """Standard deviation of every element of theta, shape (*batch_shape, *event)."""
+        return self.variance**0.5
+
     def sample(self, noise: Noise, shape: Sequence[int] = ()) -> Any:
         """Draws of theta, shape (*shape, *batch_shape, *event)."""
         with noise.forked(self._values[0]):
