@@ -164,7 +164,7 @@ def fit_sites(rule: BayesRule, start: Latent, loss: Any, *, rate: float | None, 
     newton = isinstance(rule.expectation, Delta)
     warm = warm_start and not newton
     if warm:
-        start = infer(NEWTON_SITES, start, prior, loss, steps=20, tolerance=1e-3).q
+        start = infer(NEWTON_SITES, start, prior, loss, steps=20, tolerance=0.03).q
     return infer(rule, start, prior, loss, rate=rate or (1.0 if warm or newton else 0.5), **options)
 
 

@@ -1,0 +1,96 @@
+"""Lambda is moved in retractions and nowhere else: counted in the source, and tried with the retractions held still."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import bayesrule as br
+from bayesrule.algorithms.table import ROWS
+from bayesrule.optimizers import execution
+
+SOURCE = Path(__file__).parents[1] / "src" / "bayesrule"
+
+# Every place outside of the families that makes another member of one: the five lines that are an update ...
+MOVES = {
+    "retractions.Natural.along": 1,
+    "retractions.MeanAndPrecision.along": 1,
+    "retractions.Additive.precision": 1,
+    "retractions.Riemannian.precision": 1,
+    "retractions.SquareRoot.precision": 1,
+}
+# ... and those that name a member without one: the prior centered on q, the variable of a derivative, the prior, kept sites
+NAMES = {
+    "momentum._seen": 1,
+    "estimators.expectations.Pathwise._one.draw": 1,
+    "algorithms.cvi.fit_sites": 1,
+    "algorithms.cvi.tuned.settled": 1,
+    "algorithms.cvi.tuned.closure": 1,
+}
+MAKERS = {"from_natural", "from_expected", "moved"}
+
+
+class Calls(ast.NodeVisitor):
+    """How often each function of a module makes a member of a family."""
+
+    def __init__(self, module: str) -> None:
+        self.path, self.found = [module], Counter()
+
+    def within(self, node):
+        self.path.append(node.name)
+        self.generic_visit(node)
+        self.path.pop()
+
+    visit_ClassDef = visit_FunctionDef = within
+
+    def visit_Call(self, node):
+        if isinstance(node.func, ast.Attribute) and node.func.attr in MAKERS:
+            self.found[".".join(self.path)] += 1
+        self.generic_visit(node)
+
+
+def calls(root: Path) -> Counter:
+    found = Counter()
+    for path in sorted(root.rglob("*.py")):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        if not module.startswith("families."):
+            visitor = Calls(module)
+            visitor.visit(ast.parse(path.read_text()))
+            found += visitor.found
+    return found
+
+
+def test_the_places_where_lambda_is_moved():
+    assert calls(SOURCE) == MOVES | NAMES
+
+
+def test_families_only_name_members():
+    """Within a family members are made by what names, checks or differentiates them, and by no method that takes a look or a rate."""
+    for path in (SOURCE / "families").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            arguments = {argument.arg for argument in function.args.args}
+            visitor = Calls(path.stem)
+            visitor.generic_visit(function)
+            assert not (visitor.found and arguments & {"look", "rate", "rates", "rho", "gradient"}), f"{path.stem}.{function.name}"
+
+
+def test_the_counter_sees_an_update(tmp_path):
+    (tmp_path / "algorithms").mkdir()
+    (tmp_path / "algorithms" / "own.py").write_text("def go(q, g):\n    return q.from_natural(q.natural() - g)\n")
+    assert calls(tmp_path) == {"algorithms.own.go": 1}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.algorithm)
+def test_without_retractions_no_algorithm_gets_anywhere(row, monkeypatch):
+    monkeypatch.setattr(execution, "SHARED", {})
+    for retraction in (br.Natural, br.Additive, br.Riemannian, br.SquareRoot):
+        monkeypatch.setattr(retraction, "along", lambda self, q, direction, rates: q)
+        if hasattr(retraction, "precision"):
+            monkeypatch.setattr(retraction, "precision", lambda self, q, curvature, rho: q)
+    try:
+        difference = row.difference()
+    except ValueError:  # what it does not reach does not pass its own checks either
+        return
+    assert not difference < 1e-3
