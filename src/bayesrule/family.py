@@ -72,12 +72,12 @@ class Family(ABC):
         """What the number 1 seen there says of the look: E_q[f score] is the look of f, without any derivative of f."""
         raise TypeError(f"a {type(self).__name__} has no score; use an expectation that asks for gradients")
 
-    def grid(self, nodes: Tensor, weights: Tensor) -> Iterator[tuple[float, Point]]:
-        """Weights and places of a quadrature made of one for the unit normal, shape (nodes,) each."""
+    def grid(self, rule: tuple[tuple[float, float], ...]) -> Iterator[tuple[float, Point]]:
+        """Weights and places of a quadrature, made of nodes and weights for one unit normal."""
         raise TypeError(f"a {type(self).__name__} has no quadrature grid; use Enumerate, Pathwise or Score")
 
-    def support(self) -> Iterator[tuple[Tensor, Point]]:
-        """Every possible theta with its probability, where there are finitely many."""
+    def support(self) -> Iterator[tuple[Tensor, Point, Point]]:
+        """Every possible theta where there are finitely many: its probability, itself, and the derivative of the first in mu."""
         raise TypeError(f"a {type(self).__name__} takes infinitely many values; use GaussHermite, Pathwise or Score")
 
     @abstractmethod

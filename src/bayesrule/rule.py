@@ -142,8 +142,8 @@ class Curvature(ABC):
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
         """One estimate, in the structure of q; None leaves the precision alone."""
 
-    def at(self, noise: Noise) -> Curvature:
-        """This curvature with the noise of one look, for those that draw."""
+    def at(self, noise: Noise, draw: int) -> Curvature:
+        """This curvature with the noise of one draw, for those that draw themselves."""
         return self
 
 
@@ -156,16 +156,18 @@ class Sight:
         prior: The prior.
         loss: From theta to what can be asked there.
         curvature: What stands in for the Hessian.
+        noise: For curvatures that draw.
     """
 
     q: Any
     prior: Any
     loss: Callable[[Point], Oracle]
     curvature: Curvature
+    noise: Noise
 
-    def __call__(self, where: Point | None) -> Look:
-        oracle = self.oracle(where)
-        return Look(oracle.value(), oracle.gradient(), self.curvature(self.q, self.prior, where, oracle))
+    def __call__(self, where: Point | None, draw: int = 0) -> Look:
+        oracle, curvature = self.oracle(where), self.curvature.at(self.noise, draw)
+        return Look(oracle.value(), oracle.gradient(), curvature(self.q, self.prior, where, oracle))
 
     def oracle(self, where: Point | None) -> Oracle:
         """What can be asked there."""
@@ -259,7 +261,7 @@ class BayesRule:
         if noise is None and (self.expectation.draws or self.curvature.draws):
             raise ValueError("this rule draws: pass noise=CounterNoise(seed, step=t) with another step t in every call")
         noise = noise or CounterNoise()
-        sight = Sight(q, prior, q.objective(loss, prior), self.curvature.at(noise))
+        sight = Sight(q, prior, q.objective(loss, prior), self.curvature, noise)
         return self.expectation(q, sight, noise)
 
     def move(self, q: Any, prior: Any, look: Look, rates: Rates, memory: Point | None = None) -> tuple[Any, Point | None]:

@@ -117,6 +117,11 @@ class Vector:
         return sum(part.numel() for part in self.parts)
 
 
+def leaves(point: Any) -> tuple[Any, ...]:
+    """The tensors of a point, part by part: of a Vector, or of Vectors in a Vector."""
+    return tuple(leaf for part in point for leaf in leaves(part)) if isinstance(point, Vector) else (point,)
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether two numbers are known to be equal; of a symbol or a tensor nothing is known."""
     return a is b or (isinstance(a, int | float) and isinstance(b, int | float) and a == b)
@@ -147,7 +152,7 @@ def lerp(a: Any, b: Any, weight: Any) -> Any:
         return a.map(lerp, b, weight)
     if has_torch_function((a, b, weight)):
         return handle_torch_function(lerp, (a, b, weight), a, b, weight)
-    return a.lerp(b, weight) if isinstance(a, Tensor) else a + (b - a) * weight
+    return a.lerp(b, weight) if hasattr(a, "lerp") else a + (b - a) * weight
 
 
 def rsqrt(x: Any) -> Any:

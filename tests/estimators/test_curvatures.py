@@ -159,3 +159,78 @@ def test_vectors_have_curvatures_by_gradients():
     ]:
         for got, part in zip(curvature(q, prior, offset, Seen(g)), expected, strict=True):
             close(got, part)
+
+
+class Elements(br.Oracle):
+    """The loss sum c theta^4: its Hessian is a diagonal, and it knows it."""
+
+    c = normal(12, SIZE)
+
+    def __init__(self, theta):
+        self.theta = theta
+
+    def value(self):
+        return (self.c * self.theta**4).sum()
+
+    def gradient(self):
+        return 4 * self.c * self.theta**3
+
+    def diagonal(self):
+        return 12 * self.c * self.theta**2
+
+    def hessian(self):
+        return self.diagonal().diag()
+
+
+class TestDiagonalHessian:
+    def test_is_the_diagonal_that_the_oracle_knows(self):
+        q = FAMILIES["diagonal"]
+        assert torch.equal(at(br.DiagonalHessian(), "diagonal", Elements), Elements(MEAN).diagonal())
+        rules = [br.BayesRule(br.Delta(), curvature, br.Additive()) for curvature in (br.DiagonalHessian(), br.Hessian())]
+        known, projected = (rule.step(q, PRIORS["diagonal"], Elements, 0.1) for rule in rules)
+        close(known.mean, projected.mean)
+        close(known.hess, projected.hess)
+
+    def test_is_taken_where_the_draw_looked(self):
+        offset = normal(5, SIZE)
+        close(at(br.DiagonalHessian(), "diagonal", Elements, offset), Elements(MEAN + offset).diagonal())
+
+    def test_has_no_noise_of_its_own_and_one_power_of_the_loss(self):
+        assert br.DiagonalHessian.draws == 0
+        assert br.DiagonalHessian.degree == 1
+
+    @pytest.mark.parametrize(
+        "oracle", [Seen(MEAN), br.Loss(torch.sum)(MEAN), QUADRATIC(MEAN), LOGISTIC(MEAN)], ids=lambda o: type(o).__name__
+    )
+    def test_an_oracle_that_does_not_know_it_says_so(self, oracle):
+        q = FAMILIES["diagonal"]
+        with pytest.raises(TypeError, match="cannot give the diagonal of the Hessian; use another curvature or another oracle"):
+            br.DiagonalHessian()(q, q, None, oracle)
+
+    @pytest.mark.parametrize("name", ["full", "isotropic"])
+    def test_comes_in_the_structure_of_the_family(self, name):
+        found, expected = at(br.DiagonalHessian(), name, Elements), at(br.Hessian(), name, Elements)
+        assert found.shape == expected.shape
+        close(found, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+class TestControlVariate:
+    def test_subtracts_what_the_curvature_of_q_would_show_and_adds_it_back(self, name):
+        q, offset = FAMILIES[name], normal(5, SIZE)
+        rest = LOGISTIC(MEAN + offset).gradient() + q.prior_gradient(PRIORS[name]) - q.bend(offset)
+        product = q.outer(q.stretch(offset) * q.ess, rest)
+        close(at(br.Reparameterized("stl"), name, offset=offset), product + q.hess)
+
+    def test_says_nothing_at_the_mean(self, name):
+        assert at(br.Reparameterized("stl"), name) is None
+
+    def test_gradients_lose_the_same(self, name):
+        q = FAMILIES[name]
+        plain, less = (
+            br.BayesRule(br.MonteCarlo(control_variate=which), br.Hessian(), br.Additive()).look(q, q, LOGISTIC, NOISE)
+            for which in (None, "stl")
+        )
+        close(less.gradient, plain.gradient - q.bend(br.MonteCarlo().offset(q, NOISE, 0)))
+        close(less.curvature, plain.curvature, 0)
+        close(less.value, plain.value, 0)

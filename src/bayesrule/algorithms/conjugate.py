@@ -32,12 +32,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from ..estimators.curvatures import Zero
 from ..estimators.expectations import Exact
-from ..families.exponential import ExponentialFamily
+from ..families.exponential import Standard
+from ..families.gaussian import Full
 from ..retractions import Natural
 from ..rule import BayesRule, Look, Oracle
 from ..vector import Vector
@@ -159,12 +161,27 @@ def update(prior: Any, likelihood: Likelihood | str, data: Any, *, start: Any = 
                 f"likelihood must be one of {', '.join(NAMES)} or an object of bayesrule.conjugate, got {likelihood!r}"
             )
         likelihood = NAMES[likelihood]()
-    if not isinstance(likelihood, Likelihood) or not isinstance(prior, ExponentialFamily):
+    if not isinstance(likelihood, Likelihood) or not isinstance(prior, Standard | Full):
         raise TypeError(f"update takes a family and a likelihood, got {type(prior).__name__} and {type(likelihood).__name__}")
-    if not 0 < rate <= 1:
+    if not isinstance(rate, int | float) or not 0 < rate <= 1:
         raise ValueError(f"rate must be a number in (0, 1], got {rate}")
-    pair = likelihood.of(prior)
-    checked = pair.check(prior, data)
-    posterior = BAYES.step(prior if start is None else start, prior, Sites(pair.site(prior, *checked)), rate)
-    gained = posterior.log_partition() - prior.log_partition()
-    return Update(posterior, gained + pair.constant(prior, *checked), pair.predictive(posterior))
+    if start is not None and type(start) is not type(prior):
+        raise TypeError(f"start must be a {type(prior).__name__} like the prior, got a {type(start).__name__}")
+    pair, wide = likelihood.of(prior), _wide(prior)
+    checked = pair.check(wide, data)
+    found = BAYES.step(wide if start is None else _wide(start), wide, Sites(pair.site(wide, *checked)), rate)
+    gained = found.log_partition() - wide.log_partition() + pair.constant(wide, *checked)
+    posterior = _narrow(found, prior)
+    return Update(posterior, gained.to(prior.natural()[0].dtype), pair.predictive(posterior))
+
+
+def _wide(q: Any) -> Any:
+    """The same member in double precision: sums over many examples need it."""
+    return Full(q.mean.double(), q.precision.double()) if isinstance(q, Full) else q._wide
+
+
+def _narrow(q: Any, like: Any) -> Any:
+    dtype = like.natural()[0].dtype
+    if dtype == torch.float64:
+        return q
+    return Full(q.mean.to(dtype), q.precision.to(dtype)) if isinstance(q, Full) else type(q)(*(v.to(dtype) for v in q._values))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -24,6 +23,7 @@ from ..rule import BayesRule, Expectation
 from ..vector import Vector
 from .inference import Inference, StepInfo, infer
 from .kernels import Kernel, as_kernel
+from .pairs import numbers
 from .regression import all_finite
 
 CVI = BayesRule(Exact(), Zero(), Natural())
@@ -31,6 +31,10 @@ CVI = BayesRule(Exact(), Zero(), Natural())
 
 NEWTON_SITES = BayesRule(Delta(), DiagonalHessian(), Natural())
 """Newton's method for the same models (IRLS; Laplace's approximation at its end): looked at in the mean."""
+
+
+SOME = 4096
+"""As many examples, at least, are enough to find where to start."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def cvi(
     """
     X = _inputs(X)
     likelihood = named(likelihood)
-    y = likelihood.check(_numbers(y, "y").to(X.device), like=X)
+    y = likelihood.check(numbers(y, "y").to(X.device), like=X)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if len(y) != len(X):
@@ -164,8 +168,19 @@ def fit_sites(rule: BayesRule, start: Latent, loss: Any, *, rate: float | None, 
     newton = isinstance(rule.expectation, Delta)
     warm = warm_start and not newton
     if warm:
-        start = infer(NEWTON_SITES, start, prior, loss, steps=20, tolerance=0.03).q
+        start = infer(NEWTON_SITES, _from_some(start, prior, loss), prior, loss, steps=20, tolerance=0.03).q
     return infer(rule, start, prior, loss, rate=rate or (1.0 if warm or newton else 0.5), **options)
+
+
+def _from_some(start: Latent, prior: Latent, loss: LikelihoodLoss) -> Latent:
+    """Where Newton's method begins: of many examples with few weights, at the solution for one in so many of them."""
+    if not isinstance(prior, WeightSpace) or prior.size < 4 * (few := max(SOME, 50 * prior.X.shape[1])):
+        return start
+    rows = slice(None, None, prior.size // few)
+    some = WeightSpace(prior.X[rows], prior.prior)
+    weights = infer(NEWTON_SITES, some, some, LikelihoodLoss(loss.likelihood, loss.y[rows]), steps=20, tolerance=0.03).q.posterior
+    there = WeightSpace(prior.X, weights)
+    return prior.from_natural(NEWTON_SITES.step(there, there, loss).natural())
 
 
 def tuned(
@@ -243,18 +258,8 @@ def _semidefinite(K: Tensor) -> None:
         raise ValueError(f"kernel must give a positive semi-definite matrix; its least eigenvalue is {least:.3g}")
 
 
-def _numbers(values: Any, name: str) -> Tensor:
-    """An array of numbers, whoever made it, as a tensor."""
-    if isinstance(values, Tensor):
-        return values
-    try:
-        return torch.as_tensor(np.asarray(values))
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be an array of numbers, got {type(values).__name__}") from None
-
-
 def _inputs(X: Any, like: Tensor | None = None, features: int | None = None) -> Tensor:
-    X = _numbers(X, "X")
+    X = numbers(X, "X")
     X = X if like is None else X.to(like)
     X = X if X.is_floating_point() else X.to(torch.get_default_dtype())
     X = X[:, None] if X.dim() == 1 else X

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..estimators.expectations import Delta
 from ..family import DomainError
 from ..noise import CounterNoise
 from ..rule import BayesRule, Look, Rates
-from ..vector import Vector
+from ..vector import Vector, leaves
 
 LEAST_RATE = 1e-6
 
@@ -113,7 +112,7 @@ def infer(
         raise ValueError(f"rate must be a number in (0, 1], got {rate}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    rounding = 10 * torch.finfo(_leaves(q.natural())[0].dtype).eps
+    rounding = 10 * torch.finfo(leaves(q.natural())[0].dtype).eps
     tolerance = max(tolerance, rounding)
     noisy = bool(rule.expectation.draws or rule.curvature.draws)
     still = isinstance(rule.expectation, Delta)
@@ -163,15 +162,11 @@ def _at_least(new: float | None, old: float, rounding: float) -> bool:
     return new is not None and new >= old - rounding * (1 + abs(old))
 
 
-def _leaves(point: Any) -> list[Tensor]:
-    return [leaf for part in point for leaf in _leaves(part)] if isinstance(point, Vector) else [point]
-
-
 def _difference(a: Any, b: Any) -> Vector:
-    pairs = zip(_leaves(a.natural()), _leaves(b.natural()), strict=True)
+    pairs = zip(leaves(a.natural()), leaves(b.natural()), strict=True)
     return Vector([x - y for x, y in pairs])
 
 
 def _size(q: Any) -> float:
-    natural = Vector(_leaves(q.natural()))
+    natural = Vector(leaves(q.natural()))
     return max(float(natural.dot(natural)) ** 0.5, 1e-300)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributions as td
@@ -38,7 +39,7 @@ class Likelihood(ABC):
     def check(self, prior: Any, data: Any) -> tuple[Any, ...]:
         """The data as tensors in the prior's dtype, shape (examples, *batch_shape, *event)."""
         like = prior.natural()[0]
-        data = torch.as_tensor(data, device=like.device).to(like.dtype)
+        data = numbers(data, "data").to(like)
         event = self._event(prior)
         wanted = (*prior.batch_shape, *event)
         if data.dim() == 0 or data.shape[1:] != wanted:
@@ -71,6 +72,19 @@ class Likelihood(ABC):
         """Distribution of the next observation."""
 
 
+def numbers(values: Any, name: str) -> Tensor:
+    """An array of numbers, whoever made it, as a tensor; of Python's numbers, in double precision."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.asarray(values)
+        if array.dtype == object:  # numbers of several kinds, or none at all
+            raise TypeError
+        return torch.as_tensor(array)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an array of numbers, got {type(values).__name__}") from None
+
+
 def _demand(data: Tensor, valid: Tensor, words: str) -> None:
     if not valid.all():
         raise ValueError(f"data must be {words}, got {data[~valid][0].item():g}")
@@ -82,7 +96,7 @@ def _whole(data: Tensor) -> Tensor:
 
 def known(name: str, value: Any, positive: bool = False) -> None:
     """Raise ValueError unless a known parameter is finite, and positive where it must be."""
-    tensor = torch.as_tensor(value)
+    tensor = numbers(value, name)
     if not tensor.isfinite().all() or (positive and not (tensor > 0).all()):
         raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {tensor.tolist()}")
 
@@ -115,7 +129,7 @@ class Binomial(Likelihood):
     prior = Beta
 
     def __post_init__(self) -> None:
-        if self.trials < 1 or self.trials != int(self.trials):
+        if not (math.isfinite(self.trials) and self.trials >= 1 and self.trials == int(self.trials)):
             raise ValueError(f"trials must be a whole number of at least 1, got {self.trials}")
 
     def _support(self, prior: Any, data: Tensor) -> None:
@@ -236,10 +250,10 @@ class Normal(Likelihood):
             raise TypeError(f"{self} is conjugate to {names}, got a prior {type(prior).__name__}")
         if self.variance is not None:
             known("variance", self.variance, positive=True)
-            return _NormalMean(self.variance)
+            return _NormalMean(numbers(self.variance, "variance").to(prior.natural()[0]))
         if self.mean is not None:
             known("mean", self.mean)
-            return _NormalScale(self.mean)
+            return _NormalScale(numbers(self.mean, "mean").to(prior.natural()[0]))
         return _NormalBoth()
 
     def site(self, prior: Any, *data: Any) -> Vector:

@@ -52,10 +52,10 @@ def linear_regression(X: Tensor, y: Tensor, prior: Full, noise_variance: float =
     _check_variance(noise_variance)
     loss = Quadratic(X.mT @ X / noise_variance, X.mT @ y / noise_variance)
     if (column := _dependent(prior.precision + loss.matrix)) is not None:
-        constant = int((X == X[0]).all(0).sum())
+        constant = int((X[0] == X).all(0).sum())
         raise ValueError(
-            f"the posterior is improper: column {column} of X adds nothing to those before it ({len(X)} rows, {X.shape[1]} columns, "
-            f"{constant} of them constant); give a prior of positive precision (a larger penalty) or drop the column"
+            f"the posterior is improper: column {column} of X adds nothing to those before it ({len(X)} rows, "
+            f"{X.shape[1]} columns, {constant} of them constant); drop it, or give a prior of positive precision (a larger penalty)"
         )
     return NEWTON.step(Full(prior.mean, prior.precision), prior, loss)
 

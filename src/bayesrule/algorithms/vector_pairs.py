@@ -12,7 +12,7 @@ from torch import distributions as td
 from ..families.gaussian import Full
 from ..families.matrices import NormalInverseGamma, NormalInverseWishart, Wishart
 from ..vector import Vector
-from .pairs import LOG_2PI, Likelihood, known
+from .pairs import LOG_2PI, Likelihood, known, numbers
 from .predictives import MultivariateStudentT
 
 
@@ -26,7 +26,7 @@ class MultivariateNormal(Likelihood):
     """
 
     mean: Any = None
-    covariance: Tensor | None = None
+    covariance: Any = None
 
     def of(self, prior: Any) -> Likelihood:
         wanted = {(False, True): Full, (True, False): Wishart, (False, False): NormalInverseWishart}.get(
@@ -35,13 +35,17 @@ class MultivariateNormal(Likelihood):
         if wanted is None or not isinstance(prior, wanted):
             name = wanted.__name__ if wanted else "nothing: one of mean and covariance is to be unknown"
             raise TypeError(f"MultivariateNormal is conjugate here to {name}, got a prior {type(prior).__name__}")
+        like = prior.natural()[0]
         if self.covariance is not None:
-            if torch.linalg.cholesky_ex(self.covariance).info.any():
-                raise ValueError(f"covariance must be positive definite, got {self.covariance.tolist()}")
-            return _VectorMean(self.covariance)
+            size, matrix = prior.mean.shape[-1], numbers(self.covariance, "covariance").to(like)
+            if matrix.shape != (size, size) or not torch.equal(matrix, matrix.mT) or torch.linalg.cholesky_ex(matrix).info:
+                raise ValueError(
+                    f"covariance must be symmetric and positive definite, of shape {(size, size)}, got {matrix.tolist()}"
+                )
+            return _VectorMean(matrix)
         if self.mean is not None:
             known("mean", self.mean)
-            return _VectorPrecision(self.mean)
+            return _VectorPrecision(numbers(self.mean, "mean").to(like))
         return _VectorBoth()
 
     def site(self, prior: Any, *data: Any) -> Vector:
@@ -70,15 +74,15 @@ class _VectorMean(_Vectors):
 
     def site(self, prior: Any, *data: Any) -> Vector:
         (y,) = data
-        inverse = torch.linalg.inv(self.covariance)
+        inverse = torch.linalg.inv(self.covariance.to(y))
         return Vector([y.sum(0) @ inverse, inverse.expand(*prior.batch_shape, *inverse.shape) * (len(y) / -2)])
 
     def constant(self, prior: Any, *data: Any) -> Tensor:
-        zero = td.MultivariateNormal(torch.zeros_like(data[0]), self.covariance)
+        zero = td.MultivariateNormal(torch.zeros_like(data[0]), self.covariance.to(data[0]), validate_args=False)
         return zero.log_prob(data[0]).sum(0)
 
     def predictive(self, posterior: Any) -> td.Distribution:
-        return td.MultivariateNormal(posterior.mean, posterior.covariance + self.covariance)
+        return td.MultivariateNormal(posterior.mean, posterior.covariance + self.covariance, validate_args=False)
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,12 @@ class LinearRegression(Likelihood):
     def check(self, prior: Any, data: Any) -> tuple[Any, ...]:
         if not isinstance(data, tuple | list) or len(data) != 2:
             raise ValueError(f"data must be a pair (X, y), got {type(data).__name__}")
-        X = torch.as_tensor(data[0], device=prior.loc.device).to(prior.loc.dtype)
-        if X.shape[1:] != prior.loc.shape or not X.isfinite().all():
+        X = numbers(data[0], "X").to(prior.loc)
+        if X.shape[1:] != prior.loc.shape:
             wanted = ("examples", *prior.loc.shape)
-            raise ValueError(f"X must be finite, of shape ({', '.join(map(str, wanted))}), got {tuple(X.shape)}")
+            raise ValueError(f"X must have shape ({', '.join(map(str, wanted))}), got {tuple(X.shape)}")
+        if not (finite := X.isfinite()).all():
+            raise ValueError(f"X has {int((~finite).sum())} entries that are not finite; remove or impute them")
         (y,) = super().check(prior, data[1])
         if len(X) != len(y):
             raise ValueError(f"X and y must have equally many examples, got {len(X)} and {len(y)}")
@@ -139,6 +145,7 @@ class LinearRegression(Likelihood):
     def predictive(self, posterior: Any) -> Any:
         def at(X: Tensor) -> td.Distribution:
             """The targets at inputs of shape (..., D)."""
+            X = numbers(X, "X").to(posterior.loc)
             spread = (X * torch.linalg.solve(posterior.precision, X[..., None])[..., 0]).sum(-1)
             scale = (posterior.rate / posterior.concentration * (1 + spread)).sqrt()
             return td.StudentT(2 * posterior.concentration, (X * posterior.loc).sum(-1), scale)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ..noise import PROBE, Noise
 from ..rule import Curvature, Oracle, Point
 from ..vector import Vector, equal
+from .expectations import known_control
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Reparameterized(Curvature):
     It needs a spread: at the mean it says nothing and the precision stays as it is.
 
     Args:
-        control_variate: "stl" puts :math:`\nabla \ell - h (\theta - m)` in the place of the gradient and adds h. The mean stays,
-            and the noise is gone where q is the posterior of a quadratic loss.
+        control_variate: "stl" puts :math:`\nabla \ell + \delta (m - m_0) - h (\theta - m)` in the place of the gradient and adds
+            h. The mean stays, and the noise is gone where q is the posterior of a quadratic loss.
 
     Source: R. Price (1958); W. Lin, M. E. Khan and M. Schmidt (2019), arXiv:1910.13398.
     """
@@ -58,12 +59,16 @@ class Reparameterized(Curvature):
     control_variate: Literal["stl"] | None = None
     degree = 1
 
+    def __post_init__(self) -> None:
+        known_control(self.control_variate)
+
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
         if offset is None:
             return None
         if self.control_variate is None:
             return q.outer(q.stretch(offset) * q.ess, oracle.gradient())
-        return q.outer(q.stretch(offset) * q.ess, oracle.gradient() - q.bend(offset)) + q.hess
+        rest = oracle.gradient() + q.prior_gradient(prior) - q.bend(offset)
+        return q.outer(q.stretch(offset) * q.ess, rest) + q.hess
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class DiagonalHessian(Curvature):
     degree = 1
 
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
-        return oracle.diagonal()
+        return q.keep_diagonal(oracle.diagonal())
 
 
 @dataclass(frozen=True)
@@ -108,23 +113,30 @@ class Hutchinson(Curvature):
 
     Args:
         draws: Number of probes.
+        noise: Where the probes come from, and the number of the first; set by the rule in every look.
+        first: See above.
 
     Source: M. F. Hutchinson (1990); C. Bekas, E. Kokiopoulou and Y. Saad (2007).
     """
 
     draws: int = 1
     noise: Noise | None = None
+    first: int = 0
     degree = 1
 
-    def at(self, noise: Noise) -> Curvature:
-        return replace(self, noise=noise.apart(PROBE))
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
+
+    def at(self, noise: Noise, draw: int) -> Curvature:
+        return replace(self, noise=noise.apart(PROBE), first=draw * self.draws)
 
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
         if self.noise is None:
             raise ValueError("Hutchinson draws: look through BayesRule.look(..., noise=CounterNoise(seed, step=t))")
         total: Any = 0.0
         for probe in range(self.draws):
-            signs = _signs(self.noise.at(draw=probe).uniform(q.mean))
+            signs = _signs(self.noise.at(draw=self.first + probe).uniform(q.mean))
             total = total + q.outer(signs, oracle.product(signs))
         return total / self.draws
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..noise import Noise
-from ..rule import Expectation, Look, Point
+from ..rule import Expectation, Look, Point, Sight
 from ..vector import Vector, equal
+from .quadrature import gauss_hermite
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,12 @@ class MonteCarlo(Expectation):
     antithetic: bool = False
     control_variate: Literal["stl"] | None = None
 
+    def __post_init__(self) -> None:
+        known_control(self.control_variate)
+
     def offset(self, q: Any, noise: Noise, draw: int) -> Point | None:
+        if not hasattr(q, "ess"):
+            raise TypeError(f"MonteCarlo draws offsets of a Gaussian; for a {type(q).__name__} use Pathwise, Enumerate or Score")
         if equal(q.ess, math.inf):
             return None
         if not self.antithetic:
@@ -56,13 +60,19 @@ class MonteCarlo(Expectation):
         return q.draw(noise.at(draw=draw // 2)) * (1 - 2 * (draw % 2))
 
     def __call__(self, q: Any, look_at: Callable[[Point | None], Look], noise: Noise) -> Look:
-        return _mean((1.0, self._one(q, look_at, self.offset(q, noise, draw))) for draw in range(self.draws))
+        return _mean((1.0, self._one(q, look_at, self.offset(q, noise, draw), draw)) for draw in range(self.draws))
 
-    def _one(self, q: Any, look_at: Callable[[Point | None], Look], offset: Point | None) -> Look:
-        look = look_at(offset)
+    def _one(self, q: Any, look_at: Any, offset: Point | None, draw: int) -> Look:
+        look: Look = look_at(offset, draw) if isinstance(look_at, Sight) else look_at(offset)
         if self.control_variate is None or offset is None:
             return look
         return look._replace(gradient=look.gradient - q.bend(offset))
+
+
+def known_control(name: str | None) -> None:
+    """Raise ValueError for a control variate that there is none of."""
+    if name not in (None, "stl"):
+        raise ValueError(f"control_variate must be 'stl' or None, got {name!r}")
 
 
 def _mean(looks: Iterable[tuple[float | Tensor, Look]]) -> Look:
@@ -86,15 +96,6 @@ def _sum(looks: Iterable[tuple[Any, Look]]) -> Look:
     return Look(*total)
 
 
-@cache
-def hermite(nodes: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights with which sums are expectations under the unit normal, shape (nodes,) each, float64."""
-    if nodes < 1:
-        raise ValueError(f"a quadrature needs at least one node, got {nodes}")
-    at, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    return torch.from_numpy(at), torch.from_numpy(weights / weights.sum())
-
-
 @dataclass(frozen=True)
 class GaussHermite(Expectation):
     """Gauss-Hermite quadrature: exact for polynomials of degree below twice the nodes, no noise.
@@ -108,8 +109,11 @@ class GaussHermite(Expectation):
 
     nodes: int = 20
 
+    def __post_init__(self) -> None:
+        gauss_hermite(self.nodes)
+
     def __call__(self, q: Any, look_at: Callable[[Point | None], Look], noise: Noise) -> Look:
-        return _mean((weight, look_at(where)) for weight, where in q.grid(*hermite(self.nodes)))
+        return _mean((weight, look_at(where)) for weight, where in q.grid(gauss_hermite(self.nodes)))
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,12 @@ class Enumerate(Expectation):
     """
 
     def __call__(self, q: Any, look_at: Any, noise: Noise) -> Look:
-        return _scored(q, [(look_at.value(point), probability, point) for probability, point in q.support()])
+        value: Any = 0.0
+        gradient: Any = 0.0
+        for probability, point, lever in q.support():
+            seen = look_at.value(point)
+            value, gradient = value + probability * seen, lever * seen + gradient
+        return Look(value, gradient, None)
 
 
 @dataclass(frozen=True)
@@ -175,13 +184,6 @@ class Score(Expectation):
         return _sum((1.0, look) for look in looks)._replace(value=mean)
 
 
-def _scored(q: Any, seen: list[tuple[Tensor, Tensor, Point]]) -> Look:
-    """The look of values with their probabilities and places."""
-    mean: Any = sum(value * probability for value, probability, _ in seen)
-    looks = ((probability * (value - mean), q.score(point)) for value, probability, point in seen)
-    return _sum(looks)._replace(value=mean)
-
-
 @dataclass(frozen=True)
 class Pathwise(Expectation):
     r"""The mean over draws that are differentiable in the parameters: Gamma, Beta, Dirichlet, Wishart and what is made of them.
@@ -214,4 +216,5 @@ class Pathwise(Expectation):
         oracle = look_at.oracle(Vector(theta) if isinstance(theta, tuple) else theta)
         gradient = oracle.gradient()
         pulled = back(tuple(gradient) if isinstance(gradient, Vector) else gradient)
-        return Look(oracle.value(), q.fisher_solve(Vector(pulled)), None)
+        look: Look = q.as_look(q.fisher_solve(Vector(pulled)))
+        return look._replace(value=oracle.value())

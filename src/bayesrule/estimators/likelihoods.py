@@ -17,24 +17,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
-from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor, distributions
 from torch.nn.functional import logsigmoid
+
+from .quadrature import gauss_hermite
 
 Number = float | Tensor  # a hyper-parameter; a tensor of shape () where it is to be learned
 Terms = tuple[Tensor, Tensor, Tensor]  # a log probability and its first and second derivative, or their expectations
 LOG_ROOT_2PI = math.log(2 * math.pi) / 2
-
-
-@lru_cache(maxsize=32)
-def _gauss_hermite(nodes: int) -> tuple[tuple[float, float], ...]:
-    """Nodes and weights of E[g(x)] under x ~ N(0, 1): plain numbers, which suit every dtype and device."""
-    at, weights = hermegauss(nodes)
-    return tuple(zip(at.tolist(), (weights / weights.sum()).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -61,8 +54,7 @@ class Likelihood(ABC):
         return math.pi
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.nodes, int) and 1 <= self.nodes <= 200):
-            raise ValueError(f"nodes must be a whole number from 1 to 200, got {self.nodes!r}")
+        gauss_hermite(self.nodes)
         for name in self.positive:
             value = getattr(self, name)
             if (shape := tuple(getattr(value, "shape", ()))) or not 0 < value < math.inf:
@@ -105,7 +97,7 @@ class Likelihood(ABC):
         with the bound, however few the nodes. Differentiable; in the variance, if positive.
         """
         sd, value, slope, curve, lever = variance.sqrt(), *mean.new_zeros(4)
-        for x, weight in _gauss_hermite(self._enough(variance)):
+        for x, weight in gauss_hermite(self._enough(variance)):
             here = self._terms(mean + sd * x, y)
             value, slope, curve = value + weight * here[0], slope + weight * here[1], curve + weight * here[2]
             lever = lever + (weight * x) * here[1]
@@ -143,7 +135,7 @@ class Likelihood(ABC):
 
     def _mixture(self, mean: Tensor, variance: Tensor, of: Callable[[Tensor], Any]) -> distributions.Distribution:
         """The mixture over the nodes of what ``of`` makes of f."""
-        at, weights = zip(*_gauss_hermite(self.nodes), strict=True)
+        at, weights = zip(*gauss_hermite(self.nodes), strict=True)
         f = mean[..., None] + variance.sqrt()[..., None] * mean.new_tensor(at)
         logits = mean.new_tensor([math.log(weight) for weight in weights]).expand(f.shape)
         return distributions.MixtureSameFamily(distributions.Categorical(logits=logits), of(f))
@@ -215,7 +207,7 @@ class Bernoulli(Likelihood):
             z = mean / (1 + variance).sqrt()
             return distributions.Bernoulli(logits=_probit(z)[0] - _probit(-z)[0])
         sd, one, zero = variance.sqrt(), *mean.new_full((2,), -math.inf)
-        for x, weight in _gauss_hermite(self.nodes):
+        for x, weight in gauss_hermite(self.nodes):
             one = torch.logaddexp(one, logsigmoid(mean + sd * x) + math.log(weight))
             zero = torch.logaddexp(zero, logsigmoid(-mean - sd * x) + math.log(weight))
         return distributions.Bernoulli(logits=one - zero)

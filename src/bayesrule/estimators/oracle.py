@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Oracle, Point
+from ..vector import Vector
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,17 @@ class _QuadraticAt(Oracle):
 
 @dataclass(frozen=True)
 class _At(Oracle):
-    function: Callable[[Tensor], Tensor]
-    theta: Tensor
+    function: Callable[[Any], Tensor]
+    theta: Any
 
     def value(self) -> Tensor:
         return self.function(self.theta)
 
-    def gradient(self) -> Tensor:
+    def gradient(self) -> Point:
+        if isinstance(self.theta, Vector):
+            parts = tuple(self.theta)
+            each = torch.func.grad(lambda *parts: self.function(Vector(parts)), argnums=tuple(range(len(parts))))
+            return Vector(each(*parts))
         gradient: Tensor = torch.func.grad(self.function)(self.theta)
         return gradient
 

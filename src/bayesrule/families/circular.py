@@ -23,13 +23,14 @@ class VonMises(Standard):
 
     Args:
         loc: Mean direction m, shape batch_shape, in radians.
-        concentration: k, shape batch_shape; 1 / k is about the variance where it is large.
+        concentration: k, shape batch_shape; 1 / k is about the variance where it is large, 0 is the
+            uniform distribution, a prior that says nothing.
     """
 
     loc: Any
     concentration: Any
 
-    constraints = {"loc": "real", "concentration": "positive"}  # noqa: RUF012
+    constraints = {"loc": "real", "concentration": "not negative"}  # noqa: RUF012
     torch_class = torch.distributions.VonMises
     reparameterizable = False
 
@@ -56,4 +57,4 @@ class VonMises(Standard):
         return math.log(2 * math.pi) + torch.special.i0e(self.concentration).log() + self.concentration
 
     def _sample(self, shape: Size) -> Tensor:
-        return torch.distributions.VonMises(self.loc, self.concentration, validate_args=False).sample(shape)
+        return torch.distributions.VonMises(self.loc, self.concentration.clamp(min=1e-6), validate_args=False).sample(shape)

@@ -7,6 +7,7 @@ together is looked at in every combination: 2^n of them for n Bernoullis.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -17,6 +18,7 @@ from torch import Size, Tensor
 from torch.distributions import AffineTransform, Distribution, TransformedDistribution
 from torch.nn.functional import logsigmoid, one_hot
 
+from ..rule import Look
 from ..vector import Vector
 from .exponential import Standard
 
@@ -30,11 +32,21 @@ class _Finite(Standard):
     def _choices(self) -> tuple[float, ...]:
         return self.values
 
-    def support(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def support(self) -> Iterator[tuple[Tensor, Tensor, Vector]]:
         like = self._values[0]
         for combination in product(self._choices(), repeat=self.batch_shape.numel()):
             point = torch.tensor(combination, dtype=like.dtype, device=like.device).view(self.batch_shape)
-            yield self.log_prob(point).sum().exp(), point
+            own = self.log_prob(point)
+            others = (own.sum() - own).exp()  # of all elements but one: what changes with the probability of that one
+            yield own.sum().exp(), point, Vector([self._lever(point) * (others[..., None] if self.block_dims[0] else others)])
+
+    def score(self, where: Tensor) -> Look:
+        inverse = (-self.log_prob(where)).exp()
+        return Look(None, Vector([self._lever(where) * (inverse[..., None] if self.block_dims[0] else inverse)]), None)
+
+    @abstractmethod
+    def _lever(self, point: Tensor) -> Tensor:
+        """How the probability of each element's value changes with its mu."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +89,21 @@ class Bernoulli(_Finite):
     def _log_partition(self) -> Tensor:
         return -logsigmoid(-self.logits)
 
+    def _lever(self, point: Tensor) -> Tensor:
+        return 2 * point - 1
+
+    def fisher_solve(self, v: Vector) -> Vector:
+        return v / (self.logits.sigmoid() * (-self.logits).sigmoid())
+
     def _make(self) -> Distribution:
         return torch.distributions.Bernoulli(logits=self.logits, validate_args=False)
+
+
+class _Recode(AffineTransform):
+    """Other names for the same values: no density is stretched."""
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +142,15 @@ class SignedBernoulli(_Finite):
     def _log_partition(self) -> Tensor:
         return self.logits / 2 - logsigmoid(self.logits)
 
+    def _lever(self, point: Tensor) -> Tensor:
+        return point / 2
+
+    def fisher_solve(self, v: Vector) -> Vector:
+        return v / (4 * self.logits.sigmoid() * (-self.logits).sigmoid())
+
     def _make(self) -> Distribution:
         coin = torch.distributions.Bernoulli(logits=self.logits, validate_args=False)
-        return TransformedDistribution(coin, [AffineTransform(-1.0, 2.0)], validate_args=False)
+        return TransformedDistribution(coin, [_Recode(-1.0, 2.0)], validate_args=False)
 
     @classmethod
     def from_torch(cls, distribution: Distribution) -> SignedBernoulli:
@@ -157,6 +188,10 @@ class Categorical(_Finite):
     block_dims = (1,)
     torch_class = torch.distributions.Categorical
 
+    def _faults(self) -> Iterator[tuple[str, Tensor, str]]:
+        yield from super()._faults()
+        yield "logits", torch.tensor(self.logits.shape[-1] > 1), "of at least two classes"
+
     @classmethod
     def _of_natural(cls, natural: Vector) -> tuple[Any, ...]:
         free = natural[0]
@@ -185,6 +220,14 @@ class Categorical(_Finite):
 
     def _choices(self) -> tuple[float, ...]:
         return tuple(range(self.logits.shape[-1]))
+
+    def _lever(self, point: Tensor) -> Tensor:
+        hot = one_hot(point.long(), self.logits.shape[-1]).to(self.logits.dtype)
+        return hot[..., :-1] - hot[..., -1:]
+
+    def fisher_solve(self, v: Vector) -> Vector:
+        shares = self.logits.softmax(-1)
+        return Vector([v[0] / shares[..., :-1] + v[0].sum(-1, keepdim=True) / shares[..., -1:]])
 
     @property
     def mean(self) -> Any:

@@ -22,7 +22,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -33,6 +32,7 @@ from ..family import DomainError, Family
 from ..noise import Noise
 from ..rule import Look, Point
 from ..vector import Vector, holds
+from .blocks import blocks, coordinates, derivative
 
 
 class ExponentialFamily(Family):
@@ -68,11 +68,11 @@ class ExponentialFamily(Family):
 
     def fisher_mul(self, v: Vector) -> Vector:
         """F v, for a v shaped like the natural parameter: how mu answers to a change of lambda."""
-        return _derivative(lambda natural: self.from_natural(natural).expected(), self.natural(), v)
+        return derivative(lambda natural: self.from_natural(natural).expected(), self.natural(), v)
 
     def fisher_solve(self, v: Vector) -> Vector:
         """F^-1 v, for a v shaped like the expectation parameter: from grad_lambda to grad_mu."""
-        return _derivative(lambda expected: self.from_expected(expected).natural(), self.expected(), v)
+        return derivative(lambda expected: self.from_expected(expected).natural(), self.expected(), v)
 
     def natural_gradient(self, look: Look) -> Point:
         return look.gradient
@@ -92,7 +92,7 @@ class Standard(ExponentialFamily):
     """
 
     constraints: ClassVar[dict[str, str]]
-    """Field -> "real", "positive" or "positive definite"."""
+    """Field -> "real", "positive", "not negative" or "positive definite"."""
     dims: ClassVar[dict[str, int]] = {}
     """Field -> dimensions of one problem's value, where that is not 0."""
     event_dims: ClassVar[int] = 0
@@ -149,7 +149,8 @@ class Standard(ExponentialFamily):
 
     def __post_init__(self) -> None:
         names = [f.name for f in fields(self)]  # type: ignore[arg-type]
-        values = _together([getattr(self, name) for name in names], [self.dims.get(name, 0) for name in names], type(self).__name__)
+        given = {name: (getattr(self, name), self.dims.get(name, 0)) for name in names}
+        values = _together(given, type(self).__name__)
         for name, value in zip(names, values, strict=True):
             object.__setattr__(self, name, value)
         for name, valid, words in self._faults():
@@ -162,7 +163,7 @@ class Standard(ExponentialFamily):
     def _values(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.constraints)
 
-    @cached_property
+    @property
     def _wide(self) -> Self:
         """The same member in double precision."""
         if self._values[0].dtype == torch.float64:
@@ -226,6 +227,11 @@ class Standard(ExponentialFamily):
 
     # What follows
 
+    def natural_gradient(self, look: Look) -> Point:
+        if not isinstance(look.gradient, Vector) or len(look.gradient) != len(self.block_dims):
+            raise TypeError(f"the look at a {type(self).__name__} must be grad_mu: use Exact, Enumerate, Pathwise or Score")
+        return look.gradient
+
     def natural(self) -> Vector:
         return self._narrow(self._wide._natural())
 
@@ -245,17 +251,28 @@ class Standard(ExponentialFamily):
     def statistics(self, theta: Any) -> Vector:
         return self._narrow(self._wide._statistics(_wide(theta)))
 
+    def _seen_from(self, other: Self) -> Self:
+        """This member with the location of another as its origin, where entropy and KL do not change with that."""
+        return self
+
+    def _theta_from(self, theta: Any) -> Any:
+        """Theta with this member's location as its origin."""
+        return theta
+
     def entropy(self) -> Tensor:
         q = self._wide
+        q = q._seen_from(q)
         return self._narrow(q._log_partition() - self._pair(q._natural(), q._expected()) - q._mean_log_base_measure())
 
     def kl(self, other: Self) -> Tensor:
         q, p = self._wide, other._wide
+        q, p = q._seen_from(q), p._seen_from(q)
         total = p._log_partition() - q._log_partition() - self._pair(p._natural() - q._natural(), q._expected())
         return self._narrow(total)
 
     def log_prob(self, theta: Point) -> Tensor:
-        q, theta = self._wide, _wide(theta)
+        q = self._wide
+        theta, q = q._theta_from(_wide(theta)), q._seen_from(q)
         return self._narrow(self._pair(q._natural(), q._statistics(theta)) - q._log_partition() + q.log_base_measure(theta))
 
     def _pair(self, natural: Vector, statistics: Vector) -> Tensor:
@@ -293,9 +310,9 @@ class Standard(ExponentialFamily):
         return self.statistics(self.sample(noise, shape))
 
     def fisher_solve(self, v: Vector) -> Vector:
-        columns = _coordinates(v, self.block_dims)
-        matrix = self.fisher()
-        return _blocks(torch.linalg.solve(matrix, columns[..., None])[..., 0], self.natural(), self.block_dims)
+        columns = coordinates(v.map(Tensor.double), self.block_dims)
+        solved = torch.linalg.solve(self._wide.fisher(), columns[..., None])[..., 0]
+        return self._narrow(blocks(solved, self.natural(), self.block_dims))
 
     def fisher(self) -> Tensor:
         """F as a matrix, shape (*batch_shape, n, n), of the n independent numbers of lambda.
@@ -304,11 +321,11 @@ class Standard(ExponentialFamily):
         matrices is that of vectors.
         """
         natural = self.natural()
-        flat = _coordinates(natural, self.block_dims)
+        flat = coordinates(natural, self.block_dims)
         units = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
 
         def column(unit: Tensor) -> Tensor:
-            return _coordinates(self.fisher_mul(_blocks(unit.expand_as(flat), natural, self.block_dims)), self.block_dims)
+            return coordinates(self.fisher_mul(blocks(unit.expand_as(flat), natural, self.block_dims)), self.block_dims)
 
         return torch.stack([column(unit) for unit in units], dim=-1)
 
@@ -328,85 +345,30 @@ def _demand(kind: str, value: Tensor, dims: int) -> tuple[Tensor, str]:
         # a matrix with gaps is not asked for its root
         whole = torch.where(finite[..., None, None], value, torch.eye(value.shape[-1], dtype=value.dtype, device=value.device))
         return finite & symmetric & (torch.linalg.cholesky_ex(whole).info == 0), "symmetric and positive definite"
-    valid = finite & (value > 0) if kind == "positive" else finite
+    valid = {"real": finite, "positive": finite & (value > 0), "not negative": finite & (value >= 0)}[kind]
     for _ in range(dims):
         valid = valid.all(-1)
-    return valid, "finite and positive" if kind == "positive" else "finite"
+    return valid, "finite" if kind == "real" else f"finite and {kind}"
 
 
-def _together(values: Sequence[Any], dims: Sequence[int], who: str) -> list[Tensor]:
-    """Numbers and tensors as tensors of one dtype and one batch shape."""
-    tensors = [v for v in values if isinstance(v, Tensor)]
+def _together(given: dict[str, tuple[Any, int]], who: str) -> list[Tensor]:
+    """Numbers and tensors (and the dimensions of one problem) as tensors of one dtype and one batch shape."""
+    tensors = [v for v, _ in given.values() if isinstance(v, Tensor)]
     floating = [t.dtype for t in tensors if t.is_floating_point()] or [torch.get_default_dtype()]
     dtype = floating[0]
     for other in floating[1:]:
         dtype = torch.promote_types(dtype, other)
     device = tensors[0].device if tensors else None
-    made = [torch.as_tensor(v, device=device).to(dtype) for v in values]
-    for value, d in zip(made, dims, strict=True):
-        if value.dim() < d or (d == 2 and value.shape[-1] != value.shape[-2]):
-            wanted = ("()", "(n,)", "(n, n)")[d]
-            raise ValueError(f"a parameter of a {who} must have shape {wanted} after its batch shape, got {tuple(value.shape)}")
-    cut = [value.dim() - d for value, d in zip(made, dims, strict=True)]
-    shapes = [value.shape[:at] for value, at in zip(made, cut, strict=True)]
+    made, shapes = [], []
+    for name, (value, dims) in given.items():
+        made.append(tensor := torch.as_tensor(value, device=device).to(dtype))
+        if tensor.dim() < dims or (dims == 2 and tensor.shape[-1] != tensor.shape[-2]):
+            wanted = ("()", "(n,)", "(n, n)")[dims]
+            raise ValueError(f"{name} of a {who} must have shape {wanted} after its batch shape, got {tuple(tensor.shape)}")
+        shapes.append(tensor.shape[: tensor.dim() - dims])
     try:
         batch = torch.broadcast_shapes(*shapes)
     except RuntimeError:
-        raise ValueError(f"the batch shapes of a {who} do not go together: {[tuple(shape) for shape in shapes]}") from None
-    return [value.expand(batch + value.shape[at:]) for value, at in zip(made, cut, strict=True)]
-
-
-# Linear maps between blocks
-
-
-def _leaves(point: Any) -> tuple[Tensor, ...]:
-    return tuple(leaf for part in point for leaf in _leaves(part)) if isinstance(point, Vector) else (point,)
-
-
-def _rebuilt(leaves: Iterator[Tensor], like: Any) -> Any:
-    return Vector([_rebuilt(leaves, part) for part in like]) if isinstance(like, Vector) else next(leaves)
-
-
-def _derivative(of: Callable[[Vector], Vector], at: Vector, v: Vector) -> Vector:
-    """The derivative of a map between blocks, whose matrix is symmetric, times v: one backward pass."""
-
-    def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
-        return _leaves(of(_rebuilt(iter(leaves), at)))
-
-    back: Any = torch.func.vjp(flat, *_leaves(at))[1]
-    return _rebuilt(iter(back(_leaves(v))), at)
-
-
-def _coordinates(blocks: Vector, dims: Sequence[int]) -> Tensor:
-    """Blocks as vectors, shape (*batch, n): a symmetric matrix by its upper triangle, off the diagonal times root 2."""
-    columns = []
-    for block, d in zip(blocks, dims, strict=True):
-        if d == 2:
-            rows, cols, scale = _triangle(block)
-            block = (block + block.mT)[..., rows, cols] / 2 * scale
-        columns.append(block if d else block[..., None])
-    return torch.cat(columns, dim=-1)
-
-
-def _blocks(columns: Tensor, like: Vector, dims: Sequence[int]) -> Vector:
-    """The reverse of :func:`_coordinates`."""
-    made, at = [], 0
-    for block, d in zip(like, dims, strict=True):
-        if d == 2:
-            rows, cols, scale = _triangle(block)
-            part = columns[..., at : at + len(rows)] / scale
-            index = torch.zeros(block.shape[-2:], dtype=torch.long, device=block.device)
-            index[rows, cols] = index[cols, rows] = torch.arange(len(rows), device=block.device)
-            made.append(part[..., index])
-            at += len(rows)
-        else:
-            size = block.shape[-1] if d else 1
-            part = columns[..., at : at + size]
-            made.append(part if d else part[..., 0])
-            at += size
-    return Vector(made)
-
-
-def _triangle(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows, cols = torch.triu_indices(block.shape[-1], block.shape[-1], device=block.device).unbind()
-    return rows, cols, torch.where(rows == cols, 1.0, 2.0**0.5).to(block.dtype)
+        found = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(given, shapes, strict=True))
+        raise ValueError(f"the batch shapes of a {who} do not go together: {found}") from None
+    return [value.expand(batch + value.shape[len(shape) :]) for value, shape in zip(made, shapes, strict=True)]

@@ -18,7 +18,7 @@ from torch.distributions import Distribution, MultivariateNormal
 from ..family import DomainError, Gaussian
 from ..rule import Look, Point
 from ..vector import Vector, equal, holds
-from .structure import Elementwise, TwoBlocks, all_finite
+from .structure import ROWS, Elementwise, TwoBlocks, all_finite, gram
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,14 @@ class Fixed(Elementwise):
     def from_expected(self, expected: Point) -> Self:
         return self.moved(mean=expected)
 
+    def as_look(self, natural_gradient: Point) -> Look:
+        return Look(None, natural_gradient / self.ess, None)
+
+    @classmethod
+    def from_torch(cls, distribution: Distribution) -> Self:
+        """The same distribution, from torch's Independent Normal."""
+        return cls(*cls._normal(distribution))
+
     def in_domain(self, natural: Point) -> Tensor:
         return all_finite(natural)
 
@@ -115,8 +123,8 @@ class Isotropic(TwoBlocks, Elementwise):
     def project(self, matrix: Tensor) -> Tensor:
         return matrix.diagonal().mean()
 
-    def _kept(self, diagonal: Tensor) -> Tensor:
-        return diagonal.mean()
+    def keep_diagonal(self, diagonal: Point) -> Tensor:
+        return diagonal.sum() / self.mean.numel()
 
     def _apply(self, matrix: Any, v: Point) -> Point:
         return v * matrix
@@ -211,14 +219,20 @@ class Full(TwoBlocks):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.dim() == 0:
                 object.__setattr__(self, name, value * eye)
+        if self.mean.shape[:-1] != self.batch_shape:
+            object.__setattr__(self, "mean", self.mean.expand(*self.batch_shape, self._size))
 
     @property
     def batch_shape(self) -> Size:
-        return torch.broadcast_shapes(self.mean.shape[:-1], self.hess.shape[:-2])
+        return torch.broadcast_shapes(self.mean.shape[:-1], self.hess.shape[:-2], self.weight_decay.shape[:-2])
 
     @property
     def _size(self) -> int:
         return self.mean.shape[-1]
+
+    @property
+    def _precisions(self) -> Tensor:
+        return self.precision.diagonal(dim1=-2, dim2=-1)
 
     def _inner(self, a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(-1)
@@ -262,11 +276,14 @@ class Full(TwoBlocks):
         return torch.linalg.solve_triangular(self._root.mT, v[..., None], upper=True)[..., 0]
 
     def spread(self, X: Tensor) -> Tensor:
-        inverse = torch.linalg.inv_ex(self._root).inverse
-        return ((X @ inverse.mT) ** 2).sum(-1) / self.ess
+        inverse = torch.linalg.inv_ex(self._root).inverse.mT
+        return torch.cat([(rows @ inverse).square().sum(-1) for rows in X.split(ROWS)]) / self.ess
 
     def project_weighted(self, X: Tensor, weights: Tensor) -> Tensor:
-        return X.mT @ (weights[:, None] * X)
+        return gram(X, weights)
+
+    def keep_diagonal(self, diagonal: Tensor) -> Tensor:
+        return torch.diag_embed(diagonal)
 
     def sandwich(self, d: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(self._root, d, upper=False)

@@ -32,12 +32,14 @@ from ..noise import Noise
 from ..rule import Look, Point
 from ..vector import Vector
 from .gaussian import Full
+from .structure import gram
 
 
 class Latent(Family):
     """What both views share. Everything asked of one member is factorized once."""
 
     sites: Vector | None
+    ess = 1.0
 
     @property
     @abstractmethod
@@ -107,10 +109,14 @@ class Latent(Family):
         """One draw of every predictor from its marginal, as offsets: what a sum over predictors needs."""
         return self.variance.sqrt() * noise.normal(self.mean)
 
-    def grid(self, nodes: Tensor, weights: Tensor) -> Iterator[tuple[float, Point]]:
+    def grid(self, rule: tuple[tuple[float, float], ...]) -> Iterator[tuple[float, Point]]:
         deviation = self.variance.sqrt()
-        for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+        for node, weight in rule:
             yield weight, deviation * node
+
+    def keep_diagonal(self, diagonal: Tensor) -> Tensor:
+        """Curvatures of single predictors are all that sites hold."""
+        return diagonal
 
     def kl(self, other: Self) -> Tensor:
         gap = other.natural() - self.natural()
@@ -164,7 +170,7 @@ class WeightSpace(Latent):
         """The Gaussian over the weights."""
         if self.sites is None:
             return self.prior
-        precision = self.prior.precision + self.X.mT @ (self.weights[:, None] * self.X)
+        precision = self.prior.precision + gram(self.X, self.weights)
         root = self._checked(precision)
         pull = self.prior.precision @ self.prior.mean + self.X.mT @ self.pull
         q = Full(torch.cholesky_solve(pull[:, None], root)[:, 0], precision)
@@ -229,38 +235,46 @@ class FunctionSpace(Latent):
         return self.K.new_zeros(len(self.K))
 
     @cached_property
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """A root L of B, and G with V = K - G^T G; or, where W is negative somewhere, V = G^T G."""
-        W = self.weights
-        if not (W >= 0).all():
-            values, vectors = torch.linalg.eigh(self.K)
-            half = vectors * values.clamp(min=0).sqrt()  # rounding aside, K has no negative eigenvalues
-            root = self._checked(torch.eye(len(W), dtype=W.dtype, device=W.device) + half.mT @ (W[:, None] * half))
-            return root, torch.linalg.solve_triangular(root, half.mT, upper=False)
-        half = W.sqrt()
-        B = half[:, None] * self.K * half
-        B.diagonal().add_(1.0)
-        root = self._checked(B)
-        return root, torch.linalg.solve_triangular(root, half[:, None] * self.K, upper=False)
-
-    @property
     def _definite(self) -> bool:
         return bool((self.weights >= 0).all())
+
+    @cached_property
+    def _half(self) -> Tensor:
+        """W^1/2, shape (N, 1); or, where W is negative somewhere, R with R R^T = K, shape (N, N)."""
+        if self._definite:
+            return self.weights.sqrt()[:, None]
+        values, vectors = torch.linalg.eigh(self.K)
+        return vectors * values.clamp(min=0).sqrt()  # rounding aside, K has no negative eigenvalues
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """Lower Cholesky factor of B; or of I + R^T W R, which has the same determinant."""
+        half = self._half
+        B = half * self.K * half.mT if self._definite else half.mT @ (self.weights[:, None] * half)
+        B.diagonal().add_(1.0)
+        return self._checked(B)
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        """G with V = K - G^T G; or, where W is negative somewhere, V = G^T G."""
+        right = self._half * self.K if self._definite else self._half.mT
+        return torch.linalg.solve_triangular(self._root, right, upper=False)
 
     @cached_property
     def mean(self) -> Tensor:
         if self.sites is None:
             return self._zeros()
-        _, G = self._factors
-        inner = G.mT @ (G @ self.pull)
-        return self.K @ self.pull - inner if self._definite else inner
+        half = self._half
+        if self._definite:
+            inner = half * torch.cholesky_solve(half * (self.K @ self.pull[:, None]), self._root)
+            return self.K @ (self.pull - inner[:, 0])
+        return half @ torch.cholesky_solve(half.mT @ self.pull[:, None], self._root)[:, 0]
 
     @cached_property
     def variance(self) -> Tensor:
         if self.sites is None:
             return self.K.diagonal()
-        _, G = self._factors
-        inner = (G**2).sum(0)
+        inner = (self._factor**2).sum(0)
         return self.K.diagonal() - inner if self._definite else inner
 
     @property
@@ -268,8 +282,8 @@ class FunctionSpace(Latent):
         """Of the function values, shape (N, N)."""
         if self.sites is None:
             return self.K
-        _, G = self._factors
-        return self.K - G.mT @ G if self._definite else G.mT @ G
+        inner = self._factor.mT @ self._factor
+        return self.K - inner if self._definite else inner
 
     def log_partition(self) -> Tensor:
         if self.sites is None:
@@ -277,7 +291,7 @@ class FunctionSpace(Latent):
         return (self.pull @ self.mean - self.log_det()) / 2
 
     def log_det(self) -> Tensor:
-        return self.K.new_zeros(()) if self.sites is None else 2 * self._factors[0].diagonal().log().sum()
+        return self.K.new_zeros(()) if self.sites is None else 2 * self._root.diagonal().log().sum()
 
     def distance(self, prior: Self) -> Tensor:
         return self.mean @ (self.pull - self.weights * self.mean) / 2
@@ -307,5 +321,5 @@ class FunctionSpace(Latent):
         if not self._definite:
             inside = W[:, None] * cross
             return mean, own - (cross * inside).sum(0) + (inside * (self.covariance @ inside)).sum(0)
-        half = torch.linalg.solve_triangular(self._factors[0], W.sqrt()[:, None] * cross, upper=False)
+        half = torch.linalg.solve_triangular(self._root, self._half * cross, upper=False)
         return mean, own - (half**2).sum(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Size, Tensor
@@ -33,12 +33,38 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _inverse(matrix: Tensor) -> Tensor:
+    """Of a symmetric positive definite matrix; of another, nan."""
     root, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.cholesky_inverse(torch.where(failed[..., None, None] == 0, root, torch.nan))
+    crooked = (matrix - matrix.mT).abs().amax((-2, -1)) > 1e-4 * matrix.abs().amax((-2, -1))
+    return torch.cholesky_inverse(torch.where(((failed == 0) & ~crooked)[..., None, None], root, torch.nan))
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Draws kept inside of what their dtype can say."""
+    kind = torch.finfo(x.dtype)
+    return x.clamp(kind.tiny, kind.max)
 
 
 def _log_det(matrix: Tensor) -> Tensor:
     return 2 * torch.linalg.cholesky_ex(matrix).L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _fits(loc: Tensor, name: str, matrix: Tensor) -> tuple[str, Tensor, str]:
+    size = matrix.shape[-1]
+    return "loc", torch.tensor(loc.shape[-1] == size), f"of {size} elements, as many as {name} has rows"
+
+
+class _Located(Standard):
+    """A joint family of x, shifted by ``loc``, and a scale."""
+
+    loc: Any
+
+    def _seen_from(self, other: Self) -> Self:
+        values = zip(self.constraints, self._values, strict=True)
+        return self._unchecked(*(value - other.loc if name == "loc" else value for name, value in values))
+
+    def _theta_from(self, theta: Vector) -> Vector:
+        return Vector([theta[0] - self.loc, theta[1]])
 
 
 def _too_few(df: Tensor, scale: Tensor) -> tuple[str, Tensor, str]:
@@ -119,7 +145,7 @@ def _bartlett(df: Tensor, root: Tensor, shape: Size) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class NormalGamma(Standard):
+class NormalGamma(_Located):
     r"""A mean x and a precision t: :math:`t \sim \text{Gamma}(a, b),\ x \mid t \sim N(m, 1 / (\kappa t))`.
 
     .. math::  T = (\log t, t, t x, t x^2), \quad
@@ -177,12 +203,12 @@ class NormalGamma(Standard):
         return Vector([self.loc, self.concentration / self.rate])
 
     def _sample(self, shape: Size) -> Vector:
-        t = log_gamma_draw(self.concentration, shape).exp() / self.rate
+        t = _finite((log_gamma_draw(self.concentration, shape) - self.rate.log()).exp())
         return Vector([self.loc + torch.randn_like(t) * (self.kappa * t).rsqrt(), t])
 
 
 @dataclass(frozen=True, eq=False)
-class NormalInverseGamma(Standard):
+class NormalInverseGamma(_Located):
     r"""Weights x and a variance v: :math:`v \sim \text{InvGamma}(a, b),\ x \mid v \sim N(m, v K^{-1})`, for regression.
 
     .. math::  T = (\log v, \tfrac1v, \tfrac{x}{v}, \tfrac{x x^T}{v}), \quad
@@ -210,6 +236,10 @@ class NormalInverseGamma(Standard):
     }
     dims = {"loc": 1, "precision": 2}  # noqa: RUF012
     block_dims = (0, 0, 1, 2)
+
+    def _faults(self) -> Iterator[tuple[str, Tensor, str]]:
+        yield _fits(self.loc, "precision", self.precision)
+        yield from super()._faults()
 
     @classmethod
     def _of_natural(cls, natural: Vector) -> tuple[Any, ...]:
@@ -250,14 +280,14 @@ class NormalInverseGamma(Standard):
         return Vector([self.loc, torch.where(a > 1, self.rate / (a - 1).clamp(min=1e-30), torch.inf)])
 
     def _sample(self, shape: Size) -> Vector:
-        v = self.rate / log_gamma_draw(self.concentration, shape).exp()
+        v = _finite((self.rate.log() - log_gamma_draw(self.concentration, shape)).exp())
         normal = torch.randn(shape + self.loc.shape, dtype=v.dtype, device=v.device)
         spread = torch.linalg.solve_triangular(torch.linalg.cholesky(self.precision).mT, normal[..., None], upper=True)[..., 0]
         return Vector([self.loc + spread * v.sqrt()[..., None], v])
 
 
 @dataclass(frozen=True, eq=False)
-class NormalInverseWishart(Standard):
+class NormalInverseWishart(_Located):
     r"""A mean x and a covariance S: :math:`S \sim \text{InvWishart}(\nu, \Psi),\ x \mid S \sim N(m, S / \kappa)`.
 
     .. math::  T = (S^{-1} x, x^T S^{-1} x, S^{-1}, \log |S|), \quad
@@ -282,6 +312,7 @@ class NormalInverseWishart(Standard):
     block_dims = (1, 0, 2, 0)
 
     def _faults(self) -> Iterator[tuple[str, Tensor, str]]:
+        yield _fits(self.loc, "scale", self.scale)
         yield from super()._faults()
         yield _too_few(self.df, self.scale)
 

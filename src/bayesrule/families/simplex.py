@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,10 @@ class Dirichlet(Standard):
     event_dims = 1
     block_dims = (1,)
     torch_class = torch.distributions.Dirichlet
+
+    def _faults(self) -> Iterator[tuple[str, Tensor, str]]:
+        yield from super()._faults()
+        yield "concentration", torch.tensor(self.concentration.shape[-1] > 1), "of at least two classes"
 
     @classmethod
     def _of_natural(cls, natural: Vector) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ _SHIFT = 8
 
 
 def digamma(x: Tensor) -> Tensor:
-    """Digamma, differentiable to the last digits."""
+    """Digamma, differentiable to 1e-12."""
     return (x + _SHIFT).digamma() - sum(1 / (x + i) for i in range(_SHIFT))
 
 
@@ -102,7 +102,7 @@ def resultant(k: Tensor) -> Tensor:
 
 def resultant_inverse(r: Tensor) -> Tensor:
     """The k of a mean length r in [0, 1): eight steps of Newton."""
-    k = r * (2 - r**2) / (1 - r**2)
+    k = (r * (2 - r**2) / (1 - r**2)).clamp(min=1e-300)
     for _ in range(8):
         found = resultant(k)
         k = k - (found - r) / (1 - found**2 - found / k)

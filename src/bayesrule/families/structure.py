@@ -14,10 +14,21 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from ..family import Gaussian
+from ..family import DomainError, Gaussian
 from ..rule import Look, Point
-from ..vector import Vector, equal, rsqrt
+from ..vector import Vector, equal, holds, rsqrt
 from .exponential import ExponentialFamily
+
+ROWS = 4096
+"""Rows that are worked on together: what is made of them stays in a core's cache."""
+
+
+def gram(X: Tensor, weights: Tensor) -> Tensor:
+    """X^T diag(weights) X, without a second X."""
+    total = X.new_zeros(X.shape[1], X.shape[1])
+    for rows, some in zip(X.split(ROWS), weights.split(ROWS), strict=True):
+        total = torch.addmm(total, rows.mT, some[:, None] * rows)
+    return total
 
 
 class Structured(Gaussian, ExponentialFamily):
@@ -33,13 +44,13 @@ class Structured(Gaussian, ExponentialFamily):
         total: Tensor = (a * b).sum()
         return total
 
-    def grid(self, nodes: Tensor, weights: Tensor) -> Iterator[tuple[float, Point]]:
+    def grid(self, rule: tuple[tuple[float, float], ...]) -> Iterator[tuple[float, Point]]:
         size = self.mean.numel()
         if size > 3:
-            raise ValueError(f"a grid of {len(nodes)} nodes in each of {size} dimensions is too large: use MonteCarlo, or Exact")
-        for index in product(range(len(nodes)), repeat=size):
-            z = nodes[list(index)].to(self.mean).view(self.mean.shape)
-            yield weights[list(index)].prod().item(), self.root_solve(z)
+            raise ValueError(f"a grid of {len(rule)} nodes in each of {size} dimensions is too large: use MonteCarlo, or Exact")
+        for corner in product(rule, repeat=size):
+            z = self.mean.new_tensor([node for node, _ in corner]).view(self.mean.shape)
+            yield math.prod(weight for _, weight in corner), self.root_solve(z)
 
     def log_partition(self) -> Tensor:
         return self.entropy() + (self._inner(self.mean, self.stretch(self.mean)) * self.ess - self._size) / 2
@@ -51,6 +62,15 @@ class Structured(Gaussian, ExponentialFamily):
     @abstractmethod
     def project_weighted(self, X: Tensor, weights: Tensor) -> Any:
         """What the structure keeps of X^T diag(weights) X."""
+
+    @property
+    @abstractmethod
+    def _precisions(self) -> Point:
+        """The precision of every element, shaped like the mean."""
+
+    @abstractmethod
+    def keep_diagonal(self, diagonal: Point) -> Any:
+        """What the structure keeps of a matrix with this diagonal and nothing else."""
 
     @property
     def _size(self) -> int:
@@ -93,10 +113,9 @@ class Elementwise(Structured):
         return X**2 @ (1 / self._precisions)
 
     def project_weighted(self, X: Tensor, weights: Tensor) -> Any:
-        return self._kept((X**2).mT @ weights)
+        return self.keep_diagonal((X**2).mT @ weights)
 
-    def _kept(self, diagonal: Tensor) -> Any:
-        """What the structure keeps of a diagonal."""
+    def keep_diagonal(self, diagonal: Point) -> Any:
         return diagonal
 
     def to_torch(self) -> Distribution:
@@ -157,11 +176,18 @@ class TwoBlocks(Structured):
 
     def natural(self) -> Vector:
         precision = self.precision
+        if not isinstance(precision, Tensor | Vector):  # a number stands for all elements
+            precision = self.keep_diagonal(self._precisions)
         return Vector([self._apply(precision, self.mean), precision * -0.5])
 
     def from_natural(self, natural: Point) -> Self:
         moved = self.moved(hess=natural[1] * (-2 / self.ess) - self.weight_decay)
-        return moved.moved(mean=moved.solve(natural[0]))
+        try:
+            if not self.matrices and not holds(all_positive(natural[1] * -2)):
+                raise DomainError("a precision is not positive; take a smaller step")
+            return moved.moved(mean=moved.solve(natural[0]))
+        except DomainError as error:
+            raise DomainError(f"natural is outside the domain of {type(self).__name__}: {error}") from None
 
     def expected(self) -> Vector:
         return Vector([self.mean, self._second_moment()])
