@@ -99,6 +99,15 @@ class TestNewton:
         q = br.newton(rosenbrock, torch.tensor([-1.2, 1.0], dtype=torch.float64))
         close(q.mean, torch.ones(2, dtype=torch.float64), 1e-9)
 
+    def test_the_golden_path_through_the_valley(self):
+        """The precision is the Hessian where the step began, and may be indefinite on the way: the rule does not mind."""
+        case = json.loads((Path(__file__).parents[1] / "golden" / "newton_rosenbrock.json").read_text())
+        path = torch.tensor(case["newton_iterates"], dtype=torch.float64)
+        for steps in range(1, len(path)):
+            q = br.newton(rosenbrock, path[0], steps=steps, tolerance=0.0)
+            close(q.mean, path[steps])
+            close(q.precision, torch.autograd.functional.hessian(rosenbrock, path[steps - 1]), 1e-9)
+
     @pytest.mark.parametrize("rate", [0.3, 0.8])
     def test_damped_it_ends_in_the_same_place(self, rate):
         start = torch.zeros(3, dtype=torch.float64)
