@@ -89,6 +89,10 @@ def duel(settings: Settings, name: str, work: Work) -> Table:
         figures[f"inference, {name}, error"] = spread([worst], worst)
         far = ", ".join(f"{who} {value:.1e}" for who, value in found.items() if who != "bound")
         error = f"Largest error of a weight: {far}; of the bound {found['bound']:.1e} of itself. "
+    if name == "Gaussian process":
+        found = measure(settings, "problems:process_error", N=N, D=work.D)
+        far = ", ".join(f"{who} {value:.1e}" for who, value in found.items() if who != "bound")
+        error = f"Largest error of a function value: {far}; of the bound {found['bound']:.1e} of itself. "
     rows = [(who, str(costs[who]), f"{typical(each).seconds * 1e3:.4g}") for who, each in laps.items()]
     about = f"{N:,} examples, {work.about}, float64, scikit-learn {version('scikit-learn')}"
     note = f"{about}. {error}{len(laps[SKLEARN])} rounds; {neighbors.report()}"

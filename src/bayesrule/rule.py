@@ -105,6 +105,10 @@ class Oracle(ABC):
         """Generalized Gauss-Newton matrix of the mean loss, shape (D, D)."""
         raise self._cannot("give the Gauss-Newton matrix")
 
+    def factor(self) -> Tensor:
+        """B with B B^T the Gauss-Newton matrix of the mean loss, shape (D, n)."""
+        raise self._cannot("give a factor of the Gauss-Newton matrix")
+
     def _cannot(self, what: str) -> TypeError:
         return TypeError(f"{type(self).__name__} cannot {what}; use another curvature or another oracle")
 

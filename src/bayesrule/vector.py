@@ -137,6 +137,29 @@ def holds(condition: Tensor) -> bool:
         return True
 
 
+class kept:
+    """A property that is computed once, unless somebody differentiates or maps: what is made inside of torch.func belongs there.
+
+    Nor is it kept without gradients where its owner has some, for then they would be lost to later uses.
+    """
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self.compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        if owner is None:
+            return self
+        value = self.compute(owner)
+        lost = not torch.is_grad_enabled() and any(getattr(part, "requires_grad", False) is True for part in vars(owner).values())
+        if not lost and torch._C._functorch.peek_interpreter_stack() is None:
+            vars(owner)[self.name] = value  # from now on found before this property
+        return value
+
+
 def axpy(a: Any, b: Any, scale: Any) -> Any:
     """The sum a + scale b in one pass over memory."""
     if isinstance(a, Vector):

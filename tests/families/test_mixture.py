@@ -106,7 +106,7 @@ def test_one_component_is_full(rule, prior):
 
 def test_one_component_without_a_prior_is_newtons_method():
     start, q = normal(0, 2), Mixture(normal(0, 2)[None], torch.eye(2, dtype=torch.float64)[None])
-    for steps in (1, 2, 5):
+    for steps in (1, 4):
         end = br.newton(bowl, start, steps=steps, tolerance=0.0)
         mine = q
         for _ in range(steps):
@@ -173,7 +173,7 @@ def test_the_evidence_bound_rises_over_fifty_small_steps(full):
     prior, loss = br.Full(wide([0.0, 0.0]), 0.3 * torch.eye(2, dtype=torch.float64)), WELL
     start = torch.full((2, 2), 2.0, dtype=torch.float64)
     q, bounds = Mixture(wide([[-1.0, 0.5], [1.5, 1.0]]), start.diag_embed() if full else start), []
-    rule = br.BayesRule(br.GaussHermite(7), br.Hessian(), br.Natural())
+    rule = br.BayesRule(br.GaussHermite(5), br.Hessian(), br.Natural())
     for _ in range(50):
         look = rule.look(q, prior, loss)
         bounds.append(q.bound(look, prior))
@@ -313,7 +313,7 @@ def test_natural_steps_with_draws_stay_near_those_with_quadrature():
 def test_the_loop_of_inference_runs_it():
     prior = br.Full(wide([0.0]), wide([[0.1]]))
     q = Mixture(wide([[-1.0], [1.5]]), torch.full((2, 1, 1), 2.0, dtype=torch.float64))
-    found = br.infer(br.BayesRule(br.GaussHermite(20), br.Hessian(), br.Natural()), q, prior, WELL, rate=0.3, steps=100)
+    found = br.infer(br.BayesRule(br.GaussHermite(20), br.Hessian(), br.Natural()), q, prior, WELL, rate=0.3, steps=30)
     assert found.trace[-1].bound > found.trace[0].bound
     assert found.q.mean[0] < -1.8 and found.q.mean[1] > 1.7
 
@@ -363,7 +363,7 @@ def test_natural_gradients_are_autograds_through_the_expectation(full):
 @each_structure
 def test_samples_have_the_moments_of_the_mixture(full):
     """Within 5 standard errors."""
-    q, count = member(0, full), 2000
+    q, count = member(0, full), 1000
     samples = torch.stack([q.sample(NOISE.at(draw=draw)) for draw in range(count)])
     reference = q.to_torch()
     assert samples.shape == (count, 2)

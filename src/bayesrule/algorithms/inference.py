@@ -120,7 +120,7 @@ def infer(
     def look_from(q: Any, step: int) -> tuple[Any, Look, float | None]:
         q = q.under(prior)
         look = rule.look(q, prior, loss, CounterNoise(seed, step=step) if noisy else None)
-        if look.value is None:
+        if look.value is None or (still and look.value.dim()):
             return q, look, None
         return q, look, float(-look.value * getattr(q, "ess", 1) - q.distance(prior) if still else q.bound(look, prior))
 

@@ -9,23 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..estimators.curvatures import DiagonalHessian
-from ..estimators.expectations import Delta, GaussHermite
+from ..estimators.curvatures import DiagonalHessian, Hessian, Zero
+from ..estimators.expectations import Delta, Exact, GaussHermite
 from ..estimators.likelihoods import Bernoulli, Gaussian, Likelihood, NegativeBinomial, Poisson, StudentT
+from ..estimators.oracle import Loss
 from ..estimators.predictors import LikelihoodLoss, LinearLoss
 from ..families.circular import VonMises
 from ..families.exponential import Standard
 from ..families.gaussian import Diagonal, Full
 from ..families.latent import FunctionSpace, WeightSpace
+from ..families.low_rank import LowRank
 from ..families.matrices import NormalGamma, NormalInverseGamma, NormalInverseWishart, Wishart
+from ..families.mixture import Mixture
 from ..families.normal import Normal
 from ..families.positive import Gamma, InverseGamma
 from ..families.simplex import Beta, Dirichlet
-from ..retractions import Natural
+from ..retractions import Additive, Natural
 from ..rule import BayesRule, Expectation
 from . import conjugate
 from .cvi import CVI, NEWTON_SITES, cvi
 from .inference import infer
+from .newton import newton
 from .rows import Row, golden, largest
 
 NODES = 100
@@ -211,12 +215,49 @@ def _gp(likelihood: Likelihood, block: str, expectation: Expectation | None = No
     return largest(fit.q.mean if block == "mode" else fit.predict(_t(case["x_test"]))[0], _t(case[block]))
 
 
+def _low_rank() -> float:
+    """With as many directions as weights it is the full Gaussian, step by step."""
+    case = golden("logistic")
+    loss, origin = LinearLoss(_t(case["X"]), _LOGIT, _t(case["y"])), _t([0.0] * 3)
+    prior = Diagonal(origin, origin + case["prior_precision"])
+    dense = Full(origin, case["prior_precision"])
+    low, full, gap = LowRank(origin, 0.0, case["prior_precision"], rank=3), dense, 0.0
+    for _ in range(20):
+        low, full = _ADDITIVE.step(low, prior, loss, 0.5), CVI.step(full, dense, loss, 0.5)
+        gap = max(gap, largest(low.mean, full.mean), largest(low.covariance, full.covariance))
+    return gap
+
+
+def _mixture() -> float:
+    case = golden("mixture")
+    q = Mixture(_t(case["means"])[:, None], 1 / _t(case["vars"])[:, None], _t(case["weights"]).log())
+    found = _GRID_HESSIAN.step(q, None, Loss(lambda x: ((x**2 - 4) ** 2 / 4 + 0.3 * x).sum()), case["rho"])
+    ratio = found.log_weights[0] - found.log_weights[1]
+    gaps = [largest(getattr(found, name).flatten(), _t(case["step"][name])) for name in ("mean", "precision")]
+    return max(*gaps, largest(ratio, _t(case["step"]["log_weight_ratio"])))
+
+
+def _multimodal() -> float:
+    """Two components at the two minima of a double well, beside Newton's method from both sides."""
+
+    def well(x: Tensor) -> Tensor:
+        return 10 * ((x**2 - 4) ** 2 / 4 + 0.3 * x).sum()
+
+    q: Any = Mixture(_t([[-1.5], [1.5]]), _t([[100.0], [100.0]]))
+    for _ in range(60):
+        q = _MODES.step(q, None, Loss(well), 0.5)
+    return largest(q.mean, torch.stack([newton(well, start, steps=50).mean for start in _t([[-2.5], [2.5]])]))
+
+
 _BLR = "Khan & Rue 2023, sec."
 _FULL, _DIAGONAL = "full_gaussian_vi", "diag_gaussian_vi"
 _CVI = "Khan & Lin 2017"
 _END = "up to 1, to the end"
-_OPTIMUM = "optimum of L-BFGS and of a fixed point"
-_MODE = "optimum of scikit-learn"
+_OPTIMUM = "optimum by L-BFGS"
+_MODE = "optimum by scikit-learn"
+_ADDITIVE = BayesRule(Exact(), Zero(), Additive())
+_GRID_HESSIAN = BayesRule(GaussHermite(200), Hessian(), Natural())
+_MODES = BayesRule(Delta(), Hessian(), Natural())
 _GRID = BayesRule(GaussHermite(NODES), DiagonalHessian(), Natural())
 
 # name, slots, family, rates, twin, source, difference
@@ -251,6 +292,9 @@ MODELS: list[tuple[str, BayesRule, type, str, str, str, Callable[[], float]]] = 
         f"{_BLR} 5.4",
         partial(_logistic_vi, Diagonal, _DIAGONAL),
     ),
+    ("natural-gradient VI, low rank", _ADDITIVE, LowRank, "0.5", "the full family's steps", f"{_BLR} 5.4", _low_rank),
+    ("natural-gradient VI, mixture", _GRID_HESSIAN, Mixture, "0.05", "one step by grid integration", "Lin et al. 2019", _mixture),
+    ("multimodal optimization", _MODES, Mixture, "0.5", "Newton from two starts", f"{_BLR} 3.2", _multimodal),
     ("CVI logistic regression", CVI, WeightSpace, _END, _OPTIMUM, _CVI, partial(_logistic, _FULL)),
     (
         "CVI by quadrature",

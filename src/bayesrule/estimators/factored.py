@@ -26,9 +26,8 @@ class GaussNewtonFactor(Curvature):
     Example:
         >>> import torch
         >>> import bayesrule as br
-        >>> from bayesrule.families.low_rank import LowRank
         >>> X, likelihood = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), br.likelihoods.Gaussian()
-        >>> loss, start = br.LinearLoss(X, likelihood, torch.tensor([2.0, 3.0])), LowRank(torch.zeros(2), rank=2)
+        >>> loss, start = br.LinearLoss(X, likelihood, torch.tensor([2.0, 3.0])), br.LowRank(torch.zeros(2), rank=2)
         >>> rule = br.BayesRule(br.Delta(), GaussNewtonFactor(), br.Additive())
         >>> rule.step(start, br.Diagonal(torch.zeros(2)), loss).mean
         tensor([0.8000, 1.5000])
@@ -39,7 +38,4 @@ class GaussNewtonFactor(Curvature):
     degree = 1
 
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
-        factor = getattr(oracle, "factor", None)
-        if factor is None:
-            raise TypeError(f"{type(oracle).__name__} cannot give a factor of the Gauss-Newton matrix; use GaussNewton")
-        return q.gather(factor())
+        return q.gather(oracle.factor())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -17,7 +16,7 @@ from torch.distributions import Distribution, MultivariateNormal
 
 from ..family import DomainError, Gaussian
 from ..rule import Look, Point
-from ..vector import Vector, equal, holds
+from ..vector import Vector, equal, holds, kept
 from .structure import ROWS, Elementwise, TwoBlocks, all_finite, gram
 
 
@@ -237,7 +236,7 @@ class Full(TwoBlocks):
     def _inner(self, a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(-1)
 
-    @cached_property
+    @kept
     def metric(self) -> Tensor:
         metric: Tensor = self.hess + self.weight_decay
         return metric
@@ -251,7 +250,7 @@ class Full(TwoBlocks):
     def variance(self) -> Tensor:
         return self.covariance.diagonal(dim1=-2, dim2=-1)
 
-    @cached_property
+    @kept
     def _root(self) -> Tensor:
         """Lower Cholesky factor of the metric."""
         root, failed = torch.linalg.cholesky_ex(self.metric)

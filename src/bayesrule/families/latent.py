@@ -21,7 +21,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Self
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 from ..family import DomainError, Family
 from ..noise import Noise
 from ..rule import Look, Point
-from ..vector import Vector
+from ..vector import Vector, kept
 from .gaussian import Full
 from .structure import gram
 
@@ -165,7 +164,7 @@ class WeightSpace(Latent):
     def _zeros(self) -> Tensor:
         return self.X.new_zeros(len(self.X))
 
-    @cached_property
+    @kept
     def posterior(self) -> Full:
         """The Gaussian over the weights."""
         if self.sites is None:
@@ -177,11 +176,11 @@ class WeightSpace(Latent):
         vars(q)["_root"] = root  # factorized once
         return q
 
-    @cached_property
+    @kept
     def mean(self) -> Tensor:
         return self.X @ self.posterior.mean
 
-    @cached_property
+    @kept
     def variance(self) -> Tensor:
         return self.posterior.spread(self.X)
 
@@ -234,11 +233,11 @@ class FunctionSpace(Latent):
     def _zeros(self) -> Tensor:
         return self.K.new_zeros(len(self.K))
 
-    @cached_property
+    @kept
     def _definite(self) -> bool:
         return bool((self.weights >= 0).all())
 
-    @cached_property
+    @kept
     def _half(self) -> Tensor:
         """W^1/2, shape (N, 1); or, where W is negative somewhere, R with R R^T = K, shape (N, N)."""
         if self._definite:
@@ -246,7 +245,7 @@ class FunctionSpace(Latent):
         values, vectors = torch.linalg.eigh(self.K)
         return vectors * values.clamp(min=0).sqrt()  # rounding aside, K has no negative eigenvalues
 
-    @cached_property
+    @kept
     def _root(self) -> Tensor:
         """Lower Cholesky factor of B; or of I + R^T W R, which has the same determinant."""
         half = self._half
@@ -254,13 +253,13 @@ class FunctionSpace(Latent):
         B.diagonal().add_(1.0)
         return self._checked(B)
 
-    @cached_property
+    @kept
     def _factor(self) -> Tensor:
         """G with V = K - G^T G; or, where W is negative somewhere, V = G^T G."""
         right = self._half * self.K if self._definite else self._half.mT
         return torch.linalg.solve_triangular(self._root, right, upper=False)
 
-    @cached_property
+    @kept
     def mean(self) -> Tensor:
         if self.sites is None:
             return self._zeros()
@@ -270,7 +269,7 @@ class FunctionSpace(Latent):
             return self.K @ (self.pull - inner[:, 0])
         return half @ torch.cholesky_solve(half.mT @ self.pull[:, None], self._root)[:, 0]
 
-    @cached_property
+    @kept
     def variance(self) -> Tensor:
         if self.sites is None:
             return self.K.diagonal()

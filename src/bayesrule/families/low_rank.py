@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
@@ -19,7 +18,7 @@ from torch.distributions import MultivariateNormal
 from ..family import DomainError, Gaussian
 from ..noise import Noise
 from ..rule import Look
-from ..vector import Vector, equal, holds, rsqrt
+from ..vector import Vector, equal, holds, kept, rsqrt
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +174,7 @@ class LowRank(Gaussian):
 
     # The metric
 
-    @cached_property
+    @kept
     def metric(self) -> DiagonalPlusFactor:
         metric: DiagonalPlusFactor = self.hess + self.weight_decay
         return metric
@@ -184,7 +183,7 @@ class LowRank(Gaussian):
     def precision(self) -> DiagonalPlusFactor:
         return self.metric * self.ess
 
-    @cached_property
+    @kept
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """What R is made of: d^-1/2, Q and L, shapes (D,), (D, K), (K, K)."""
         d, factor = self.metric.diagonal, self.metric.factor

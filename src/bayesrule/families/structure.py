@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from itertools import product
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from ..family import DomainError, Gaussian
 from ..rule import Look, Point
-from ..vector import Vector, equal, holds, rsqrt
+from ..vector import Vector, equal, holds, kept, rsqrt
 from .exponential import ExponentialFamily
 
 ROWS = 4096
@@ -102,7 +101,7 @@ class Elementwise(Structured):
     def sandwich(self, d: Any) -> Any:
         return d * (d / self.metric)
 
-    @cached_property
+    @kept
     def metric(self) -> Any:
         return self.hess + self.weight_decay
 
