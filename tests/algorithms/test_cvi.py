@@ -1,5 +1,6 @@
 """Inference over predictors: the golden optima, the equality of views, and what is done where a step goes too far."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -261,7 +262,7 @@ class TestProcesses:
         fit = br.cvi(t(inputs["x"]), labels, kernel=rbf(signal, inputs["lengthscale"]), steps=1000)
         assert fit.converged and len(fit.trace) <= most
         bounds = [step.bound for step in fit.trace]
-        assert all(b >= a - 1e-7 for a, b in zip(bounds, bounds[1:], strict=False))
+        assert all(b >= a - 1e-7 for a, b in itertools.pairwise(bounds))
 
 
 class TestTuning:
@@ -376,5 +377,5 @@ class TestFrontDoor:
         assert "\n" not in str(error.value)
 
     def test_a_kernel_that_is_none(self):
-        with pytest.raises(TypeError, match="kernel must be .* function of two tensors, got int"):
+        with pytest.raises(TypeError, match=r"kernel must be .* function of two tensors, got int"):
             br.cvi([[1.0]], [1], kernel=3)

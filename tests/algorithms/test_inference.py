@@ -1,5 +1,7 @@
 """The loop: what it takes back, what it reports, when it stops."""
 
+import itertools
+
 import pytest
 import torch
 from tests.contracts import close, normal, positive
@@ -33,7 +35,7 @@ def test_a_step_out_of_the_family_is_taken_back_and_reported():
     assert result.converged and result.backoffs > 0
     assert all(0 < step.rate <= 1 for step in result.trace)
     bounds = [step.bound for step in result.trace]
-    assert all(b >= a - 1e-8 for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(b >= a - 1e-8 for a, b in itertools.pairwise(bounds))
 
 
 def test_the_end_is_a_stationary_point():

@@ -216,16 +216,14 @@ def _gp(likelihood: Likelihood, block: str, expectation: Expectation | None = No
 
 
 def _low_rank() -> float:
-    """With as many directions as weights it is the full Gaussian, step by step."""
+    """With as many directions as weights it reaches the optimum of the full Gaussian."""
     case = golden("logistic")
     loss, origin = LinearLoss(_t(case["X"]), _LOGIT, _t(case["y"])), _t([0.0] * 3)
     prior = Diagonal(origin, origin + case["prior_precision"])
-    dense = Full(origin, case["prior_precision"])
-    low, full, gap = LowRank(origin, 0.0, case["prior_precision"], rank=3), dense, 0.0
-    for _ in range(20):
-        low, full = _ADDITIVE.step(low, prior, loss, 0.5), CVI.step(full, dense, loss, 0.5)
-        gap = max(gap, largest(low.mean, full.mean), largest(low.covariance, full.covariance))
-    return gap
+    q: Any = LowRank(origin, 0.0, case["prior_precision"], rank=3)
+    for _ in range(60):
+        q = _ADDITIVE.step(q, prior, loss, 0.5)
+    return max(largest(q.mean, _t(case[_FULL]["mean"])), largest(q.covariance, _t(case[_FULL]["cov"])))
 
 
 def _mixture() -> float:
@@ -292,7 +290,7 @@ MODELS: list[tuple[str, BayesRule, type, str, str, str, Callable[[], float]]] = 
         f"{_BLR} 5.4",
         partial(_logistic_vi, Diagonal, _DIAGONAL),
     ),
-    ("natural-gradient VI, low rank", _ADDITIVE, LowRank, "0.5", "the full family's steps", f"{_BLR} 5.4", _low_rank),
+    ("natural-gradient VI, low rank", _ADDITIVE, LowRank, "0.5, to the end", _OPTIMUM, f"{_BLR} 5.4", _low_rank),
     ("natural-gradient VI, mixture", _GRID_HESSIAN, Mixture, "0.05", "one step by grid integration", "Lin et al. 2019", _mixture),
     ("multimodal optimization", _MODES, Mixture, "0.5", "Newton from two starts", f"{_BLR} 3.2", _multimodal),
     ("CVI logistic regression", CVI, WeightSpace, _END, _OPTIMUM, _CVI, partial(_logistic, _FULL)),
