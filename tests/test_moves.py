@@ -67,7 +67,7 @@ def test_the_places_where_lambda_is_moved():
 
 
 def test_families_only_name_members():
-    """Within a family members are made by what names, checks or differentiates them, and by no method that takes a look or a rate."""
+    """Within a family members are made by what names, checks or differentiates them: no method that takes a look or a rate."""
     for path in (SOURCE / "families").glob("*.py"):
         tree = ast.parse(path.read_text())
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):

@@ -54,7 +54,7 @@ def test_where_no_rate_helps_it_says_so():
 
     prior = br.Full(torch.zeros(2), 1.0)
     rule = br.BayesRule(br.Delta(), br.Hessian(), Bottomless())
-    with pytest.raises(br.DomainError, match="no rate down to .* keeps step 1"):
+    with pytest.raises(br.DomainError, match=r"no rate down to .* keeps step 1"):
         br.infer(rule, prior, prior, br.Loss(lambda x: x.square().sum()))
 
 

@@ -22,9 +22,8 @@ from ..retractions import Natural
 from ..rule import BayesRule, Expectation
 from ..vector import Vector
 from .inference import Inference, StepInfo, infer
+from .inputs import all_finite, numbers
 from .kernels import Kernel, as_kernel
-from .pairs import numbers
-from .regression import all_finite
 
 CVI = BayesRule(Exact(), Zero(), Natural())
 """Variational inference as slots: over sites, with expectations that the likelihood knows."""

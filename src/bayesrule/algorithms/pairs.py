@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch import distributions as td
@@ -19,6 +18,7 @@ from ..families.normal import Normal as NormalFamily
 from ..families.positive import Gamma, InverseGamma
 from ..families.simplex import Beta, Dirichlet
 from ..vector import Vector
+from .inputs import numbers
 from .predictives import VonMisesPredictive
 
 LOG_2PI = math.log(2 * math.pi)
@@ -70,19 +70,6 @@ class Likelihood(ABC):
     @abstractmethod
     def predictive(self, posterior: Any) -> Any:
         """Distribution of the next observation."""
-
-
-def numbers(values: Any, name: str) -> Tensor:
-    """An array of numbers, whoever made it, as a tensor; of Python's numbers, in double precision."""
-    if isinstance(values, Tensor):
-        return values
-    try:
-        array = np.asarray(values)
-        if array.dtype == object:  # numbers of several kinds, or none at all
-            raise TypeError
-        return torch.as_tensor(array)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be an array of numbers, got {type(values).__name__}") from None
 
 
 def _demand(data: Tensor, valid: Tensor, words: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..estimators.oracle import Quadratic
 from ..families.gaussian import Full
+from .inputs import all_finite
 from .newton import NEWTON
 
 
@@ -113,9 +114,3 @@ def ridge(X: Tensor, y: Tensor, penalty: float, noise_variance: float = 1.0) -> 
 def _check_variance(noise_variance: float) -> None:
     if not 0 < noise_variance < math.inf:
         raise ValueError(f"noise_variance must be a number in (0, inf), got {noise_variance}")
-
-
-def all_finite(values: Tensor, name: str) -> None:
-    """Raise ValueError unless all numbers are finite. One pass: what is not finite shows in the sum."""
-    if not values.sum().isfinite() and (bad := int((~values.isfinite()).sum())):
-        raise ValueError(f"{name} has {bad} entries that are not finite; remove or impute them")

@@ -12,7 +12,8 @@ from torch import distributions as td
 from ..families.gaussian import Full
 from ..families.matrices import NormalInverseGamma, NormalInverseWishart, Wishart
 from ..vector import Vector
-from .pairs import LOG_2PI, Likelihood, known, numbers
+from .inputs import numbers
+from .pairs import LOG_2PI, Likelihood, known
 from .predictives import MultivariateStudentT
 
 
