@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -22,8 +22,14 @@ class DomainError(ValueError):
 
 
 class Family(ABC):
-    """A family of distributions q over theta, and one member of it."""
+    """A family of distributions q over theta, and one member of it.
 
+    Attributes:
+        is_exponential_family: Whether natural and expectation parameters name its members; without them, use a retraction in mean
+            and precision.
+    """
+
+    is_exponential_family: ClassVar[bool] = False
     mean: Any
 
     @abstractmethod

@@ -38,6 +38,7 @@ from .blocks import blocks, coordinates, derivative
 class ExponentialFamily(Family):
     """What follows from statistics and log partition."""
 
+    is_exponential_family = True
     reparameterizable: ClassVar[bool] = True
     """Whether a draw is differentiable in the parameters."""
 

@@ -37,6 +37,7 @@ from .structure import gram
 class Latent(Family):
     """What both views share. Everything asked of one member is factorized once."""
 
+    is_exponential_family = True
     sites: Vector | None
     ess = 1.0
 

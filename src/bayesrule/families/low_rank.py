@@ -150,7 +150,6 @@ class LowRank(Gaussian):
     ess: float = 1.0
     rank: int | None = None
 
-    is_exponential_family: ClassVar[bool] = False
     reparameterizable: ClassVar[bool] = False
     """Whether draws are differentiable in natural parameters: there are none."""
     matrices: ClassVar[None] = None
