@@ -24,7 +24,6 @@ MOVES = {
 NAMES = {
     "momentum._seen": 1,
     "estimators.expectations.Pathwise._one.draw": 1,
-    "algorithms.cvi.fit_sites": 1,
     "algorithms.cvi._from_some": 1,
     "algorithms.cvi.tuned.settled": 1,
     "algorithms.cvi.tuned.closure": 1,

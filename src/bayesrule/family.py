@@ -64,7 +64,7 @@ class Family(ABC):
         """The evidence bound, minus (E_q[loss] + KL(q || prior)), from a look at the objective; for ess = 1."""
         if look.value is None:
             raise TypeError("the evidence bound needs the value of the loss; this look has none")
-        return -look.value - self.kl(prior)
+        return -look.value - self.kl(prior).sum()
 
     def place(self, where: Point | None) -> Point:
         """The theta that a draw stands for: where it looked, or the mean. A Gaussian tells its draws as offsets."""
@@ -80,11 +80,11 @@ class Family(ABC):
 
     def grid(self, rule: tuple[tuple[float, float], ...]) -> Iterator[tuple[float, Point]]:
         """Weights and places of a quadrature, made of nodes and weights for one unit normal."""
-        raise TypeError(f"a {type(self).__name__} has no quadrature grid; use Enumerate, Pathwise or Score")
+        raise TypeError(f"a {type(self).__name__} has no quadrature grid; use Enumerate if it is finite, else Pathwise or Score")
 
     def support(self) -> Iterator[tuple[Tensor, Point, Point]]:
         """Every possible theta where there are finitely many: its probability, itself, and the derivative of the first in mu."""
-        raise TypeError(f"a {type(self).__name__} takes infinitely many values; use GaussHermite, Pathwise or Score")
+        raise TypeError(f"a {type(self).__name__} takes infinitely many values; use Pathwise or Score, for a Gaussian GaussHermite")
 
     @abstractmethod
     def sample(self, noise: Noise) -> Point:

@@ -133,7 +133,7 @@ class TestEnumerate:
         "q", [br.Gamma(1.0, 1.0), br.Poisson(1.0), br.Full(torch.zeros(1), 1.0)], ids=lambda q: type(q).__name__
     )
     def test_what_takes_infinitely_many_values_is_refused(self, q):
-        message = rf"^a {type(q).__name__} takes infinitely many values; use GaussHermite, Pathwise or Score$"
+        message = rf"^a {type(q).__name__} takes infinitely many values; use Pathwise or Score, for a Gaussian GaussHermite$"
         with pytest.raises(TypeError, match=message):
             look(br.Enumerate(), q, torch.sum)
 

@@ -167,7 +167,10 @@ class TestGaussHermite:
 
     @pytest.mark.parametrize("q", [br.Gamma(1.0, 1.0), br.Bernoulli(0.0)], ids=["Gamma", "Bernoulli"])
     def test_other_families_have_no_grid(self, q):
-        with pytest.raises(TypeError, match=rf"^a {type(q).__name__} has no quadrature grid; use Enumerate, Pathwise or Score$"):
+        with pytest.raises(
+            TypeError,
+            match=rf"^a {type(q).__name__} has no quadrature grid; use Enumerate if it is finite, else Pathwise or Score$",
+        ):
             look(q, torch.sum)
 
 

@@ -185,6 +185,9 @@ class Matrices(Checked):
 class TestWishart(Matrices):
     dims = (2, 0)
 
+    def condition(self, q):
+        return float(torch.linalg.cond(q.scale.double()).max()) if q.scale.numel() else 1.0
+
     def members(self, drawn: Drawn, batch: Shape):
         return br.Wishart(drawn.positives(batch, 3.1, 50), drawn.matrices(batch, 3))  # torch warns below 3
 

@@ -95,7 +95,7 @@ class Update(NamedTuple):
     Attributes:
         posterior: A member of the prior's family.
         log_evidence: log p(data), in nats, shape batch_shape.
-        predictive: Distribution of the next observation; for regression a function from inputs to it.
+        predictive: Distribution of the next observation, in double precision; for regression a function from inputs to it.
     """
 
     posterior: Any
@@ -167,21 +167,9 @@ def update(prior: Any, likelihood: Likelihood | str, data: Any, *, start: Any = 
         raise ValueError(f"rate must be a number in (0, 1], got {rate}")
     if start is not None and type(start) is not type(prior):
         raise TypeError(f"start must be a {type(prior).__name__} like the prior, got a {type(start).__name__}")
-    pair, wide = likelihood.of(prior), _wide(prior)
+    dtype, wide = prior.natural()[0].dtype, prior.to(torch.float64)  # sums over many examples need the digits
+    pair = likelihood.of(wide)
     checked = pair.check(wide, data)
-    found = BAYES.step(wide if start is None else _wide(start), wide, Sites(pair.site(wide, *checked)), rate)
+    found = BAYES.step(wide if start is None else start.to(torch.float64), wide, Sites(pair.site(wide, *checked)), rate)
     gained = found.log_partition() - wide.log_partition() + pair.constant(wide, *checked)
-    posterior = _narrow(found, prior)
-    return Update(posterior, gained.to(prior.natural()[0].dtype), pair.predictive(posterior))
-
-
-def _wide(q: Any) -> Any:
-    """The same member in double precision: sums over many examples need it."""
-    return Full(q.mean.double(), q.precision.double()) if isinstance(q, Full) else q._wide
-
-
-def _narrow(q: Any, like: Any) -> Any:
-    dtype = like.natural()[0].dtype
-    if dtype == torch.float64:
-        return q
-    return Full(q.mean.to(dtype), q.precision.to(dtype)) if isinstance(q, Full) else type(q)(*(v.to(dtype) for v in q._values))
+    return Update(found.to(dtype), gained.to(dtype), pair.predictive(found))

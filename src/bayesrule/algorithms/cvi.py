@@ -16,11 +16,12 @@ from ..estimators.curvatures import DiagonalHessian, Zero
 from ..estimators.expectations import Delta, Exact
 from ..estimators.likelihoods import Likelihood, named
 from ..estimators.predictors import LikelihoodLoss
-from ..families.gaussian import Full
+from ..families.gaussian import Diagonal, Full
 from ..families.latent import FunctionSpace, Latent, WeightSpace
 from ..retractions import Natural
 from ..rule import BayesRule, Expectation
 from ..vector import Vector
+from .conjugate import BAYES, Sites
 from .inference import Inference, StepInfo, infer
 from .inputs import all_finite, numbers
 from .kernels import Kernel, as_kernel
@@ -41,8 +42,8 @@ class Fit:
     """A fitted model of predictors.
 
     Attributes:
-        q: The posterior in terms of sites: ``q.mean``, ``q.variance`` of the predictors, shape (N,); in weight space
-            ``q.posterior``, the Gaussian over the weights.
+        q: The posterior in terms of sites, in double precision: ``q.mean``, ``q.variance`` of the predictors, shape (N,); in
+            weight space ``q.posterior``, the Gaussian over the weights.
         likelihood: Of a predictor.
         evidence_bound: Of the log evidence, in nats; for Delta, Laplace's approximation of it.
         converged: Whether the sites stand still.
@@ -67,11 +68,12 @@ class Fit:
     def predict(self, X: Any) -> tuple[Tensor, Tensor]:
         """Means and variances of the predictor at new inputs, shape (M,) each, for X of shape (M, D)."""
         X = _inputs(X, like=self.X, features=self.X.shape[1])
-        if self.kernel is None:
-            mean, variance = self.q.predict(X)
-        else:
-            mean, variance = self.q.predict(self.kernel(self.X, X), self.kernel.diagonal(X))
-        return mean, variance
+        with torch.set_grad_enabled(X.requires_grad):
+            if self.kernel is None:
+                mean, variance = self.q.predict(X.double())
+            else:
+                mean, variance = self.q.predict(self.kernel(self.X.double(), X.double()), self.kernel.diagonal(X.double()))
+        return mean.to(X), variance.to(X)
 
     def predictive(self, X: Any) -> Distribution:
         """The distribution of new observations, averaged over the posterior; batch shape (M,).
@@ -97,7 +99,8 @@ def cvi(
 ) -> Fit:
     r"""Variational inference for generalized linear models and Gaussian processes.
 
-    Costs N D^2 + D^3 a step in weight space, N^3 with a kernel.
+    Costs N D^2 + D^3 a step in weight space, N^3 with a kernel. Computed in double precision, as covariances of functions are
+    nearly singular; predictions have the dtype of X.
 
     .. math::  \lambda_n \leftarrow (1 - \rho) \lambda_n + \rho\, (a_n - b_n m_n, \tfrac12 b_n), \qquad
                a = E_q[\partial_f \log p(y | f)],\ b = E_q[\partial_f^2 \log p(y | f)].
@@ -114,12 +117,12 @@ def cvi(
         kernel: Covariance function of a Gaussian process with mean zero: a scikit-learn kernel, a gpytorch kernel, or any
             function of two tensors of inputs, (N, D) and (M, D), that returns a tensor (N, M). None is the linear model.
         expectation: Exact() by default; Delta() is Newton's method, GaussHermite(n) the same as Exact up to its nodes.
-        rate: Largest step size in (0, 1]; 1 after a warm start and for a Gaussian likelihood, else 0.5.
+        rate: Largest step size in (0, 1]; 1 after a warm start, 0.5 without, 0.1 where the expectation draws.
         steps: Most steps.
         tolerance: Relative change of the sites per unit of rate at which to stop.
         warm_start: Start from Newton's solution rather than from the prior.
-        tune: Steps of L-BFGS on the evidence bound over hyper-parameters: those of the kernel, the precision of the prior if it
-            is a number, and those of the likelihood (variance, scale, df, dispersion).
+        tune: Steps of L-BFGS on the evidence bound over hyper-parameters, without bounds: those of the kernel, the precision of
+            the prior if it is a number, and those of the likelihood (variance, scale, df, dispersion).
 
     Returns:
         :class:`Fit`.
@@ -135,11 +138,15 @@ def cvi(
 
     Source: Khan and Lin (2017), arXiv:1703.04265.
     """
-    X = _inputs(X)
+    given = _inputs(X)
+    X = given.double()
     likelihood = named(likelihood)
     y = likelihood.check(numbers(y, "y").to(X.device), like=X)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    for name, least, value in (("steps", 1, steps), ("tune", 0, tune)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
+    if rate is not None and not (isinstance(rate, int | float) and 0 < rate <= 1):
+        raise ValueError(f"rate must be a number in (0, 1], got {rate}")
     if len(y) != len(X):
         raise ValueError(f"X and y must have equally many examples, got {len(X)} and {len(y)}")
     if kernel is None:
@@ -158,17 +165,30 @@ def cvi(
     bound = result.bound if result.bound is not None else math.nan
     if isinstance(rule.expectation, Delta):
         bound = bound - result.q.log_det().item() / 2
-    return Fit(result.q, likelihood, bound, result.converged, result.trace, made, X)
+    return Fit(result.q, likelihood, bound, result.converged, result.trace, made, given)
 
 
 def fit_sites(rule: BayesRule, start: Latent, loss: Any, *, rate: float | None, warm_start: bool, **options: Any) -> Inference:
     """Run the rule on sites, after Newton's method where that helps."""
-    prior = start.from_natural(start.natural() * 0)
+    prior: Any = replace(start, sites=None)  # type: ignore[type-var]
     newton = isinstance(rule.expectation, Delta)
     warm = warm_start and not newton
+    if warm_start:
+        start = _from_data(start, prior, loss)
     if warm:
         start = infer(NEWTON_SITES, _from_some(start, prior, loss), prior, loss, steps=20, tolerance=0.03).q
-    return infer(rule, start, prior, loss, rate=rate or (1.0 if warm or newton else 0.5), **options)
+    usual = 0.1 if rule.expectation.draws else 1.0 if warm or newton else 0.5
+    return infer(rule, start, prior, loss, rate=usual if rate is None else rate, **options)
+
+
+def _from_data(start: Latent, prior: Latent, loss: LikelihoodLoss) -> Latent:
+    """Sites of predictors that the observations themselves suggest, where the likelihood knows such."""
+    suggested = loss.likelihood.start(loss.y)
+    if suggested is None:
+        return start
+    there = Diagonal(suggested, torch.ones_like(suggested))
+    sites = -there.natural_gradient(NEWTON_SITES.look(there, there, loss))
+    return BAYES.step(prior, prior, Sites(sites))
 
 
 def _from_some(start: Latent, prior: Latent, loss: LikelihoodLoss) -> Latent:
@@ -176,8 +196,8 @@ def _from_some(start: Latent, prior: Latent, loss: LikelihoodLoss) -> Latent:
     if not isinstance(prior, WeightSpace) or prior.size < 4 * (few := max(SOME, 50 * prior.X.shape[1])):
         return start
     rows = slice(None, None, prior.size // few)
-    some = WeightSpace(prior.X[rows], prior.prior)
-    weights = infer(NEWTON_SITES, some, some, LikelihoodLoss(loss.likelihood, loss.y[rows]), steps=20, tolerance=0.03).q.posterior
+    some, seen = WeightSpace(prior.X[rows], prior.prior), LikelihoodLoss(loss.likelihood, loss.y[rows])
+    weights = infer(NEWTON_SITES, _from_data(some, some, seen), some, seen, steps=20, tolerance=0.03).q.posterior
     there = WeightSpace(prior.X, weights)
     return prior.from_natural(NEWTON_SITES.step(there, there, loss).natural())
 
@@ -237,12 +257,15 @@ def tuned(
             prior, present = model()
     except ValueError as error:
         raise ValueError(f"tune ran to the end of the numbers ({error}): hold that parameter, or give more data") from error
+    optimizer.zero_grad()
     values = {name: float(getattr(present, name)) for name in held}
     return prior, with_values(**values)
 
 
 def _covariance(kernel: Kernel, X: Tensor) -> Tensor:
     K = kernel(X)
+    if not isinstance(K, Tensor):
+        raise TypeError(f"kernel must return a tensor of covariances, got {type(K).__name__}")
     if K.shape != (len(X), len(X)) or not K.isfinite().all():
         raise ValueError(f"kernel must give finite covariances of shape {(len(X), len(X))}, got {tuple(K.shape)}")
     if ((K - K.mT).abs().max() > 1e-5 * K.abs().max()).item():
@@ -273,9 +296,9 @@ def _prior(prior: Full | float, X: Tensor) -> Full:
     if isinstance(prior, Full):
         if len(prior.mean) != X.shape[1]:
             raise ValueError(f"prior is over {len(prior.mean)} weights, X has {X.shape[1]} features")
-        if torch.linalg.cholesky_ex(prior.precision).info:
-            raise ValueError("prior must have a positive definite precision: its weights need a finite variance to begin with")
+        if torch.linalg.cholesky_ex(prior.precision).info or not prior.mean.isfinite().all():
+            raise ValueError("prior must have a finite mean and a positive definite precision: its weights need a finite variance")
         return Full(prior.mean.to(X), prior.precision.to(X))
-    if not 0 < float(prior) < math.inf:
+    if not isinstance(prior, int | float) or not 0 < prior < math.inf:
         raise ValueError(f"prior must be a precision in (0, inf) or a Full Gaussian, got {prior}")
     return Full(X.new_zeros(X.shape[1]), float(prior))

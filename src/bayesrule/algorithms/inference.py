@@ -6,6 +6,7 @@ tried at half its rate. Nothing is clamped, and every such thing is in the trace
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -125,6 +126,8 @@ def infer(
         return q, look, float(-look.value * getattr(q, "ess", 1) - q.distance(prior) if still else q.bound(look, prior))
 
     q, look, bound = look_from(q, 0)
+    if bound is not None and not math.isfinite(bound):
+        raise DomainError(f"the evidence bound is {bound} where it starts: start nearer, or with a prior that is not so wide")
     trace: list[StepInfo] = []
     largest, before = rate, None
     for step in range(1, steps + 1):
@@ -141,11 +144,15 @@ def infer(
             if not worse or rate <= LEAST_RATE:
                 break
             rate, backoffs = rate / 2, backoffs + 1
+        if worse and not trace:
+            raise DomainError(f"no rate down to {rate:.0e} raises the evidence bound from {bound}: start nearer")
         if worse:
             break  # rounding is all that is left to gain
         change = _difference(moved, q)
         size = float(change.dot(change)) ** 0.5 / rate
         scale = _size(moved)
+        if not (math.isfinite(size) and math.isfinite(scale)):
+            raise DomainError(f"the natural parameter is no longer finite in step {step}: start nearer, or take a smaller rate")
         trace.append(StepInfo(next_bound, rate, backoffs, size / scale))
         q, look, bound = moved, next_look, next_bound
         if not noisy and size <= tolerance * scale:
@@ -159,7 +166,7 @@ def infer(
 
 def _at_least(new: float | None, old: float, rounding: float) -> bool:
     """Whether a bound has not fallen, but for rounding."""
-    return new is not None and new >= old - rounding * (1 + abs(old))
+    return new is not None and math.isfinite(new) and new >= old - rounding * (1 + abs(old))
 
 
 def _difference(a: Any, b: Any) -> Vector:

@@ -68,7 +68,10 @@ class ModuleKernel(Kernel):
 
 
 class SklearnKernel(Kernel):
-    """A kernel of scikit-learn: computed by numpy, with its own gradients in the logarithms of its hyper-parameters."""
+    """A kernel of scikit-learn: computed by numpy, with its own gradients in the logarithms of its hyper-parameters.
+
+    Hyper-parameters that it holds "fixed" stay; other bounds of it are not looked at.
+    """
 
     def __init__(self, source: Any) -> None:
         self._first = source
@@ -118,6 +121,8 @@ def as_kernel(kernel: Any) -> Kernel:
     """A kernel of scikit-learn or gpytorch, or a function of two tensors, as a :class:`Kernel`."""
     if isinstance(kernel, Kernel):
         return kernel
+    if isinstance(kernel, type):
+        raise TypeError(f"kernel must be an object, got the class {kernel.__name__}: call it with its hyper-parameters")
     if hasattr(kernel, "clone_with_theta"):
         return SklearnKernel(kernel)
     if isinstance(kernel, nn.Module):

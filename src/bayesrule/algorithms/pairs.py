@@ -81,6 +81,17 @@ def _whole(data: Tensor) -> Tensor:
     return (data >= 0) & (data == data.round())
 
 
+def as_known(name: str, value: Any, like: Tensor, batch: Any) -> Tensor:
+    """A known parameter as a tensor that broadcasts over the batch."""
+    tensor = numbers(value, name).to(like)
+    try:
+        if torch.broadcast_shapes(tensor.shape, batch) == torch.Size(batch):
+            return tensor
+    except RuntimeError:
+        pass
+    raise ValueError(f"{name} must be a number or have the batch shape {tuple(batch)} of the prior, got {tuple(tensor.shape)}")
+
+
 def known(name: str, value: Any, positive: bool = False) -> None:
     """Raise ValueError unless a known parameter is finite, and positive where it must be."""
     tensor = numbers(value, name)
@@ -116,7 +127,12 @@ class Binomial(Likelihood):
     prior = Beta
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.trials) and self.trials >= 1 and self.trials == int(self.trials)):
+        if not (
+            isinstance(self.trials, int | float)
+            and math.isfinite(self.trials)
+            and self.trials >= 1
+            and self.trials == int(self.trials)
+        ):
             raise ValueError(f"trials must be a whole number of at least 1, got {self.trials}")
 
     def _support(self, prior: Any, data: Tensor) -> None:
@@ -237,10 +253,10 @@ class Normal(Likelihood):
             raise TypeError(f"{self} is conjugate to {names}, got a prior {type(prior).__name__}")
         if self.variance is not None:
             known("variance", self.variance, positive=True)
-            return _NormalMean(numbers(self.variance, "variance").to(prior.natural()[0]))
+            return _NormalMean(as_known("variance", self.variance, prior.natural()[0], prior.batch_shape))
         if self.mean is not None:
             known("mean", self.mean)
-            return _NormalScale(numbers(self.mean, "mean").to(prior.natural()[0]))
+            return _NormalScale(as_known("mean", self.mean, prior.natural()[0], prior.batch_shape))
         return _NormalBoth()
 
     def site(self, prior: Any, *data: Any) -> Vector:

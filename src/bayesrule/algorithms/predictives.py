@@ -83,14 +83,15 @@ class VonMisesPredictive(Distribution):
         return self.loc
 
     def log_prob(self, value: Tensor) -> Tensor:
-        k, noise = self.concentration, torch.as_tensor(self.noise).to(self.loc)
+        k, noise = self.concentration, torch.as_tensor(self.noise, dtype=self.loc.dtype, device=self.loc.device)
         angle = value - self.loc
         joint = torch.hypot(k + noise * angle.cos(), noise * angle.sin())
         return _log_i0(joint) - _log_i0(k) - _log_i0(noise) - math.log(2 * math.pi)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         direction = VonMises(self.loc, self.concentration, validate_args=False).sample(Size(sample_shape))
-        return VonMises(direction, torch.as_tensor(self.noise).to(direction), validate_args=False).sample()
+        noise = torch.as_tensor(self.noise, dtype=direction.dtype, device=direction.device)
+        return VonMises(direction, noise, validate_args=False).sample()
 
 
 def _log_i0(k: Tensor) -> Tensor:

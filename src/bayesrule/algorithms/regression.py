@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..estimators.oracle import Quadratic
 from ..families.gaussian import Full
-from .inputs import all_finite
+from .inputs import all_finite, numbers
 from .newton import NEWTON
 
 
@@ -41,7 +41,8 @@ def linear_regression(X: Tensor, y: Tensor, prior: Full, noise_variance: float =
 
     Source: Khan and Rue (2023), section 2.
     """
-    if X.dim() != 2 or y.shape != X.shape[:1]:
+    X, y = numbers(X, "X"), numbers(y, "y")
+    if X.dim() != 2 or not X.shape[1] or y.shape != X.shape[:1]:
         raise ValueError(f"X must have shape (examples, features) and y (examples,), got {tuple(X.shape)} and {tuple(y.shape)}")
     if not len(X):
         raise ValueError("X and y are empty: give at least one example")
@@ -51,6 +52,8 @@ def linear_regression(X: Tensor, y: Tensor, prior: Full, noise_variance: float =
     if len(prior.mean) != X.shape[1]:
         raise ValueError(f"X has {X.shape[1]} features, the prior is over {len(prior.mean)}")
     _check_variance(noise_variance)
+    if not isinstance(prior, Full):
+        raise TypeError(f"prior must be a Full Gaussian over the weights, got a {type(prior).__name__}")
     loss = Quadratic(X.mT @ X / noise_variance, X.mT @ y / noise_variance)
     if (column := _dependent(prior.precision + loss.matrix)) is not None:
         constant = int((X[0] == X).all(0).sum())
@@ -104,8 +107,9 @@ def ridge(X: Tensor, y: Tensor, penalty: float, noise_variance: float = 1.0) -> 
     Source: Khan and Rue (2023), section 2.
     """
     _check_variance(noise_variance)
-    if not 0 <= penalty < math.inf:
+    if not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
         raise ValueError(f"penalty must be a number in [0, inf), got {penalty}")
+    X = numbers(X, "X")
     if not X.is_floating_point():
         X = X.to(torch.get_default_dtype())
     return linear_regression(X, y, Full(X.new_zeros(X.shape[-1]), penalty / noise_variance), noise_variance)

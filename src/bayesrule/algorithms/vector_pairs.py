@@ -46,7 +46,10 @@ class MultivariateNormal(Likelihood):
             return _VectorMean(matrix)
         if self.mean is not None:
             known("mean", self.mean)
-            return _VectorPrecision(numbers(self.mean, "mean").to(like))
+            mean = numbers(self.mean, "mean").to(like)
+            if mean.shape not in ((), prior.scale.shape[-1:]):
+                raise ValueError(f"mean must be a number or have shape {tuple(prior.scale.shape[-1:])}, got {tuple(mean.shape)}")
+            return _VectorPrecision(mean)
         return _VectorBoth()
 
     def site(self, prior: Any, *data: Any) -> Vector:

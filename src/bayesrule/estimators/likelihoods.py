@@ -43,7 +43,7 @@ class Likelihood(ABC):
         reach: Radius of the Taylor series of log p(y | f) in f: pi for the logistic function.
     """
 
-    nodes: int = field(default=20, kw_only=True)
+    nodes: int = field(default=50, kw_only=True)
 
     log_concave: ClassVar[bool] = True
     positive: ClassVar[tuple[str, ...]] = ()
@@ -116,6 +116,10 @@ class Likelihood(ABC):
             if error < 1e-14:
                 return n
         return self.nodes
+
+    def start(self, y: Tensor) -> Tensor | None:
+        """Predictors from the observations alone, for Newton's method to begin with; None where zero is as good."""
+        return None
 
     @abstractmethod
     def predictive(self, mean: Tensor, variance: Tensor) -> distributions.Distribution:
@@ -218,6 +222,9 @@ class Bernoulli(Likelihood):
 
 
 class _Counts(Likelihood):
+    def start(self, y: Tensor) -> Tensor:
+        return (y + 0.5).log()  # exp of zero is far from large counts, and Newton's first step from there overflows
+
     def _support(self, y: Tensor) -> tuple[Tensor, str]:
         return (y >= 0) & (y == y.floor()), "counts are whole numbers >= 0; correct it, or use another likelihood"
 

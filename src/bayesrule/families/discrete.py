@@ -29,6 +29,9 @@ class _Finite(Standard):
     reparameterizable = False
     values: ClassVar[tuple[float, ...]] = (0.0, 1.0)
 
+    def _supports(self, theta: Any) -> Tensor:
+        return torch.stack([theta == value for value in self._choices()]).any(0)
+
     def _choices(self) -> tuple[float, ...]:
         return self.values
 
@@ -209,7 +212,7 @@ class Categorical(_Finite):
         return Vector([self.logits.softmax(-1)[..., :-1]])
 
     def _statistics(self, theta: Any) -> Vector:
-        hot = one_hot(theta.long(), self.logits.shape[-1])[..., :-1]
+        hot = one_hot(theta.long().clamp(0, self.logits.shape[-1] - 1), self.logits.shape[-1])[..., :-1]
         return Vector([hot.to(self.logits.dtype)])
 
     def _log_partition(self) -> Tensor:
@@ -292,6 +295,9 @@ class Poisson(Standard):
         for power, coefficient in enumerate((1 / 12, 1 / 24, 19 / 360, 9 / 80, 863 / 2520), start=1):
             entropy = entropy - coefficient / large**power
         return torch.where(self.rate <= _SUMMED, -total, large - large * large.log() - entropy)
+
+    def _supports(self, theta: Any) -> Tensor:
+        return (theta >= 0) & (theta == theta.round())
 
     def _sample(self, shape: Size) -> Tensor:
         return self.to_torch().sample(shape)

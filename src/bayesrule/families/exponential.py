@@ -64,6 +64,10 @@ class ExponentialFamily(Family):
         """Whether a natural parameter belongs to a member, shape batch_shape."""
 
     @abstractmethod
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same member in another dtype."""
+
+    @abstractmethod
     def to_torch(self) -> Distribution:
         """The same distribution of torch.distributions; TypeError where torch has none."""
 
@@ -167,9 +171,12 @@ class Standard(ExponentialFamily):
     @property
     def _wide(self) -> Self:
         """The same member in double precision."""
-        if self._values[0].dtype == torch.float64:
+        return self.to(torch.float64)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        if self._values[0].dtype == dtype:
             return self
-        return self._unchecked(*(value.double() for value in self._values))
+        return self._unchecked(*(value.to(dtype) for value in self._values))
 
     @classmethod
     def _unchecked(cls, *values: Tensor) -> Self:
@@ -272,9 +279,18 @@ class Standard(ExponentialFamily):
         return self._narrow(total)
 
     def log_prob(self, theta: Point) -> Tensor:
-        q = self._wide
-        theta, q = q._theta_from(_wide(theta)), q._seen_from(q)
-        return self._narrow(self._pair(q._natural(), q._statistics(theta)) - q._log_partition() + q.log_base_measure(theta))
+        q, theta = self._wide, _wide(theta)
+        possible = self._supports(theta)
+        theta, q = q._theta_from(theta), q._seen_from(q)
+        natural, statistics = q._natural(), q._statistics(theta)
+        # at the end of a support a logarithm is infinite, and its factor may be zero
+        statistics = statistics.map(lambda t, n: torch.where(t.isinf() & (n == 0), 0.0, t), natural)
+        value = self._pair(natural, statistics) - q._log_partition() + q.log_base_measure(theta)
+        return self._narrow(torch.where(possible, value, -torch.inf))
+
+    def _supports(self, theta: Any) -> Tensor:
+        """Where theta can occur, problem by problem."""
+        return torch.ones((), dtype=torch.bool, device=self._values[0].device)
 
     def _pair(self, natural: Vector, statistics: Vector) -> Tensor:
         """<lambda, T>, problem by problem."""
@@ -357,12 +373,17 @@ def _together(given: dict[str, tuple[Any, int]], who: str) -> list[Tensor]:
     tensors = [v for v, _ in given.values() if isinstance(v, Tensor)]
     floating = [t.dtype for t in tensors if t.is_floating_point()] or [torch.get_default_dtype()]
     dtype = floating[0]
+    if any(t.is_complex() for t in tensors):
+        raise ValueError(f"the parameters of a {who} must be real numbers, got complex ones")
     for other in floating[1:]:
         dtype = torch.promote_types(dtype, other)
     device = tensors[0].device if tensors else None
     made, shapes = [], []
     for name, (value, dims) in given.items():
-        made.append(tensor := torch.as_tensor(value, device=device).to(dtype))
+        try:
+            made.append(tensor := torch.as_tensor(value, device=device).to(dtype))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name} of a {who} must be a number or a tensor, got {value!r}") from None
         if tensor.dim() < dims or (dims == 2 and tensor.shape[-1] != tensor.shape[-2]):
             wanted = ("()", "(n,)", "(n, n)")[dims]
             raise ValueError(f"{name} of a {who} must have shape {wanted} after its batch shape, got {tuple(tensor.shape)}")

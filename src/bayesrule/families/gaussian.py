@@ -116,6 +116,11 @@ class Isotropic(TwoBlocks, Elementwise):
     weight_decay: Any = 0.0
     ess: float = 1.0
 
+    def under(self, prior: Any) -> Self:
+        if getattr(prior.precision, "dim", lambda: 0)() or isinstance(prior.precision, Vector):
+            raise TypeError("an Isotropic needs a prior of one precision for all elements; use a Diagonal")
+        return super().under(prior)
+
     def outer(self, a: Point, b: Point) -> Any:
         return (a * b).sum() / self.mean.numel()
 
@@ -213,11 +218,15 @@ class Full(TwoBlocks):
     ess: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mean, Tensor) or not self.mean.dim():
+            raise ValueError("the mean of a Full must be a tensor of shape (D,) or (..., D)")
         eye = torch.eye(self._size, dtype=self.mean.dtype, device=self.mean.device)
         for name in ("hess", "weight_decay"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.dim() == 0:
                 object.__setattr__(self, name, value * eye)
+            elif value.shape[-2:] != eye.shape:
+                raise ValueError(f"{name} of a Full must have shape (..., {self._size}, {self._size}), got {tuple(value.shape)}")
         if self.mean.shape[:-1] != self.batch_shape:
             object.__setattr__(self, "mean", self.mean.expand(*self.batch_shape, self._size))
 

@@ -85,7 +85,7 @@ class Latent(Family):
         return self.natural()[0]
 
     @property
-    def weights(self) -> Tensor:
+    def precisions(self) -> Tensor:
         """W, precisions of the pseudo-observations, shape (N,)."""
         return self.natural()[1] * -2
 
@@ -119,6 +119,8 @@ class Latent(Family):
         return diagonal
 
     def kl(self, other: Self) -> Tensor:
+        if other.sites is None:  # the prior; without differences of what sites of many counts make large
+            return self.distance(other) + (self.log_det() - (self.precisions * self.variance).sum()) / 2
         gap = other.natural() - self.natural()
         return other.log_partition() - self.log_partition() - gap.dot(self.expected())
 
@@ -134,7 +136,7 @@ class Latent(Family):
         root, failed = torch.linalg.cholesky_ex(matrix)
         if failed or not root.diagonal().isfinite().all():
             raise DomainError(
-                f"the sites leave the posterior without a variance (least site precision {self.weights.min().item():.3g}): "
+                f"the sites leave the posterior without a variance (least site precision {self.precisions.min().item():.3g}): "
                 "take a smaller rate"
             )
         return root
@@ -170,7 +172,7 @@ class WeightSpace(Latent):
         """The Gaussian over the weights."""
         if self.sites is None:
             return self.prior
-        precision = self.prior.precision + gram(self.X, self.weights)
+        precision = self.prior.precision + gram(self.X, self.precisions)
         root = self._checked(precision)
         pull = self.prior.precision @ self.prior.mean + self.X.mT @ self.pull
         q = Full(torch.cholesky_solve(pull[:, None], root)[:, 0], precision)
@@ -236,13 +238,13 @@ class FunctionSpace(Latent):
 
     @kept
     def _definite(self) -> bool:
-        return bool((self.weights >= 0).all())
+        return bool((self.precisions >= 0).all())
 
     @kept
     def _half(self) -> Tensor:
         """W^1/2, shape (N, 1); or, where W is negative somewhere, R with R R^T = K, shape (N, N)."""
         if self._definite:
-            return self.weights.sqrt()[:, None]
+            return self.precisions.sqrt().clamp(min=1e-150)[:, None]  # a site of precision zero may still pull
         values, vectors = torch.linalg.eigh(self.K)
         return vectors * values.clamp(min=0).sqrt()  # rounding aside, K has no negative eigenvalues
 
@@ -250,7 +252,7 @@ class FunctionSpace(Latent):
     def _root(self) -> Tensor:
         """Lower Cholesky factor of B; or of I + R^T W R, which has the same determinant."""
         half = self._half
-        B = half * self.K * half.mT if self._definite else half.mT @ (self.weights[:, None] * half)
+        B = half * self.K * half.mT if self._definite else half.mT @ (self.precisions[:, None] * half)
         B.diagonal().add_(1.0)
         return self._checked(B)
 
@@ -264,11 +266,15 @@ class FunctionSpace(Latent):
     def mean(self) -> Tensor:
         if self.sites is None:
             return self._zeros()
-        half = self._half
+        return self.K @ self._dual
+
+    @kept
+    def _dual(self) -> Tensor:
+        """K^-1 mean, which is the pull less precisions times mean: by a formula that does not take this difference."""
+        half, pull = self._half, self.pull[:, None]
         if self._definite:
-            inner = half * torch.cholesky_solve(half * (self.K @ self.pull[:, None]), self._root)
-            return self.K @ (self.pull - inner[:, 0])
-        return half @ torch.cholesky_solve(half.mT @ self.pull[:, None], self._root)[:, 0]
+            return (half * torch.cholesky_solve(pull / half, self._root))[:, 0]
+        return (pull - self.precisions[:, None] * (half @ torch.cholesky_solve(half.mT @ pull, self._root)))[:, 0]
 
     @kept
     def variance(self) -> Tensor:
@@ -294,7 +300,7 @@ class FunctionSpace(Latent):
         return self.K.new_zeros(()) if self.sites is None else 2 * self._root.diagonal().log().sum()
 
     def distance(self, prior: Self) -> Tensor:
-        return self.mean @ (self.pull - self.weights * self.mean) / 2
+        return self.mean @ self._dual / 2 if self.sites is not None else self.K.new_zeros(())
 
     def entropy(self) -> Tensor:
         root = torch.linalg.cholesky(self.covariance)
@@ -316,8 +322,8 @@ class FunctionSpace(Latent):
         """
         if self.sites is None:
             return torch.zeros_like(own), own
-        W = self.weights
-        mean = cross.mT @ (self.pull - W * self.mean)
+        W = self.precisions
+        mean = cross.mT @ self._dual
         if not self._definite:
             inside = W[:, None] * cross
             return mean, own - (cross * inside).sum(0) + (inside * (self.covariance @ inside)).sum(0)

@@ -130,18 +130,16 @@ class Wishart(Standard):
         return torch.distributions.Wishart(self.df, covariance_matrix=self.scale, validate_args=False)
 
     def _sample(self, shape: Size) -> Tensor:
-        root = torch.linalg.cholesky(self.scale)
-        return _symmetric(_bartlett(self.df, root, shape))
+        factor = _bartlett(self.df, torch.linalg.cholesky(self.scale), shape)
+        return _symmetric(factor @ factor.mT)
 
 
 def _bartlett(df: Tensor, root: Tensor, shape: Size) -> Tensor:
-    """A draw of a Wishart with scale root root^T, by Bartlett's decomposition."""
+    """A lower factor T of a draw T T^T of a Wishart with scale root root^T, by Bartlett's decomposition."""
     p = root.shape[-1]
     steps = torch.arange(p, dtype=root.dtype, device=root.device)
-    chi = (2 * log_gamma_draw((df[..., None] - steps) / 2, shape).exp()).sqrt()
-    lower = torch.randn(shape + root.shape, dtype=root.dtype, device=root.device).tril(-1) + torch.diag_embed(chi)
-    factor = root @ lower
-    return factor @ factor.mT
+    chi = (2 * _finite(log_gamma_draw((df[..., None] - steps) / 2, shape).exp())).sqrt()
+    return root @ (torch.randn(shape + root.shape, dtype=root.dtype, device=root.device).tril(-1) + torch.diag_embed(chi))
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,8 +357,8 @@ class NormalInverseWishart(_Located):
         return Vector([self.loc, torch.where(free > 0, self.scale / free.clamp(min=1e-30), torch.inf)])
 
     def _sample(self, shape: Size) -> Vector:
-        root = torch.linalg.cholesky(_inverse(self.scale))
-        covariance = _inverse(_symmetric(_bartlett(self.df, root, shape)))
-        normal = torch.randn(shape + self.loc.shape, dtype=root.dtype, device=root.device)
-        spread = _times(torch.linalg.cholesky(covariance), normal)
-        return Vector([self.loc + spread * self.kappa.rsqrt()[..., None], _symmetric(covariance)])
+        factor = _bartlett(self.df, torch.linalg.cholesky(_inverse(self.scale)), shape).mT
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+        half = torch.linalg.solve_triangular(factor, eye, upper=True)  # half half^T is the covariance
+        normal = torch.randn(shape + self.loc.shape, dtype=factor.dtype, device=factor.device)
+        return Vector([self.loc + _times(half, normal) * self.kappa.rsqrt()[..., None], _symmetric(half @ half.mT)])

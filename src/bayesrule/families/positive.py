@@ -36,6 +36,9 @@ class _GammaLike(Standard):
     def _log_partition(self) -> Tensor:
         return self.concentration.lgamma() - self.concentration * self.rate.log()
 
+    def _supports(self, theta: Any) -> Tensor:
+        return theta >= 0
+
     def _log_draw(self, shape: Size) -> Tensor:
         return self.sign * (log_gamma_draw(self.concentration, shape) - self.rate.log())
 
@@ -173,3 +176,6 @@ class Exponential(Standard):
 
     def _log_partition(self) -> Tensor:
         return -self.rate.log()
+
+    def _supports(self, theta: Any) -> Tensor:
+        return theta >= 0

@@ -59,6 +59,9 @@ class Beta(Standard):
     def _log_partition(self) -> Tensor:
         return self.concentration1.lgamma() + self.concentration0.lgamma() - (self.concentration1 + self.concentration0).lgamma()
 
+    def _supports(self, theta: Any) -> Tensor:
+        return (theta >= 0) & (theta <= 1)
+
     def _logs(self, shape: Size) -> Tensor:
         """Log shares of a draw, the two in the last dimension."""
         logs = [log_gamma_draw(value, shape) for value in self._values]
@@ -123,6 +126,9 @@ class Dirichlet(Standard):
     def fisher_solve(self, v: Vector) -> Vector:
         wide = self._wide
         return self._narrow(Vector([dirichlet_solve(wide.concentration, v[0].to(wide.concentration.dtype))]))
+
+    def _supports(self, theta: Any) -> Tensor:
+        return (theta >= 0).all(-1) & ((theta.sum(-1) - 1).abs() < 1e-5)
 
     def _sample(self, shape: Size) -> Tensor:
         kind = torch.finfo(self.concentration.dtype)

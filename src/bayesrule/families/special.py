@@ -105,5 +105,5 @@ def resultant_inverse(r: Tensor) -> Tensor:
     k = (r * (2 - r**2) / (1 - r**2)).clamp(min=1e-300)
     for _ in range(8):
         found = resultant(k)
-        k = k - (found - r) / (1 - found**2 - found / k)
-    return k
+        k = (k - (found - r) / (1 - found**2 - found / k)).clamp(min=1e-300)
+    return torch.where(r < 1, k, torch.nan)

@@ -15,8 +15,16 @@ from torch.distributions import Distribution, Independent, Normal
 
 from ..family import DomainError, Gaussian
 from ..rule import Look, Point
-from ..vector import Vector, equal, holds, kept, rsqrt
+from ..vector import Vector, equal, holds, kept, leaves, rsqrt
 from .exponential import ExponentialFamily
+
+
+def _in(dtype: torch.dtype, point: Any) -> Any:
+    """A point in another dtype; numbers stay."""
+    if isinstance(point, Vector):
+        return point.map(lambda part: _in(dtype, part))
+    return point.to(dtype) if isinstance(point, Tensor) else point
+
 
 ROWS = 4096
 """Rows that are worked on together: what is made of them stays in a core's cache."""
@@ -76,6 +84,20 @@ class Structured(Gaussian, ExponentialFamily):
         """Number of elements of one theta."""
         size: int = self.mean.numel()
         return size
+
+    def to(self, dtype: torch.dtype) -> Self:
+        fields = {name: getattr(self, name) for name in ("mean", "hess", "weight_decay")}
+        return replace(self, **{name: _in(dtype, value) for name, value in fields.items()})  # type: ignore[type-var]
+
+    def fisher_mul(self, v: Vector) -> Vector:
+        return self._narrow(ExponentialFamily.fisher_mul(self.to(torch.float64), _in(torch.float64, v)))
+
+    def fisher_solve(self, v: Vector) -> Vector:
+        wide = self.to(torch.float64)
+        return self._narrow(ExponentialFamily.fisher_solve(wide, _in(torch.float64, v)))
+
+    def _narrow(self, point: Any) -> Any:
+        return _in(leaves(self.mean)[0].dtype, point)
 
     @property
     def variance(self) -> Any:
