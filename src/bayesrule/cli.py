@@ -91,6 +91,8 @@ class ShowTable:
             shown = {key: f"{value:.0e}" if isinstance(value, float) else value for key, value in row.items() if key not in words}
             grid.add_row(*shown.values())
         console.print(grid)
+        if words:
+            console.print(f"(a terminal of 140 columns or --json also shows {', '.join(words)})", style="dim")
 
 
 @dataclass(frozen=True)

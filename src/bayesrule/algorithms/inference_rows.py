@@ -15,7 +15,6 @@ from ..estimators.likelihoods import Bernoulli, Gaussian, Likelihood, NegativeBi
 from ..estimators.oracle import Loss
 from ..estimators.predictors import LikelihoodLoss, LinearLoss
 from ..families.circular import VonMises
-from ..families.exponential import Standard
 from ..families.gaussian import Diagonal, Full
 from ..families.latent import FunctionSpace, WeightSpace
 from ..families.low_rank import LowRank
@@ -51,13 +50,17 @@ VECTORS = _t([[0.2, 1.0], [1.1, -0.3], [0.5, 0.8], [-0.4, 1.9]])
 N = len(NUMBERS)
 
 
-def _pair(name: str, prior: Standard, likelihood: Any, data: Any, expected: Callable[[Any], tuple[Any, ...]]) -> Row:
+def _parts(q: Any) -> tuple[Tensor, ...]:
+    return (q.mean, q.precision) if isinstance(q, Full) else q._values
+
+
+def _pair(name: str, prior: Any, likelihood: Any, data: Any, expected: Callable[[Any], tuple[Any, ...]]) -> Row:
     """A pair, and its posterior's parameters by the formula of the textbook."""
 
     def difference() -> float:
-        start = type(prior)(*(value * 1.5 for value in prior._values))
+        start = type(prior)(*(value * 1.5 for value in _parts(prior)))
         found = conjugate.update(prior, likelihood, data, start=start).posterior
-        return max(largest(a, b) for a, b in zip(found._values, expected(prior), strict=True))
+        return max(largest(a, b) for a, b in zip(_parts(found), expected(prior), strict=True))
 
     return Row(
         name, lambda: (conjugate.BAYES, type(prior)), "1, one step", "textbook formula", difference, "Khan & Rue 2023, sec. 5.1"
@@ -87,6 +90,12 @@ def _regression(p: NormalInverseGamma) -> tuple[Any, ...]:
     return loc, precision, p.concentration + N / 2, rate
 
 
+def _vector_mean(p: Full) -> tuple[Any, ...]:
+    inverse = torch.linalg.inv(2 * MATRIX)
+    precision = p.precision + N * inverse
+    return torch.linalg.solve(precision, p.precision @ p.mean + inverse @ VECTORS.sum(0)), precision
+
+
 def _von_mises(p: VonMises) -> tuple[Any, ...]:
     total = p.concentration * torch.exp(1j * p.loc) + 2.0 * torch.exp(1j * NUMBERS).sum(0)
     return total.angle(), total.abs()
@@ -102,7 +111,7 @@ def _squares(p: Any) -> tuple[Any, ...]:
 
 TWO = _t([2.0, 0.5])
 MATRIX = _t([[1.0, 0.2], [0.2, 1.5]])
-PAIRS: list[tuple[str, Standard, Any, Any, Callable[[Any], tuple[Any, ...]]]] = [
+PAIRS: list[tuple[str, Any, Any, Any, Callable[[Any], tuple[Any, ...]]]] = [
     ("Beta-Bernoulli", Beta(TWO, 3.0), "bernoulli", COINS, lambda p: (TWO + COINS.sum(0), 3 + (1 - COINS).sum(0))),
     ("Beta-binomial", Beta(TWO, 3.0), conjugate.Binomial(9), COUNTS, lambda p: (TWO + COUNTS.sum(0), 30 - COUNTS.sum(0))),
     ("Gamma-Poisson", Gamma(TWO, 1.5), "poisson", COUNTS, lambda p: (TWO + COUNTS.sum(0), p.rate + 3)),
@@ -115,6 +124,13 @@ PAIRS: list[tuple[str, Standard, Any, Any, Callable[[Any], tuple[Any, ...]]]] = 
         conjugate.Normal(variance=0.6),
         NUMBERS,
         lambda p: ((p.loc * 0.5 + NUMBERS.sum(0) / 0.6) / (0.5 + N / 0.6), p.precision + N / 0.6),
+    ),
+    (
+        "multivariate Normal mean",
+        Full(TWO, MATRIX),
+        conjugate.MultivariateNormal(covariance=2 * MATRIX),
+        VECTORS,
+        _vector_mean,
     ),
     ("Normal precision", Gamma(TWO, 1.5), conjugate.Normal(mean=1.0), NUMBERS, _squares),
     ("Normal variance", InverseGamma(TWO, 1.5), conjugate.Normal(mean=1.0), NUMBERS, _squares),
