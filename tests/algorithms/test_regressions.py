@@ -9,7 +9,6 @@ from tests.contracts import close, normal
 
 import bayesrule as br
 
-
 VARIANCES = br.conjugate.Normal(variance=[1.0, 2.0])
 
 
