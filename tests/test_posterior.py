@@ -146,7 +146,7 @@ class TestGaussian:
             torch.testing.assert_close(drawn["w"], behind, rtol=1e-12, atol=1e-12)
 
     def test_samples_have_the_mean_and_the_variance(self):
-        post, count = gaussian(), 3000
+        post, count = gaussian(), 1500
         draws = torch.stack([flat(post.sample(seed).values()) for seed in range(count)])
         variance = flat(post.variance.values())
         z = (draws.mean(0) - flat(post.mean.values())) / (variance / count).sqrt()

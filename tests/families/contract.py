@@ -127,7 +127,7 @@ class FamilyContract(ABC):
         return 1.0
 
     @each_dtype
-    @often(15)
+    @often(9)
     def test_natural_parameters_give_the_member_back(self, dtype: torch.dtype, data: Data) -> None:
         """To a few roundings of the natural parameter; a concentration of 0.01 is 1 larger there, and loses two digits."""
         q = cast(self.any(data), dtype)
@@ -137,21 +137,21 @@ class FamilyContract(ABC):
         close(again.natural(), q.natural(), 32 * eps * self.condition(q))
         close(br.Vector(self.named(again)), br.Vector(self.named(q)), 1000 * eps)
 
-    @often(15)
+    @often(9)
     def test_expected_parameters_give_the_member_back(self, data: Data) -> None:
         q = self.any(data)
         again = q.from_expected(q.expected())
         close(again.expected(), q.expected(), 1e-12)
         close(br.Vector(self.named(again)), br.Vector(self.named(q)), 1e-10)
 
-    @often(8)
+    @often(6)
     def test_expected_parameters_in_single_precision_are_met(self, data: Data) -> None:
         q = cast(self.any(data), torch.float32)
         again = q.from_expected(q.expected())
         for mine, there in zip(blocks(again.expected()), blocks(q.expected()), strict=True):
             close(mine, there, 1e-4)
 
-    @often(15)
+    @often(9)
     def test_expected_is_the_gradient_of_the_log_partition(self, data: Data) -> None:
         q = self.any(data)
         slope = torch.func.grad(lambda x: self.at_natural(q, x).log_partition().sum())(self.numbers(q.natural()))
@@ -195,7 +195,7 @@ class FamilyContract(ABC):
 
     # Entropy, KL and density
 
-    @often(15)
+    @often(9)
     def test_entropy_is_the_log_partition_less_the_pairing(self, data: Data) -> None:
         q = self.any(data)
         pairing = (self.numbers(q.natural()) * self.numbers(q.expected())).sum(-1)
@@ -204,7 +204,7 @@ class FamilyContract(ABC):
         if self.torch_entropy:
             close(q.entropy(), q.to_torch().entropy(), 1e-10)
 
-    @often(15)
+    @often(9)
     def test_kl_is_bregmans_never_negative_and_zero_from_itself(self, data: Data) -> None:
         q, p = self.two(data)
         gap = self.numbers(p.natural()) - self.numbers(q.natural())
@@ -220,7 +220,7 @@ class FamilyContract(ABC):
             q, p = self.one(data), self.one(data)
             close(q.kl(p), kl_divergence(q.to_torch(), p.to_torch()), 1e-9)
 
-    @often(15)
+    @often(9)
     def test_log_prob_is_the_pairing_with_the_statistics(self, data: Data) -> None:
         q = self.any(data)
         theta = self.theta(q)
@@ -230,7 +230,7 @@ class FamilyContract(ABC):
         if self.torch_log_prob:
             close(found, q.to_torch().log_prob(theta), 1e-9, size_of(pairing) + 1)
 
-    @often(8)
+    @often(6)
     def test_log_prob_is_the_references(self, data: Data) -> None:
         q = self.one(data)
         theta = self.theta(q)
@@ -362,7 +362,7 @@ class FamilyContract(ABC):
 
     # torch.distributions, and the domain
 
-    @often(8)
+    @often(6)
     def test_torch_gives_the_member_back(self, data: Data) -> None:
         q = self.any(data)
         try:

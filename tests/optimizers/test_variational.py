@@ -297,7 +297,7 @@ class TestCurvature:
             problem = Quadratic()
             hyper = dict(lr=0.0, ess=1e4, hess_init=0.5, weight_decay=0.05, mc_samples=2, antithetic=antithetic)
             found = []
-            for seed in range(200):
+            for seed in range(60):
                 optimizer = br.IVON(problem.parameters(), betas=(0.9, 0.999), **hyper, seed=seed)
                 train(problem, optimizer, 1)
                 found.append(seen_curvature(0.5, state(optimizer, "hess"), 0.05, 0.001))
