@@ -105,6 +105,13 @@ class GaussHermite(Expectation):
 
     Args:
         nodes: Nodes in each dimension.
+
+    Example:
+        >>> import bayesrule as br
+        >>> q = br.Full(torch.zeros(1), 1.0)
+        >>> rule = br.BayesRule(GaussHermite(3), br.Hessian(), br.Natural())
+        >>> rule.look(q, q, br.Loss(lambda x: x.square().sum())).value.round(decimals=4)
+        tensor(1.)
     """
 
     nodes: int = 20
@@ -139,6 +146,12 @@ class Enumerate(Expectation):
                \text{for one coin } f(1) - f(0).
 
     Only values of the loss are asked.
+
+    Example:
+        >>> import bayesrule as br
+        >>> coin, rule = br.Bernoulli(0.0), br.BayesRule(Enumerate(), br.Zero(), br.Natural())
+        >>> rule.look(coin, coin, br.Loss(lambda x: 3 * x)).gradient
+        Vector(tensor(3.))
     """
 
     def __call__(self, q: Any, look_at: Any, noise: Noise) -> Look:

@@ -70,6 +70,12 @@ class LinearLoss:
         X: Inputs, shape (N, D).
         likelihood: Of a predictor.
         y: Observations, shape (N,).
+
+    Example:
+        >>> import bayesrule as br
+        >>> loss = LinearLoss(torch.ones(2, 1), br.likelihoods.Gaussian(), torch.tensor([1.0, 3.0]))
+        >>> loss.expected(br.Full(torch.zeros(1), 1.0)).gradient
+        tensor([-4.])
     """
 
     X: Tensor

@@ -117,6 +117,10 @@ class SignedBernoulli(_Finite):
 
     Args:
         logits: Log odds of a 1, shape batch_shape; twice the natural parameter.
+
+    Example:
+        >>> SignedBernoulli(torch.tensor(0.0)).mean
+        tensor(0.)
     """
 
     logits: Any
@@ -182,6 +186,10 @@ class Categorical(_Finite):
 
     Args:
         logits: Log probabilities up to a constant, shape (*batch_shape, K).
+
+    Example:
+        >>> Categorical(torch.tensor([0.0, 0.0])).entropy()
+        tensor(0.6931)
     """
 
     logits: Any
@@ -252,6 +260,10 @@ class Poisson(Standard):
 
     Args:
         rate: Mean count r, shape batch_shape.
+
+    Example:
+        >>> Poisson(3.0).entropy()
+        tensor(1.9315)
     """
 
     rate: Any

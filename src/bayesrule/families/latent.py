@@ -154,6 +154,11 @@ class WeightSpace(Latent):
         X: Inputs, shape (N, D).
         prior: Gaussian prior of the weights.
         sites: Natural parameters, two blocks of shape (N,); None is the prior.
+
+    Example:
+        >>> q = WeightSpace(torch.ones(1, 1), Full(torch.zeros(1), 1.0), Vector([torch.ones(1), -torch.ones(1) / 2]))
+        >>> q.mean, q.variance  # one observation 1 of precision 1
+        (tensor([0.5000]), tensor([0.5000]))
     """
 
     X: Tensor
@@ -224,6 +229,11 @@ class FunctionSpace(Latent):
     Args:
         K: Covariance of the prior, shape (N, N).
         sites: Natural parameters, two blocks of shape (N,); None is the prior.
+
+    Example:
+        >>> q = FunctionSpace(torch.eye(1), Vector([torch.ones(1), -torch.ones(1) / 2]))
+        >>> q.mean, q.variance
+        (tensor([0.5000]), tensor([0.5000]))
     """
 
     K: Tensor

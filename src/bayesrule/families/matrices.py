@@ -84,6 +84,11 @@ class Wishart(Standard):
     Args:
         df: Degrees of freedom nu > p - 1, shape batch_shape.
         scale: V, shape (*batch_shape, p, p); the mean is df V.
+
+    Example:
+        >>> Wishart(4.0, torch.eye(2)).mean
+        tensor([[4., 0.],
+                [0., 4.]])
     """
 
     df: Any
@@ -156,6 +161,10 @@ class NormalGamma(_Located):
         kappa: How many observations the mean counts for, shape batch_shape.
         concentration: a, shape batch_shape.
         rate: b, shape batch_shape.
+
+    Example:
+        >>> NormalGamma(0.5, 1.2, 2.0, 1.0).mean
+        Vector(tensor(0.5000), tensor(2.))
     """
 
     loc: Any
@@ -219,6 +228,10 @@ class NormalInverseGamma(_Located):
         precision: K, in units of 1 / v, shape (*batch_shape, D, D).
         concentration: a, shape batch_shape.
         rate: b, shape batch_shape.
+
+    Example:
+        >>> NormalInverseGamma(torch.zeros(1), torch.eye(1), 3.0, 2.0).mean[1]
+        tensor(1.)
     """
 
     loc: Any
@@ -298,6 +311,10 @@ class NormalInverseWishart(_Located):
         kappa: How many observations the mean counts for, shape batch_shape.
         df: nu > D - 1, shape batch_shape.
         scale: Psi, shape (*batch_shape, D, D).
+
+    Example:
+        >>> NormalInverseWishart(torch.zeros(1), 1.0, 4.0, torch.eye(1)).mean[1]
+        tensor([[0.5000]])
     """
 
     loc: Any

@@ -103,6 +103,10 @@ class InverseGamma(_GammaLike):
     Args:
         concentration: a, shape batch_shape.
         rate: b (a scale of x), shape batch_shape.
+
+    Example:
+        >>> InverseGamma(3.0, 2.0).mean
+        tensor(1.)
     """
 
     concentration: Any
@@ -149,6 +153,10 @@ class Exponential(Standard):
 
     Args:
         rate: b, shape batch_shape.
+
+    Example:
+        >>> Exponential(2.0).kl(Exponential(3.0))
+        tensor(0.0945)
     """
 
     rate: Any
