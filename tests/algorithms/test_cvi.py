@@ -76,7 +76,7 @@ class TestLogistic:
         assert result.bound == pytest.approx(best["elbo"], abs=1e-9)
 
     def test_the_literal_rule_by_quadrature_reaches_the_optimum(self):
-        """Nothing but BayesRule.step: Full, a grid of 30 nodes in each of three dimensions, the Hessian, the natural retraction."""
+        """Nothing but BayesRule.step: Full, quadrature of each example's predictor, the natural retraction."""
         inputs, expected = golden("bayes_logistic_regression")
         X, y = t(inputs["X"]), t(inputs["y"])
         prior = q = br.Full(t([0.0] * 3), inputs["prior_precision"])
