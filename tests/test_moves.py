@@ -26,7 +26,6 @@ MOVES = {
 NAMES = {
     "momentum._seen": 1,
     "estimators.expectations.Pathwise._one.draw": 1,
-    "algorithms.cvi._from_some": 1,
     "algorithms.cvi.fit_sites": 1,
     "algorithms.inference_rows._pair.difference": 1,
     "posterior.Posterior.exact": 1,

@@ -23,7 +23,7 @@ from ..rule import BayesRule, Expectation
 from ..vector import Vector
 from .conjugate import BAYES, Sites
 from .inference import Inference, StepInfo, infer
-from .inputs import all_finite, numbers
+from .inputs import demand_finite, numbers
 from .kernels import Kernel, as_kernel
 
 CVI = BayesRule(Exact(), Zero(), Natural())
@@ -181,14 +181,15 @@ def fit_sites(rule: BayesRule, start: Latent, loss: Any, *, rate: float | None, 
     return infer(rule, start, prior, loss, rate=usual if rate is None else rate, **options)
 
 
+def _seen_from(there: Any, prior: Latent, loss: LikelihoodLoss) -> Latent:
+    """The member whose sites are what is seen from a mean: Newton's step, whoever's mean it is."""
+    return BAYES.step(prior, prior, Sites(-there.natural_gradient(NEWTON_SITES.look(there, there, loss))))
+
+
 def _from_data(start: Latent, prior: Latent, loss: LikelihoodLoss) -> Latent:
-    """Sites of predictors that the observations themselves suggest, where the likelihood knows such."""
+    """What is seen from the predictors that the observations themselves suggest, where the likelihood knows such."""
     suggested = loss.likelihood.start(loss.y)
-    if suggested is None:
-        return start
-    there = Diagonal(suggested, torch.ones_like(suggested))
-    sites = -there.natural_gradient(NEWTON_SITES.look(there, there, loss))
-    return BAYES.step(prior, prior, Sites(sites))
+    return start if suggested is None else _seen_from(Diagonal(suggested, torch.ones_like(suggested)), prior, loss)
 
 
 def _from_some(start: Latent, prior: Latent, loss: LikelihoodLoss) -> Latent:
@@ -198,8 +199,7 @@ def _from_some(start: Latent, prior: Latent, loss: LikelihoodLoss) -> Latent:
     rows = slice(None, None, prior.size // few)
     some, seen = WeightSpace(prior.X[rows], prior.prior), LikelihoodLoss(loss.likelihood, loss.y[rows])
     weights = infer(NEWTON_SITES, _from_data(some, some, seen), some, seen, steps=20, tolerance=0.03).q.posterior
-    there = WeightSpace(prior.X, weights)
-    return prior.from_natural(NEWTON_SITES.step(there, there, loss).natural())
+    return _seen_from(WeightSpace(prior.X, weights), prior, loss)
 
 
 def tuned(
@@ -288,7 +288,7 @@ def _inputs(X: Any, like: Tensor | None = None, features: int | None = None) -> 
     if X.dim() != 2 or not X.numel() or (features is not None and X.shape[1] != features):
         wanted = "features" if features is None else features
         raise ValueError(f"X must have shape (examples, {wanted}) with at least one example, got {tuple(X.shape)}")
-    all_finite(X, "X")
+    demand_finite(X, "X")
     return X
 
 

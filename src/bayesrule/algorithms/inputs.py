@@ -22,7 +22,7 @@ def numbers(values: Any, name: str) -> Tensor:
         raise ValueError(f"{name} must be an array of numbers, got {type(values).__name__}") from None
 
 
-def all_finite(values: Tensor, name: str) -> None:
+def demand_finite(values: Tensor, name: str) -> None:
     """Raise ValueError unless all numbers are finite. One pass: what is not finite shows in the sum."""
     if not values.sum().isfinite() and (bad := int((~values.isfinite()).sum())):
         raise ValueError(f"{name} has {bad} entries that are not finite; remove or impute them")

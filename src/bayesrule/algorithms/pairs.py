@@ -28,7 +28,6 @@ class Likelihood(ABC):
     """Observations y given theta, with log p = <site(y), T(theta)> + constant(y). Sums are over the first dimension."""
 
     prior: ClassVar[type]
-    event_dims: ClassVar[int] = 0
 
     def of(self, prior: Any) -> Likelihood:
         """This likelihood with this kind of prior."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..estimators.oracle import Quadratic
 from ..families.gaussian import Full
-from .inputs import all_finite, numbers
+from .inputs import demand_finite, numbers
 from .newton import NEWTON
 
 
@@ -47,8 +47,8 @@ def linear_regression(X: Tensor, y: Tensor, prior: Full, noise_variance: float =
     if not len(X):
         raise ValueError("X and y are empty: give at least one example")
     X, y = X.to(prior.mean), y.to(prior.mean)
-    all_finite(X, "X")
-    all_finite(y, "y")
+    demand_finite(X, "X")
+    demand_finite(y, "y")
     if len(prior.mean) != X.shape[1]:
         raise ValueError(f"X has {X.shape[1]} features, the prior is over {len(prior.mean)}")
     _check_variance(noise_variance)

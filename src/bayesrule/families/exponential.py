@@ -100,8 +100,6 @@ class Standard(ExponentialFamily):
     """Field -> "real", "positive", "not negative" or "positive definite"."""
     dims: ClassVar[dict[str, int]] = {}
     """Field -> dimensions of one problem's value, where that is not 0."""
-    event_dims: ClassVar[int] = 0
-    """Dimensions of one theta."""
     block_dims: ClassVar[tuple[int, ...]] = (0, 0)
     """Dimensions of one problem's natural blocks; 2 is a symmetric matrix."""
     torch_class: ClassVar[type[Distribution] | None] = None

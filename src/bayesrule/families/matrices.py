@@ -96,7 +96,6 @@ class Wishart(Standard):
 
     constraints = {"df": "real", "scale": "positive definite"}  # noqa: RUF012
     dims = {"scale": 2}  # noqa: RUF012
-    event_dims = 2
     block_dims = (2, 0)
     torch_class = torch.distributions.Wishart
 

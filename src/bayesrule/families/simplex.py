@@ -95,7 +95,6 @@ class Dirichlet(Standard):
 
     constraints = {"concentration": "positive"}  # noqa: RUF012
     dims = {"concentration": 1}  # noqa: RUF012
-    event_dims = 1
     block_dims = (1,)
     torch_class = torch.distributions.Dirichlet
 
