@@ -12,7 +12,7 @@ FLOORS = [
     {"vector"},
     {"rule", "family", "noise", "lowering"},
     {"families", "estimators", "retractions", "momentum", "program", "plots"},
-    {"posterior", "drawing"},
+    {"posterior", "drawing", "storage"},
     {"optimizers", "algorithms"},
     {"uses"},
     {"integrations"},
@@ -24,6 +24,7 @@ SAME_FLOOR = {
     ("family", "noise"),
     ("family", "rule"),
     ("posterior", "drawing"),
+    ("posterior", "storage"),
     ("algorithms", "optimizers"),
     ("cli", "recipes"),
 }

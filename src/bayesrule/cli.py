@@ -1,4 +1,4 @@
-"""The command line: ``bayesrule demo | table | train image | evaluate | report``.
+"""The command line: ``bayesrule demo | table | data | train | evaluate | report``.
 
 Results go to stdout, progress to stderr. What a user can mend, recipes raise as ValueError or OSError: it becomes one
 line on stderr and exit code 2. Anything else is a mistake of ours and keeps its traceback.
@@ -10,9 +10,11 @@ import json
 import math
 import signal
 import sys
+import warnings
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, field, fields
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Union
@@ -26,8 +28,15 @@ try:
     from rich.table import Table
 
     import bayesrule as br
-    from bayesrule.recipes import demo, folder, image
-    from bayesrule.uses.report import render, table
+    from bayesrule.recipes import demo, folder, repeats, runs
+    from bayesrule.recipes.comparison import compare
+    from bayesrule.recipes.data import Tick
+    from bayesrule.recipes.describing import describe
+    from bayesrule.recipes.optimizers import assignments
+    from bayesrule.recipes.settings import Settings, read_toml, types
+    from bayesrule.recipes.tensorboard import watching
+    from bayesrule.storage import write_text
+    from bayesrule.uses.report import Report, render, table
 except ModuleNotFoundError as error:
     if not error.name or error.name.startswith("bayesrule"):
         raise
@@ -54,7 +63,7 @@ class Demo:
             with _progress() as bars:
                 demo.demo(self.out, bars=bars)
         elif not page.exists():
-            folder.write(page, render(demo.summarize(self.out)))
+            write_text(page, render(demo.summarize(self.out)))
         results = demo.results(self.out)
         if self.json:
             _print_json(results)
@@ -96,112 +105,173 @@ class ShowTable:
 
 
 @dataclass(frozen=True)
-class TrainImage:
-    """Train a classifier of small images.
+class ShowData:
+    """Say what is in some data: kinds, counts, sizes, what occurs twice, what is uneven; before an hour is spent on them.
 
     Args:
-        data: mnist5k or digits.
-        optimizer: sgd, rmsprop, adam, adamw, ivon; torch-sgd, torch-adamw for torch's own.
-        out: Folder for the run; must not exist or be empty.
-        model: mlp, lenet or resnet20.
-        epochs: Passes through the training data.
-        batch_size: Examples a step.
-        seed: Seed of everything random.
-        lr: Learning rate of the first step; it falls to 0 along a cosine. None is the optimizer's default, here and below.
+        data: A name (digits, mnist5k, fashion-mnist, stdlib) or the path of data.
+        size: Height and width that image files are resized to, or one number for both.
+        target: The column of a table that holds the class; by default the last.
+        json: Print one JSON object instead of a table.
+    """
+
+    data: tyro.conf.Positional[str]
+    size: tuple[int, ...] = ()
+    target: str | None = None
+    json: bool = False
+
+    def run(self) -> None:
+        """Look and print."""
+        size = Settings("", "", size=self.size).height_width
+        with _progress() as bars:
+            found, refusal = describe(self.data, size=size, target=self.target, bars=bars)
+        if self.json:
+            _print_json({**found, "refusal": refusal})
+        else:
+            _print_data(found)
+        if refusal is not None:
+            raise ValueError(refusal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Settings):
+    """Train a model on real data and keep the run in a folder: bayesrule train image | tabular.
+
+    Args:
+        out: Folder for the run; must not exist or be empty, unless the run is to go on.
+        resume: Go on with the run in --out where it was stopped; nothing else needs to be said again.
+        seeds: Train so many times, with seeds from --seed on, each in a folder of --out.
+        config: A TOML file with any of these settings, and those of --set in a table [set]; what is said here as well goes first.
+        set: A setting of the optimizer, key=value; may be given often.
+        lr: Learning rate of the first step. None is the optimizer's default, here and below.
         weight_decay: Strength of the prior, or of the decay.
         beta2: Decay of the average of squares or curvatures.
         ess: Effective sample size, in examples (ivon; default ten training sets).
         hess_init: Curvature at the start (ivon).
+        tensorboard: Write the metrics for TensorBoard, too.
         json: Print one JSON object instead of a table.
     """
 
-    data: str
-    optimizer: str
+    hyperparameters: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     out: Path
-    model: str = "lenet"
-    epochs: int = 30
-    batch_size: int = 50
-    seed: int = 0
+    resume: bool = False
+    seeds: int = 1
+    config: Path | None = None
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     lr: float | None = None
     weight_decay: float | None = None
     beta2: float | None = None
     ess: float | None = None
     hess_init: float | None = None
+    tensorboard: bool = False
     json: bool = False
 
-    def run(self) -> None:
+    def __post_init__(self) -> None:
+        """Settings are checked when all of them are known."""
+
+    def train(self, kind: str) -> None:
         """Train, then print the results on the test data."""
-        names = ("lr", "ess", "hess_init", "weight_decay", "beta2")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        settings = image.Settings(
-            self.data, self.model, self.optimizer, given, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed
-        )
-        with _progress() as bars:
-            image.train(settings, self.out, bars)
-        Evaluate(self.out, json=self.json).run()
+        given = {name: value for name in SHORT if (value := getattr(self, name)) is not None}
+        more = assignments(self.set)
+        if twice := given.keys() & more.keys():
+            raise ValueError(f"--{min(twice).replace('_', '-')} and --set both give {min(twice)}; drop one")
+        plain = {one.name: getattr(self, one.name) for one in fields(Settings)}
+        settings = Settings(**{**plain, "hyperparameters": {**self.hyperparameters, **given, **more}})
+        with watching(self.out) if self.tensorboard else nullcontext() as watch, _progress() as bars:
+            repeats.train_seeds(settings, self.out, self.seeds, resume=self.resume, kind=kind, bars=bars, watch=watch)
+            report = compare([self.out], bars=bars)
+        for note in report.warnings:
+            _say(f"note: {note}")
+        write_text(self.out / "report.html", render(report))
+        _print_results(report, self.json)
         if not self.json:
             print(f"Report: {self.out / 'report.html'}")
 
 
-@dataclass(frozen=True)
-class Train:
-    """Train a model on real data and keep the run in a folder."""
+SHORT = ("lr", "weight_decay", "beta2", "ess", "hess_init")  # settings of optimizers with a flag of their own
 
-    recipe: Annotated[TrainImage, tyro.conf.subcommand("image")] | Annotated[None, tyro.conf.Suppress]
+
+@dataclass(frozen=True, kw_only=True)
+class TrainImage(Train):
+    """Train a classifier of images."""
 
     def run(self) -> None:
-        """Run the recipe."""
-        assert self.recipe is not None
-        self.recipe.run()
+        """Do it."""
+        self.train("image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTabular(Train):
+    """Train a classifier of the rows of a table."""
+
+    model: str = "mlp"
+
+    def run(self) -> None:
+        """Do it."""
+        self.train("row")
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a run, or the demo, on its test data again.
+    """Measure a run, several seeds of one, or the demo on the test data again.
 
     Args:
         dir: Folder of the run.
         num_samples: Networks to average over, where there is a posterior.
+        ood: Data of another kind, to see whether the model notices.
         json: Print one JSON object instead of a table.
     """
 
     dir: tyro.conf.Positional[Path]
     num_samples: int = 32
+    ood: str | None = None
     json: bool = False
 
     def run(self) -> None:
         """Compute and print the metrics."""
-        rows = demo.summarize(self.dir, self.num_samples).rows
-        if self.json:
-            _print_json(rows[0] if len(rows) == 1 else {**rows[-1], "rows": rows})
-        else:
-            _print_rows(rows)
+        with _progress() as bars:
+            report = compare([self.dir], self.num_samples, self.ood, again=True, bars=bars)
+        _print_results(report, self.json)
 
 
 @dataclass(frozen=True)
 class WriteReport:
-    """Write the report of a run, or of the demo, again.
+    """Write the report of finished runs side by side; each is a run, several seeds of one, or the demo.
 
     Args:
-        dir: Folder of the run.
+        dirs: Folders of runs.
+        out: The page; by default report.html in the folder of a single run, or beside the first of several.
+        num_samples: Networks to average over, where there is a posterior.
+        ood: Data of another kind, to see whether the models notice.
         json: Print one JSON object instead of a sentence.
     """
 
-    dir: tyro.conf.Positional[Path]
+    dirs: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path | None = None
+    num_samples: int = 32
+    ood: str | None = None
     json: bool = False
 
     def run(self) -> None:
         """Compute and write the page."""
-        path = self.dir / "report.html"
-        folder.write(path, render(demo.summarize(self.dir)))
+        if not self.dirs:
+            raise ValueError("report takes the folder of at least one run")
+        path = self.out or (self.dirs[0] if len(self.dirs) == 1 else self.dirs[0].parent) / "report.html"
+        with _progress() as bars:
+            if len(self.dirs) == 1 and self.ood is None and folder.read_record(self.dirs[0])["kind"] == "demo":
+                report = demo.summarize(self.dirs[0], self.num_samples, bars)
+            else:
+                report = compare(self.dirs, self.num_samples, self.ood, bars=bars)
+        write_text(path, render(report))
         if self.json:
-            _print_json({"report": str(path)})
+            _print_json({"report": str(path), "rows": report.rows})
         else:
+            _print_rows(report.rows)
             print(f"Report: {path}")
 
 
 @contextmanager
-def _progress() -> Iterator[image.Bars]:
+def _progress() -> Iterator[Tick]:
     """Progress bars with the time left, on stderr."""
     columns = (TextColumn("{task.description:<6}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -232,6 +302,40 @@ def _print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(sound(value)))
 
 
+def _print_results(report: Report, as_json: bool) -> None:
+    """The rows of a report; as JSON that of the last, which is the best that there is, with all of them in ``rows``."""
+    if as_json:
+        _print_json({**report.rows[-1], "rows": report.rows} if len(report.rows) > 1 else report.rows[0])
+    else:
+        _print_rows(report.rows)
+
+
+def _print_data(found: Mapping[str, Any]) -> None:
+    """What is in some data: a sentence, a table of classes, notes."""
+    if found["kind"] == "text":
+        parts = ", ".join(f"{count:,} {name}" for name, count in found["bytes"].items())
+        print(f"{found['name']}: text of {found['files']:,} files; bytes: {parts}")
+        return
+    shape = " x ".join(map(str, found["shape"]))
+    parts = ", ".join(f"{count:,} {name}" for name, count in found["examples"].items())
+    print(f"{found['name']}: {found['form']}; {found['kind']}s of {shape}, {len(found['classes'])} classes; {parts}")
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("class")
+    for name in found["examples"]:
+        grid.add_column(name, justify="right")
+    classes = list(found["classes"].items())
+    for label, counts in classes[:MOST]:
+        grid.add_row(label, *(f"{count:,}" for count in counts.values()))
+    if len(classes) > MOST:
+        grid.add_row(f"and {len(classes) - MOST} more")
+    Console().print(grid)
+    for note in found["notes"]:
+        print(f"note: {note}")
+
+
+MOST = 40  # classes that are listed
+
+
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of results."""
     columns, cells = table(rows)
@@ -247,10 +351,38 @@ def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 COMMANDS = {
     "demo": Demo,
     "table": ShowTable,
+    "data": ShowData,
     "train": Train,
     "evaluate": Evaluate,
     "report": WriteReport,
 }
+RECIPES = {"image": TrainImage, "tabular": TrainTabular}
+
+
+def said_before(arguments: Sequence[str]) -> dict[str, Any]:
+    """What a run that is to go on began with, and what a run file says: the defaults of a training command.
+
+    Raises:
+        OSError, ValueError: If the folder or the file cannot be read.
+    """
+    peek = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--config", type=Path)
+    peek.add_argument("--out", type=Path)
+    peek.add_argument("--resume", action="store_true")
+    try:
+        asked, _ = peek.parse_known_args(list(arguments))
+    except Exception:  # said better below
+        return {}
+    toml: dict[str, Any] = {}
+    if asked.config is not None:
+        toml = read_toml(asked.config, types(Train))
+    out, found = asked.out or toml.get("out"), dict[str, Any]()
+    if (asked.resume or toml.get("resume")) and out is not None and (out / "run.json").exists():
+        record = folder.read_record(out)
+        settings = runs.settings_of(out, record)
+        found = {one.name: getattr(settings, one.name) for one in fields(settings)} | {"seeds": len(record.get("runs", [0]))}
+    found["hyperparameters"] = {**found.get("hyperparameters", {}), **toml.pop("hyperparameters", {})}
+    return {**found, **toml} if asked.config is not None or len(found) > 1 else {}
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -260,13 +392,21 @@ def parse(arguments: Sequence[str]) -> Any:
         ValueError: If they ask for none; the message is tyro's, on one line.
         SystemExit: With code 0, after ``--help``.
     """
-    commands = [Annotated[command, tyro.conf.subcommand(name)] for name, command in COMMANDS.items()]
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
-    any_command: Any = Union[tuple(commands)]  # noqa: UP007 (made from a table)
     about, complaint = "The Bayesian learning rule: one rule, many algorithms, one posterior.", StringIO()
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+    prog, offered, before = "bayesrule", COMMANDS, dict[str, Any]()
+    if arguments[:1] == ["train"]:
+        prog, offered, arguments = "bayesrule train", RECIPES, arguments[1:]
+        about, before = "Train a model on real data and keep the run in a folder.", said_before(arguments)
+    wanted = {name: tyro.MISSING for name in ("data", "optimizer", "out")}
+    commands = [
+        Annotated[command, tyro.conf.subcommand(name, **({"default": command(**(wanted | before))} if before else {}))]
+        for name, command in offered.items()
+    ]
+    any_command: Any = Union[tuple(commands)]  # noqa: UP007 (made from a table)
     try:
         with redirect_stderr(complaint):
-            return tyro.cli(any_command, prog="bayesrule", description=about, args=arguments, config=config)
+            return tyro.cli(any_command, prog=prog, description=about, args=arguments, config=config)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -282,20 +422,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:]
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` leaves as little behind as Ctrl-C
     try:
-        parse(arguments).run()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+            parse(list(arguments)).run()
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone, as after `| head`
+        return 0
     except OSError as error:
-        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return _refuse(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except ValueError as error:
         return _refuse(str(error))
-    except KeyboardInterrupt:
-        _refuse("interrupted; nothing was kept")
+    except MemoryError:
+        return _refuse("there is not enough memory; take a smaller --batch-size, --size or --model")
+    except (KeyboardInterrupt, runs.Paused) as stop:
+        _say(str(stop) or "interrupted; nothing was kept")
         return 130
     return 0
 
 
 def _refuse(reason: str) -> int:
-    print("bayesrule:", " ".join(reason.split()), file=sys.stderr)
+    _say(reason)
     return 2
+
+
+def _say(words: str) -> None:
+    """One line to stderr."""
+    print("bayesrule:", " ".join(words.split()), file=sys.stderr)
 
 
 if __name__ == "__main__":

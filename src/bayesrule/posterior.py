@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,11 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .drawing import Draws, kept, whole_number
 from .families.gaussian import Diagonal
+from .storage import write_tensors
 from .vector import Vector
 
 FORMAT, VERSION = "bayesrule-posterior", 1
@@ -208,20 +207,10 @@ class Posterior:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
         blocks = {block: getattr(self, block) or {} for block in _BLOCKS}
-        tensors = {f"{block}.{name}": t.detach().contiguous() for block, named in blocks.items() for name, t in named.items()}
+        tensors = {f"{block}.{name}": t for block, named in blocks.items() for name, t in named.items()}
         said = dict(structure=self.structure, ess=self.ess, num_data=self.num_data, names=list(self.mean))
         about = dict(format=FORMAT, version=VERSION, **said)
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file({name: t.clone() for name, t in tensors.items()}, temporary, {"bayesrule": json.dumps(about)})
-            temporary.chmod(mode)  # save_file keeps files to their owner
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_tensors(path, tensors, {"bayesrule": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "cpu", strip_prefix: str = "") -> Posterior:

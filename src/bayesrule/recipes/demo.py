@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from bayesrule.recipes.folder import appearing, read_record, write, write_record
-from bayesrule.recipes.image import Bars, Run, Settings, begin, describe, keep, read, silent
-from bayesrule.recipes.image import summarize as summarize_run
-from bayesrule.recipes.training import OPTIMIZERS
-from bayesrule.uses.calibration import fit_temperature
-from bayesrule.uses.report import Method, Report, render
+from bayesrule.recipes.comparison import compare, listing
+from bayesrule.recipes.data import Tick, quiet
+from bayesrule.recipes.folder import appearing, read_record, write_record
+from bayesrule.recipes.optimizers import OPTIMIZERS
+from bayesrule.recipes.runs import SAMPLES, begin, finish, load_for
+from bayesrule.recipes.settings import Settings
+from bayesrule.storage import write_text
+from bayesrule.uses.report import Report, render
 
-DEMO = Settings(data="mnist5k", model="lenet", optimizer="", hyperparameters={}, epochs=30, batch_size=100, held_out=(8, 9))
+DEMO = Settings(data="mnist5k", optimizer="", model="lenet", epochs=30, batch_size=100, held_out=("8", "9"))
 
 # Folder: optimizer, settings. torch's own AdamW and SGD, because a rival should be the original.
 CONTESTANTS: dict[str, tuple[str, dict[str, float]]] = {
@@ -62,7 +64,7 @@ def results(out: Path) -> dict[str, Any]:
     return found
 
 
-def demo(out: Path, settings: Settings = DEMO, bars: Bars = silent) -> None:
+def demo(out: Path, settings: Settings = DEMO, bars: Tick = quiet) -> None:
     """Train the contestants, one epoch of each in turn, and leave the folder of the demo at ``out``; on failure, nothing.
 
     Raises:
@@ -70,8 +72,9 @@ def demo(out: Path, settings: Settings = DEMO, bars: Bars = silent) -> None:
         ValueError: If training diverges.
     """
     with appearing(out) as folder, one_thread():
+        data = load_for(settings)
         runs = {
-            name: begin(replace(settings, optimizer=optimizer, hyperparameters=hyperparameters))
+            name: begin(replace(settings, optimizer=optimizer, hyperparameters=hyperparameters), data)
             for name, (optimizer, hyperparameters) in CONTESTANTS.items()
         }
         ticks = {
@@ -83,74 +86,41 @@ def demo(out: Path, settings: Settings = DEMO, bars: Bars = silent) -> None:
             for name in order:
                 runs[name][1].epoch(ticks[name])
             order = [*order[1:], order[0]]  # nobody is always first
-        tick = bars("report", len(runs) + 1)
-        parts = {}
         for name, (chosen, training) in runs.items():
             (folder / name).mkdir()
-            keep(chosen, training, folder / name)
-            parts[name] = summarize_run(folder / name)
-            write(folder / name / "report.html", render(parts[name]))
-            tick()
+            finish(chosen, training, folder / name, bars)
+            write_text(folder / name / "report.html", render(compare([folder / name])))
         write_record(folder / "run.json", {"kind": "demo", "runs": list(runs)})
-        report = _compare(folder, parts)
-        cost = ratio(runs["ivon"][1].history, runs["adamw"][1].history)
+        report = summarize(folder)
+        cost = ratio(runs["ivon"][1].seconds, runs["adamw"][1].seconds)
         metrics = {"rows": report.rows, "ratio": cost, "speed": speed(cost) + "."}
-        write(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        write(folder / "report.html", render(report))
-        tick()
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_text(folder / "report.html", render(report))
 
 
-def summarize(folder: Path, num_samples: int = 32) -> Report:
-    """The predictions of the run, or of all runs of the demo, in a folder, ready to be tabled or rendered.
+def summarize(folder: Path, num_samples: int = SAMPLES, bars: Tick = quiet, *, again: bool = False) -> Report:
+    """The predictions of all runs of the demo, ready to be tabled or rendered.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
         ValueError: If a file is damaged.
     """
-    if read_record(folder)["kind"] != "demo":
-        return summarize_run(folder, num_samples)
-    return _compare(folder, {name: summarize_run(folder / name, num_samples) for name in CONTESTANTS}, num_samples)
-
-
-def _compare(folder: Path, parts: Mapping[str, Report], num_samples: int = 32) -> Report:
-    """The reports of all contestants in one, and AdamW with a fitted temperature."""
-    runs = {name: read(folder / name) for name in CONTESTANTS}
-    adamw, _, ivon = runs.values()
-    (plain,), sgd, averaged = (parts[name].methods for name in CONTESTANTS)
-    temperature, tempered = temper(adamw, plain)
-    data, settings = ivon.data, ivon.settings
-    assert data.unknown is not None
-    report = replace(
-        parts["ivon"],
-        title="AdamW, SGD and IVON on the same digits",
-        methods=[plain, tempered, *sgd, *averaged],
-        settings={run.title: describe(run.settings) for run in runs.values()} | {"Versions": ivon.versions},
-    )
-    cost = ratio(ivon.history, adamw.history)
-    weights = sum(p.numel() for p in ivon.model.parameters())
-    summary = [
-        f"Three copies of one {settings.model} network ({weights:,} weights, the same start, the same order of images) learned "
-        f"the digits {listing(data.classes)} from {len(data.train[1]):,} images of {data.name}: one with AdamW, one with SGD, one "
-        f"with IVON, each for {settings.epochs} epochs and the same number of gradients. The figures are on "
-        f"{len(data.test[1]):,} test images of these digits and on {len(data.unknown[1]):,} images of "
-        f"{listing(settings.held_out)}, which no network has ever seen.",
-        "IVON learns a distribution over the weights, not one set of them. Its mean is a network like the others; averaged "
-        f"means the mean of the probabilities of {num_samples} networks drawn from the distribution. The usual remedy for AdamW "
-        f"stands beside it: all its logits divided by one temperature, {temperature:.2f}, fitted on "
-        f"{len(data.validation[1])} validation images.",
+    report = compare([folder], num_samples, again=again, bars=bars)
+    records = {name: read_record(folder / name) for name in CONTESTANTS}
+    data, settings = records["ivon"]["data"], records["ivon"]["settings"]
+    cost = ratio(records["ivon"]["seconds"], records["adamw"]["seconds"])
+    about = [
+        f"Three copies of one {settings['model']} network ({report.methods[0].cost['weights']} weights, the same start, the same order "
+        f"of images) learned the digits {listing(data['classes'])} from {data['examples']['training']:,} images of {data['name']}: one "
+        f"with AdamW, one with SGD, one with IVON, each for {settings['epochs']} epochs and the same number of gradients. The figures "
+        f"are on {len(report.labels):,} test images of these digits and on {len(report.unknown_names):,} images of "
+        f"{listing(settings['held_out'])}, which no network has ever seen.",
+        *report.summary[1:],
         findings(report.rows),
         speed(cost) + ".",
         CHOICE,
     ]
-    return replace(report, summary=summary)
-
-
-def temper(run: Run, plain: Method) -> tuple[float, Method]:
-    """The temperature that fits a run's validation data best, and what the run, ``plain`` until then, predicts with it."""
-    temperature = fit_temperature(run.probabilities(run.data.validation[0]).log(), run.data.validation[1])
-    assert plain.unknown is not None
-    test, unknown = ((probs.log() / temperature).softmax(1) for probs in (plain.test, plain.unknown))
-    return temperature, Method(f"{plain.name}, temperature", test, unknown, run.seconds)
+    return replace(report, title="AdamW, SGD and IVON on the same digits", summary=about)
 
 
 def findings(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -170,9 +140,9 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{' '.join(sentences)} This is one run on little data: it shows what the methods do, and does not rank them."
 
 
-def ratio(ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]]) -> list[float]:
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Seconds of our epochs over those of theirs, round by round, as quartiles: lower, median, upper."""
-    rounds = [a["seconds"] / b["seconds"] for a, b in zip(ours, theirs, strict=True)]
+    rounds = [a / b for a, b in zip(ours, theirs, strict=True)]
     quartiles: list[float] = torch.tensor(rounds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
     return quartiles
 
@@ -189,14 +159,3 @@ def speed(cost: Sequence[float]) -> str:
         f"An epoch of IVON takes {median:.2f} times as long as one of AdamW (fused): on one thread, median of interleaved rounds "
         f"[quartiles {lower:.2f}, {upper:.2f}]"
     )
-
-
-def listing(names: Sequence[Any]) -> str:
-    """Names in a sentence.
-
-    Example:
-        >>> listing([0, 1, 2])
-        '0, 1 and 2'
-    """
-    *most, last = map(str, names)
-    return f"{', '.join(most)} and {last}" if most else last

@@ -1,168 +1,272 @@
-"""Train a classifier with any optimizer of the table, one epoch at a time.
+"""Train a classifier with any optimizer of the table, one epoch at a time, from any step on.
 
 One loop serves every optimizer: a variational one opens its draw inside ``step(closure)``, so that nothing here knows
 whether the gradient was taken at the weights or at a sample of them. An epoch is the unit of work because runs that
-are compared for speed must be interleaved.
+are compared for speed must be interleaved. Whatever is random is a function of the seed and the number of the step,
+or kept with the state, so a run that goes on from a saved state ends where it would have ended.
 """
 
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import update_bn
 
 import bayesrule as br
-from bayesrule.recipes.data import Pair
-from bayesrule.recipes.names import lookup
+from bayesrule.recipes.augmentation import augmentation
+from bayesrule.recipes.data import Data, Part
+from bayesrule.recipes.models import has_batch_norm
+from bayesrule.recipes.schedules import SCHEDULES
+
+BATCH = 1024  # inputs of a forward without gradient
+ANCHOR = 2048  # training examples that running statistics of batch norm are estimated from
+BEST = "best."
 
 
-@dataclass(frozen=True)
-class Choice:
-    """An optimizer that can be chosen by name: how to make it, and settings that work on small images.
-
-    Args:
-        title: The name in print.
-        make: Takes the parameters and the settings by name.
-        settings: Defaults; their names are those of the command line. ``ess`` counts in training sets.
-        variational: Whether it learns a posterior: it then takes the seed of its draws and leaves the posterior behind.
-    """
-
-    title: str
-    make: Callable[..., Optimizer]
-    settings: Mapping[str, float]
-    variational: bool = False
-
-
-def _momentum(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    return lambda params, **settings: make(params, momentum=0.9, **settings)
-
-
-def _betas(make: Callable[..., Optimizer], **fixed: Any) -> Callable[..., Optimizer]:
-    return lambda params, beta2, **settings: make(params, betas=(0.9, beta2), **settings, **fixed)
-
-
-OPTIMIZERS: dict[str, Choice] = {
-    "sgd": Choice("SGD", _momentum(br.SGD), {"lr": 0.03, "weight_decay": 5e-4}),
-    "rmsprop": Choice("RMSprop", br.RMSprop, {"lr": 1e-3, "weight_decay": 0.0}),
-    "adam": Choice("Adam", _betas(br.Adam), {"lr": 1e-3, "weight_decay": 0.0, "beta2": 0.999}),
-    "adamw": Choice("AdamW", _betas(br.AdamW), {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999}),
-    "ivon": Choice(
-        "IVON",
-        _betas(br.IVON),
-        {"lr": 0.1, "ess": 10.0, "hess_init": 0.1, "weight_decay": 1e-4, "beta2": 0.999},
-        variational=True,
-    ),
-    # torch's own, to compare with
-    "torch-sgd": Choice("SGD", _momentum(torch.optim.SGD), {"lr": 0.03, "weight_decay": 5e-4}),
-    "torch-adamw": Choice("AdamW", _betas(torch.optim.AdamW, fused=True), {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999}),
-}
-
-
-def settle(name: str, given: Mapping[str, float | None], num_data: int) -> dict[str, float]:
-    """All settings of an optimizer: its defaults, overridden by what was given (None: not given).
-
-    Raises:
-        ValueError: If the optimizer is unknown or has no such setting.
-
-    Example:
-        >>> settle("sgd", {"lr": 0.1, "ess": None}, num_data=1000)
-        {'lr': 0.1, 'weight_decay': 0.0005}
-    """
-    choice = lookup("optimizer", name, OPTIMIZERS)
-    chosen = {setting: value for setting, value in given.items() if value is not None}
-    for setting, value in chosen.items():
-        if setting not in choice.settings:
-            raise ValueError(f"{name} has no {setting} (got {value:g}); its settings are {', '.join(choice.settings)}")
-    settings = dict(choice.settings)
-    if "ess" in settings:
-        settings["ess"] *= num_data
-    return settings | chosen
+class Diverged(ValueError):
+    """A loss is no longer a number."""
 
 
 class Training:
-    """A run in progress: every call of :meth:`epoch` goes once through the shuffled training data.
+    """A run in progress: every call of :meth:`epoch` goes once through the shuffled training data, or through what is left.
 
-    Minimizes the mean cross entropy; the learning rate falls from ``lr`` to 0 along half a cosine.
+    Minimizes the mean cross entropy.
 
     Args:
-        model: The model; trained in place.
+        model: The model; trained in place, on the device where it is.
         optimizer: Its optimizer.
-        train, validation: Inputs and labels.
+        data: What to learn from.
         epochs: How often :meth:`epoch` will be called; sets the schedule.
         batch_size: Examples a step.
-        seed: Seed of the shuffling.
+        seed: Seed of the order and of whatever the model draws.
+        schedule: Name of the course of the learning rate.
+        augment: Names of changes of training images.
+        bf16: Compute forward passes of training in bfloat16 where autocast does.
+        patience: Keep the epoch with the smallest validation NLL and stop after so many without a smaller one; None keeps the last.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        train: Pair,
-        validation: Pair,
+        data: Data,
         *,
         epochs: int,
         batch_size: int,
         seed: int = 0,
+        schedule: str = "cosine",
+        augment: Sequence[str] = (),
+        bf16: bool = False,
+        patience: int | None = None,
     ) -> None:
-        for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.model, self.optimizer = model, optimizer
-        self.train, self.validation = train, validation
-        self.batch_size = batch_size
-        self.steps = -(-len(train[1]) // batch_size)  # an epoch
-        self.schedule = CosineAnnealingLR(optimizer, epochs * self.steps)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.history: list[dict[str, float]] = []
+        self.model, self.optimizer, self.data = model, optimizer, data
+        self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
+        self.steps = -(-len(data.train) // batch_size)  # an epoch
+        self.schedule, self.augment = SCHEDULES[schedule], augmentation(augment)
+        self.bf16, self.patience = bf16, patience
+        self.device = next(model.parameters()).device
+        self.variational = "ess" in optimizer.defaults
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.done = 0  # steps
+        self.history: list[dict[str, Any]] = []
+        self.seconds: list[float] = []  # of the training steps of each epoch
+        self.best: dict[str, Tensor] | None = None
+        self._total, self._elapsed = 0.0, 0.0  # of the epoch in progress
+        with torch.random.fork_rng(self._devices()):
+            torch.manual_seed(seed)
+            self._random = self._generators()
 
-    def epoch(self, tick: Callable[[], object] = lambda: None) -> dict[str, float]:
-        """Train for one epoch and return its line: losses in nats, the training loss as the optimizer saw it.
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or patience is at its end."""
+        return len(self.history) >= self.epochs or (
+            self.patience is not None and bool(self.history) and len(self.history) - self.best_epoch >= self.patience
+        )
 
-        ``seconds`` counts the training steps only, not the validation. ``tick`` is called after every step.
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the smallest validation NLL, from 1."""
+        return 1 + min(range(len(self.history)), key=lambda i: self.history[i]["validation_nll"])
+
+    def epoch(self, tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
+        """Train to the end of the epoch and return its line: losses in nats, the training loss as the optimizer saw it.
+
+        ``tick`` is called after every step; what it raises leaves a state that can be saved and gone on from.
+
+        Raises:
+            Diverged: If the line holds what is no number.
         """
-        rate = float(self.schedule.get_last_lr()[0])
+        number = self.done // self.steps
+        order = torch.randperm(len(self.data.train), generator=self._generator(number, 0))
+        batches = order.split(self.batch_size)[self.done % self.steps :]
+        rate = self.rates[0] * self.schedule(number / self.epochs)
         self.model.train()
-        order = torch.randperm(len(self.train[1]), generator=self.generator)
-        total = 0.0
-        began = time.perf_counter()
-        for batch in order.split(self.batch_size):
-            total += self._step(*(part[batch] for part in self.train)) * len(batch)
-            tick()
-        seconds = time.perf_counter() - began
+        with self._randomness():
+            began = time.perf_counter()
+            for batch, stored in zip(batches, self.data.train.stream(batches), strict=True):
+                self._total += self._step(stored, self.data.train.labels[batch]) * len(batch)
+                self.done += 1
+                self._elapsed += time.perf_counter() - began
+                self._random = self._generators()
+                if self.done % self.steps:  # the last belongs to the line
+                    tick()
+                began = time.perf_counter()
+        return self._close(rate, tick)
 
-        loss, accuracy = self._validate()
-        line: dict[str, float] = {
-            "epoch": len(self.history) + 1,
-            "train_loss": total / len(order),
-            "validation_nll": loss,
-            "validation_accuracy": accuracy,
-            "seconds": seconds,
-            "lr": rate,
-        }
-        if not all(map(torch.isfinite, torch.tensor(list(line.values())))):
-            raise ValueError(f"training diverged in epoch {line['epoch']} (loss {line['train_loss']:g}); lower the lr ({rate:g})")
-        self.history.append(line)
-        return line
+    def _step(self, stored: Tensor, labels: Tensor) -> float:
+        inputs, labels = self.data.scale(stored.to(self.device, non_blocking=True)), labels.to(self.device)
+        inputs = self.augment(inputs, self._generator(self.done, 1))
+        factor = self.schedule(self.done / (self.epochs * self.steps))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
 
-    def _step(self, inputs: Tensor, labels: Tensor) -> float:
         def closure() -> Tensor:
             self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.model(inputs), labels)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = F.cross_entropy(self.model(inputs), labels)
             loss.backward()
             return loss
 
         loss: Tensor = self.optimizer.step(closure)  # type: ignore[arg-type,assignment]  # torch says float, any will do
-        self.schedule.step()
         return loss.item()
+
+    def _close(self, rate: float, tick: Callable[[], object]) -> dict[str, Any]:
+        """Measure what the epoch came to."""
+        loss, accuracy = self._validate()
+        line: dict[str, Any] = {
+            "epoch": len(self.history) + 1,
+            "train_loss": self._total / len(self.data.train),
+            "validation_nll": loss,
+            "validation_accuracy": accuracy,
+            "lr": rate,
+        }
+        if not all(map(math.isfinite, line.values())):
+            raise Diverged(f"training diverged in epoch {line['epoch']} (loss {line['train_loss']:g}); lower the lr ({rate:g})")
+        self.history.append(line | self._bound(line["train_loss"]))
+        self.seconds.append(self._elapsed)
+        self._total, self._elapsed = 0.0, 0.0
+        if self.patience is not None and self.best_epoch == len(self.history):
+            self.best = {BEST + name: t.detach().clone() for name, t in self._tensors().items()}
+        tick()
+        return self.history[-1]
+
+    def _bound(self, train_loss: float) -> dict[str, float]:
+        """The evidence bound, in nats per example: minus the loss under the noise, minus the distance from the prior."""
+        if not self.variational:
+            return {}
+        posterior = self.posterior()
+        assert posterior.prior_mean is not None and posterior.prior_precision is not None
+        shaped = {
+            name: (posterior.prior_mean[name].expand_as(m).clone(), posterior.prior_precision[name].expand_as(m).clone())
+            for name, m in posterior.mean.items()
+        }
+        if any(bool((precision <= 0).any()) for _, precision in shaped.values()):
+            return {}  # no prior, no bound
+        prior = br.Posterior({n: mean for n, (mean, _) in shaped.items()}, {n: precision for n, (_, precision) in shaped.items()})
+        distance = posterior.kl(prior).item() / posterior.ess
+        return {"kl": distance, "elbo": -train_loss - distance} if math.isfinite(distance) else {}
+
+    def posterior(self) -> br.Posterior:
+        """What a variational optimizer has learned."""
+        return br.Posterior.from_optimizer(self.optimizer, self.model, num_data=len(self.data.train))
+
+    def anchor(self) -> list[Tensor]:
+        """Training inputs from which the running statistics of batch norm are estimated."""
+        return anchor(self.data, self.device)
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float]:
+        if self.variational and has_batch_norm(self.model):
+            update_bn(self.anchor(), self.model)  # what was gathered belongs to samples of the weights
         self.model.eval()
-        inputs, labels = self.validation
-        logits = self.model(inputs)
-        return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+        nll = right = 0.0
+        part = self.data.validation
+        for inputs, labels in batches_of(part, self.data, self.device):
+            logits = self.model(inputs).float()
+            nll += F.cross_entropy(logits, labels, reduction="sum").item()
+            right += (logits.argmax(1) == labels).sum().item()
+        return nll / len(part), right / len(part)
+
+    # State
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a run goes on from, between steps: tensors, and numbers."""
+        numbers = {"done": self.done, "history": self.history, "seconds": self.seconds}
+        tensors = self._tensors() | {f"random.{i}": t for i, t in enumerate(self._random)} | (self.best or {})
+        return tensors, {**numbers, "total": self._total, "elapsed": self._elapsed}
+
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: If it is of another run, or damaged.
+        """
+        self._load(tensors)
+        self.done, self.history, self.seconds = int(numbers["done"]), list(numbers["history"]), list(numbers["seconds"])
+        self._total, self._elapsed = float(numbers["total"]), float(numbers["elapsed"])
+        self._random = [tensors[f"random.{i}"] for i in range(len(self._random))]
+        self.best = {name: t for name, t in tensors.items() if name.startswith(BEST)} or None
+
+    def keep_best(self) -> None:
+        """Where patience looked for the best epoch, go back to it."""
+        if self.best is not None:
+            self._load({name.removeprefix(BEST): t for name, t in self.best.items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Of the model and the optimizer, by name."""
+        states = self.optimizer.state_dict()["state"]
+        kept = {f"optimizer.{i}.{name}": t for i, state in states.items() for name, t in state.items() if t is not None}
+        return {f"model.{name}": t for name, t in self.model.state_dict().items()} | kept
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        model, states = {}, dict[int, dict[str, Tensor]]()
+        for key, tensor in tensors.items():
+            room, _, name = key.partition(".")
+            if room == "model":
+                model[name] = tensor
+            elif room == "optimizer":
+                number, _, name = name.partition(".")
+                states.setdefault(int(number), {})[name] = tensor
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+
+    # Randomness
+
+    def _generator(self, number: int, stream: int) -> torch.Generator:
+        """Random numbers that depend on the seed, a number and what they are for alone."""
+        return torch.Generator().manual_seed((2 * (self.seed * 1_000_003 + number) + stream) % 2**63)
+
+    def _devices(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
+
+    def _generators(self) -> list[Tensor]:
+        """The states of torch's own generators, which dropout draws from."""
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices())]
+
+    @contextmanager
+    def _randomness(self) -> Iterator[None]:
+        """The run's own randomness inside, the caller's untouched."""
+        with torch.random.fork_rng(self._devices()):
+            torch.set_rng_state(self._random[0])
+            for device, state in zip(self._devices(), self._random[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+def batches_of(part: Part, data: Data, device: torch.device, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    """A part in its order, as inputs of a model and their labels."""
+    batches = torch.arange(len(part)).split(size)
+    for batch, stored in zip(batches, part.stream(batches), strict=True):
+        yield data.scale(stored.to(device)), part.labels[batch].to(device)
+
+
+def anchor(data: Data, device: torch.device) -> list[Tensor]:
+    """Training inputs from which the running statistics of batch norm are estimated: the same ones every time."""
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:ANCHOR]
+    return [data.scale(stored.to(device)) for stored in data.train.stream(chosen.split(BATCH // 4))]

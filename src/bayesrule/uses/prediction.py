@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import update_bn
 
 from ..drawing import Draws, kept, whole_number
 from ..posterior import Posterior
@@ -43,6 +47,7 @@ class _How(NamedTuple):
     antithetic: bool
     vmap: int | None
     compile: bool
+    batch_norm: Iterable[Tensor] | None
 
 
 def predict(
@@ -58,6 +63,7 @@ def predict(
     antithetic: bool = False,
     vmap: int | None = None,
     compile: bool = False,
+    batch_norm: Iterable[Tensor] | None = None,
 ) -> Prediction:
     r"""Predict for inputs, averaging **probabilities** over draws of the weights.
 
@@ -70,7 +76,7 @@ def predict(
 
     Args:
         model: Gives logits (outputs, for regression), shape (n, ..., K), in eval mode; in training mode a forward also moves the
-            running statistics of batch norm, and they stay moved.
+            running statistics of batch norm, and without ``batch_norm`` they stay moved.
         posterior: What was learned; None takes the model's weights as they are.
         x: Inputs, shape (N, ...).
         method: "mean", "mc" (Monte Carlo), or None: "mc" where there is a posterior.
@@ -85,10 +91,14 @@ def predict(
             convolutions become grouped, and the copies leave the cache.
         compile: Draw by ``torch.compile``: some seconds the first time in a process; pays where the noise costs as much as the
             forwards, as it does for wide layers and few inputs. Without a compiler, one warning, and draws as ever.
+        batch_norm: Batches of training inputs (or (inputs, anything)), read once, on which each draw, or the mean, gets running
+            statistics of its own before it predicts, as by ``torch.optim.swa_utils.update_bn``: statistics belong to the
+            weights, and those of the mean are wrong for a draw. Costs one more pass over these batches per draw. All buffers
+            and modes come back as they were. Of no effect on models without batch norm; not together with ``vmap``.
 
     Raises:
         ValueError: Unknown method or link, a number that is no size, fewer than two classes, or outputs that are
-            probabilities already.
+            probabilities already; ``batch_norm`` without a batch, or with ``vmap``.
         RuntimeError: A draw gave outputs that are not finite.
 
     Example:
@@ -101,7 +111,8 @@ def predict(
     if not isinstance(x, Tensor):
         raise TypeError(f"predict takes inputs as one tensor, shape (N, ...), got {type(x).__name__}")
     batch_size = whole_number("batch_size", batch_size, 1)
-    return _predict(model, posterior, x.split(batch_size), link, _How(method, num_samples, seed, antithetic, vmap, compile))
+    how = _How(method, num_samples, seed, antithetic, vmap, compile, batch_norm)
+    return _predict(model, posterior, x.split(batch_size), link, how)
 
 
 def evaluate(
@@ -117,6 +128,7 @@ def evaluate(
     antithetic: bool = False,
     vmap: int | None = None,
     compile: bool = False,
+    batch_norm: Iterable[Tensor] | None = None,
 ) -> dict[str, float]:
     """Measure predictions on data with known answers.
 
@@ -134,6 +146,7 @@ def evaluate(
         antithetic: As for :func:`predict`.
         vmap: As for :func:`predict`.
         compile: As for :func:`predict`.
+        batch_norm: As for :func:`predict`.
 
     Returns:
         accuracy, nll (nats, of log probabilities that do not underflow), ece (15 equal-width bins, right-closed), brier (0
@@ -154,9 +167,10 @@ def evaluate(
     batches = [(batch[0], batch[1]) for batch in loader]
     if not batches:
         raise ValueError("there is nothing to evaluate: the loader gave no batch")
-    others = [batch if isinstance(batch, Tensor) else batch[0] for batch in (() if ood is None else ood)]
+    others = [] if ood is None else _inputs(ood)
     inputs = [x for x, _ in batches] + others
-    found = _predict(model, posterior, inputs, "softmax", _How(method, num_samples, seed, antithetic, vmap, compile))
+    how = _How(method, num_samples, seed, antithetic, vmap, compile, batch_norm)
+    found = _predict(model, posterior, inputs, "softmax", how)
     assert found.probs is not None and found.entropy is not None and found.log_probs is not None
     labels = torch.cat([y for _, y in batches]).to(found.probs.device)
     figures = classification_metrics(found.probs[: len(labels)], labels)
@@ -169,6 +183,61 @@ def evaluate(
     return figures
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a layer of the model keeps running statistics of its batches, which are right for one set of weights only."""
+    return any(norm.track_running_stats for norm in _batch_norms(model))
+
+
+@contextmanager
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Leaving brings back every module's buffers and mode, and the momentum of batch norm, whatever happened inside."""
+    modes = _modes(model)
+    momenta = [(norm, norm.momentum) for norm in _batch_norms(model)]
+    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
+    with kept(buffer for _, _, buffer in buffers if not is_lazy(buffer)):
+        try:
+            yield
+        finally:
+            _restore(modes)
+            for norm, momentum in momenta:
+                norm.momentum = momentum
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
+
+
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def _modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    return [(module, module.training) for module in model.modules()]
+
+
+def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _inputs(batches: Iterable[Any]) -> list[Tensor]:
+    return [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
+
+
+def _statistics(model: nn.Module, batch_norm: Iterable[Tensor] | None, vmap: int | None) -> list[Tensor]:
+    """The batches that running statistics are taken from; none where the model keeps no statistics."""
+    if batch_norm is None or not has_batch_norm(model):
+        return []
+    if vmap is not None:
+        raise ValueError(
+            f"batch_norm re-estimates statistics draw by draw, and vmap={vmap!r} evaluates draws at once; take vmap=None"
+        )
+    if isinstance(batch_norm, Tensor):
+        raise ValueError(f"batch_norm takes batches of inputs, got one tensor {tuple(batch_norm.shape)}; pass x.split(batch_size)")
+    batches = _inputs(batch_norm)
+    if not batches:
+        raise ValueError("batch_norm has no batch to take statistics from; pass batches of training inputs, or None")
+    return batches
+
+
 def _predict(
     model: nn.Module,
     posterior: Posterior | None,
@@ -176,7 +245,7 @@ def _predict(
     link: str,
     how: _How,
 ) -> Prediction:
-    method, num_samples, seed, antithetic, vmap, compile = how
+    method, num_samples, seed, antithetic, vmap, compile, batch_norm = how
     if not isinstance(compile, bool):
         raise ValueError(f"compile must be True or False, got {compile!r}")
     method = method or ("mean" if posterior is None else "mc")
@@ -198,9 +267,10 @@ def _predict(
         )
     if method == "mc" and num_samples < 4:
         warnings.warn(f"an average over {num_samples} draws may be worse than the mean", UserWarning, stacklevel=3)
+    statistics = _statistics(model, batch_norm, vmap)
     params = {} if posterior is None else posterior.bind(model)
     averages = _Averages(link)
-    with torch.no_grad(), kept(params.values()):
+    with torch.no_grad(), kept(params.values()), as_found(model) if statistics else nullcontext():
         numbers: Iterator[int] = iter(range(1))
         if posterior is not None and method == "mc":
             numbers = _written(Draws(posterior.mean, posterior.precision, params, seed, compile), num_samples, antithetic)
@@ -208,6 +278,8 @@ def _predict(
             for name, p in params.items():
                 p.copy_(posterior.mean[name])
             torch.clear_autocast_cache()
+        if statistics:
+            numbers = _settled(model, statistics, numbers, seed)
         outputs = _stacked(model, batches, params, numbers, chunk) if chunk else (_forward(model, batches) for _ in numbers)
         for number, found in enumerate(outputs):
             _check(found, number, posterior, link)
@@ -222,6 +294,17 @@ def _written(draws: Draws, count: int, antithetic: bool) -> Iterator[int]:
             draws.mirror()
         else:
             draws.write(number)
+        yield number
+
+
+def _settled(model: nn.Module, batches: Sequence[Tensor], numbers: Iterator[int], seed: int) -> Iterator[int]:
+    """Numbers of draws; when its number comes, the running statistics are those of the draw. The seed decides on dropout."""
+    device, modes = next(model.parameters()).device, _modes(model)
+    for number in numbers:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(whole_number("seed", seed) % 2**64)
+            update_bn(batches, model, device)
+        _restore(modes)
         yield number
 
 

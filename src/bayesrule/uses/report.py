@@ -1,110 +1,135 @@
-"""One self-contained page about the predictions of one or several methods on the same test data.
+"""One self-contained page about the predictions of one or several methods, each with one or several seeds, on the same test data.
 
-The page fetches nothing: styles are in it, charts are SVG and images PNG inside ``data:`` addresses. The input is plain
-data, so whatever yields class probabilities can be reported.
+The page fetches nothing: styles are in it, charts are SVG and images PNG or JPEG inside ``data:`` addresses. The input is
+plain data, so whatever yields class probabilities can be reported.
 """
 
 import math
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import BytesIO
 from typing import Any
 
-import matplotlib
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
-from PIL import Image
 from torch import Tensor
 
-from bayesrule.uses.metrics import auroc, classification_metrics, entropy, reliability, risk_coverage
+from bayesrule.uses import charts
+from bayesrule.uses.galleries import Shown, galleries
+from bayesrule.uses.metrics import auroc, classification_metrics, entropy, risk_coverage
 
-BINS = 15  # of reliability diagrams and the ECE
-TILES = 8  # images shown in a row
-
-# Okabe and Ito's colors, told apart by color-blind readers; with dashes, also in gray.
-STYLES = (
-    ("#0072b2", "solid"),
-    ("#56b4e9", "dashed"),
-    ("#009e73", "dashdot"),
-    ("#e69f00", "dotted"),
-    ("#d55e00", "solid"),
-    ("#cc79a7", "dashed"),
-)
+SHARES = (1.0, 0.95, 0.9, 0.8)  # of the examples answered, in the table of what abstaining gains
+FEW = 3  # seeds up to which a spread is called rough
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of results."""
+    """A column of numbers.
+
+    Args:
+        key: Of a row.
+        heading: As shown.
+        decimals: How many are shown.
+        percent: Whether a share is shown in percent.
+        best: ``min`` or ``max`` of the values as shown; none if there is no better.
+        meaning: In plain words, with ``{thing}`` for what an example is called and ``{unknown}`` for the unknown ones.
+    """
 
     key: str
     heading: str
-    show: Callable[[float], str]
-    best: Callable[..., str] | None = None  # min or max of the values as shown
+    decimals: int
+    percent: bool = False
+    best: Callable[..., Any] | None = None
     meaning: str = ""
+
+    def show(self, value: float, spread: float | None = None) -> str:
+        """A value, with its spread over seeds if there is one.
+
+        Example:
+            >>> COLUMNS[0].show(0.9751), COLUMNS[0].show(0.9751, 0.002), COLUMNS[1].show(0.0812, 0.0041)
+            ('97.5 %', '97.5 ± 0.2 %', '0.081 ± 0.004')
+        """
+        parts = [value] if spread is None else [value, spread]
+        scale = 100 if self.percent else 1
+        return " ± ".join(f"{scale * part:.{self.decimals}f}" for part in parts) + " %" * self.percent
 
 
 COLUMNS = (
-    Column(
-        "accuracy",
-        "accuracy",
-        lambda x: f"{100 * x:.1f} %",
-        max,
-        "Share of test images named correctly. Larger is better.",
-    ),
+    Column("accuracy", "accuracy", 1, True, max, "Share of test {thing}s named correctly. Larger is better."),
     Column(
         "nll",
         "NLL",
-        "{:.3f}".format,
-        min,
-        "Negative log-likelihood: how surprising the true answers were to the method, in nats. It punishes confident mistakes "
-        "most. Smaller is better.",
+        3,
+        best=min,
+        meaning="Negative log-likelihood: how surprising the true answers were to the method, in nats. It punishes confident "
+        "mistakes most. Smaller is better.",
     ),
     Column(
         "ece",
         "ECE",
-        "{:.3f}".format,
-        min,
-        f"Expected calibration error: the distance between what the method promised and what it kept, over {BINS} equal bins "
-        "of confidence. Smaller is better.",
+        3,
+        best=min,
+        meaning="Expected calibration error: the distance between what the method promised and what it kept, over "
+        f"{charts.BINS} equal bins of confidence. Smaller is better.",
     ),
-    Column("brier", "Brier", "{:.3f}".format, min, "Squared error of the probabilities, from 0 to 2. Smaller is better."),
+    Column("brier", "Brier", 3, best=min, meaning="Squared error of the probabilities, from 0 to 2. Smaller is better."),
     Column(
         "auroc_ood",
         "AUROC unknown",
-        "{:.3f}".format,
-        max,
-        "The chance that an image of a class never learned is given more uncertainty (predictive entropy) than a test "
-        "image. 0.5 is guessing, 1 is perfect. Larger is better.",
+        3,
+        best=max,
+        meaning="Of one test {thing} and one of the {unknown}: the chance that the latter is given more uncertainty (predictive "
+        "entropy). 0.5 is guessing, 1 is perfect. Larger is better.",
     ),
-    Column("seconds", "seconds", "{:.1f}".format, meaning="Training time, without validation."),
+    Column("seconds", "seconds", 1, meaning="Training time, without validation."),
 )
+SECONDS = COLUMNS[-1]
 
 
 @dataclass(frozen=True)
-class Method:
-    """What one method predicted.
+class Trial:
+    """What one method predicted with one seed.
 
     Args:
-        name: As shown.
-        test: Class probabilities of the test images, shape (examples, classes).
-        unknown: Those of images whose class was never learned, shape (others, classes), if there are any.
+        test: Class probabilities of the test examples, shape (examples, classes).
+        unknown: Those of inputs whose class was never learned, shape (others, classes), if there are any.
         seconds: Training time, if known.
-        history: One mapping per epoch with ``epoch``, ``train_loss``, ``validation_nll`` and ``validation_accuracy``; empty
-            for a method that was not trained by itself.
+        history: One mapping per epoch with ``epoch``, ``train_loss``, ``validation_nll``, ``validation_accuracy`` and perhaps
+            ``elbo``; empty for a method that was not trained by itself.
     """
 
-    name: str
     test: Tensor
     unknown: Tensor | None = None
     seconds: float | None = None
     history: Sequence[Mapping[str, float]] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and its trials.
+
+    Args:
+        name: As shown.
+        trials: One a seed, at least one.
+        cost: Shown in the table of cost as it is, by heading.
+    """
+
+    name: str
+    trials: Sequence[Trial]
+    cost: Mapping[str, Any] = field(default_factory=dict)
+
+    def times(self) -> list[float]:
+        """The training times that are known."""
+        return [trial.seconds for trial in self.trials if trial.seconds is not None]
+
+    def unknowns(self) -> list[Tensor]:
+        """What was predicted of the inputs whose class was never learned."""
+        return [trial.unknown for trial in self.trials if trial.unknown is not None and len(trial.unknown)]
+
+    def lines(self, key: str) -> list[dict[float, float]]:
+        """A training curve a seed: the value by epoch."""
+        found = [{line["epoch"]: line[key] for line in trial.history if key in line} for trial in self.trials]
+        return [line for line in found if line]
 
 
 @dataclass(frozen=True)
@@ -115,40 +140,100 @@ class Report:
         title: Heading of the page.
         summary: Paragraphs that say what was trained on what.
         classes: Names of the classes.
-        images: Test images, shape (examples, 1 or 3, height, width), any range.
-        labels: Their classes, shape (examples,).
-        methods: What each method predicted; the last one's certainty chooses the images that are shown.
-        unknown_images: Images of classes never learned, shape (others, 1 or 3, height, width), if there are any.
+        labels: True classes of the test examples, shape (examples,).
+        methods: What each method predicted; the last one's certainty chooses the examples that are shown.
+        images: The test images: ``images[i]`` has shape (1 or 3, height, width) and any range, and is read for the few that are
+            shown only; none for tables, or if the data are gone.
+        names: Where test example i comes from: a file name, "row 17".
+        unknown_images: Likewise, the unknown inputs.
         unknown_names: What they are, one name each.
+        unknown_title: What they are, all of them.
+        warnings: Noticed in the data.
         settings: Tables of settings by heading.
+        thing: What an example is called: "image" or "row".
     """
 
     title: str
     summary: Sequence[str]
     classes: Sequence[str]
-    images: Tensor
     labels: Tensor
     methods: Sequence[Method]
-    unknown_images: Tensor | None = None
+    images: Any = None
+    names: Callable[[int], str] | None = None
+    unknown_images: Any = None
     unknown_names: Sequence[str] = ()
+    unknown_title: str = "images of classes never learned"
+    warnings: Sequence[str] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    thing: str = "image"
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """The table of results: one mapping a method, with its ``method`` name, metrics and seconds."""
-        rows = []
+        """The table of results: one mapping a method.
+
+        It has ``method``, its name, and the means over its seeds of all metrics, ``auroc_ood`` and ``seconds``; for more than one
+        seed also ``seeds``, their number, and ``spread``, the standard deviation of each mean's parts.
+        """
+        return [{"method": method.name, **_averaged([_measure(t, self.labels) for t in method.trials])} for method in self.methods]
+
+    @cached_property
+    def top(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """For each method, for each seed: the largest probability of every test example, and its class."""
+        return [[(best.values, best.indices) for best in (t.test.max(1) for t in method.trials)] for method in self.methods]
+
+    @cached_property
+    def risks(self) -> list[Tensor]:
+        """For each method and seed the error among the surest 1, 2, ..., N test examples, shape (seeds, N)."""
+        return [torch.stack([risk_coverage(p, k == self.labels).risk for p, k in seeds]) for seeds in self.top]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The numbers of seeds that occur, in order."""
+        return sorted({len(method.trials) for method in self.methods})
+
+    def check(self) -> None:
+        """Refuse what does not fit together.
+
+        Raises:
+            ValueError: If there is no method or no trial, or if a number of classes is not that of ``classes``.
+        """
+        if not self.methods:
+            raise ValueError("a report needs at least one method; got none")
         for method in self.methods:
-            row: dict[str, Any] = {"method": method.name, **classification_metrics(method.test, self.labels)}
-            if method.unknown is not None:
-                scores = entropy(torch.cat((method.test, method.unknown)))
-                row["auroc_ood"] = auroc(scores, torch.arange(len(scores)) >= len(method.test)).item()
-            if method.seconds is not None:
-                row["seconds"] = method.seconds
-            rows.append(row)
-        return rows
+            if not method.trials:
+                raise ValueError(f"a method needs at least one trial; {method.name} has none")
+            for probs in [*(trial.test for trial in method.trials), *method.unknowns()]:
+                if probs.ndim != 2 or probs.shape[1] != len(self.classes):
+                    raise ValueError(
+                        f"probabilities must have one column for each of the {len(self.classes)} classes; {method.name} has shape "
+                        f"{tuple(probs.shape)}"
+                    )
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Column], list[list[tuple[str, bool]]]]:
+def _measure(trial: Trial, labels: Tensor) -> dict[str, float]:
+    found = classification_metrics(trial.test, labels)
+    if trial.unknown is not None and len(trial.unknown):
+        scores = entropy(torch.cat((trial.test, trial.unknown)))
+        found["auroc_ood"] = auroc(scores, torch.arange(len(scores)) >= len(trial.test)).item()
+    if trial.seconds is not None:
+        found["seconds"] = trial.seconds
+    return found
+
+
+def _averaged(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The means of what all seeds have and, of several, their number and standard deviations."""
+    keys = [key for key in found[0] if all(key in part for part in found)]
+    values = {key: torch.tensor([part[key] for part in found], dtype=torch.float64) for key in keys}
+    row: dict[str, Any] = {key: value.mean().item() for key, value in values.items()}
+    if len(found) > 1:
+        row |= {"seeds": len(found), "spread": {key: value.std().item() for key, value in values.items()}}
+    return row
+
+
+Cells = list[list[tuple[str, bool]]]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Column], Cells]:
     """The columns that apply, and every row's cells: the text, and whether no row shows a better value.
 
     Example:
@@ -157,207 +242,153 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Column], list[list[tu
         (['accuracy', 'NLL'], [[('97.1 %', True), ('0.100', True)], [('97.1 %', True), ('0.200', False)]])
     """
     columns = [column for column in COLUMNS if any(column.key in row for row in rows)]
-    shown = [[column.show(row[column.key]) if column.key in row else "" for row in rows] for column in columns]
+    return columns, _cells(columns, rows)
+
+
+def _cells(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> Cells:
+    """Every row's cells; the best is told by the means as shown, whatever their spread."""
     best = [
-        column.show(column.best(row[column.key] for row in rows if column.key in row)) if column.best else None  # type: ignore[arg-type]
+        column.show(column.best(row[column.key] for row in rows if column.key in row)) if column.best else None
         for column in columns
     ]
-    cells = [[(text, text == top) for text, top in zip(row, best, strict=True)] for row in zip(*shown, strict=True)]
-    return columns, cells
+
+    def cell(column: Column, row: Mapping[str, Any], top: str | None) -> tuple[str, bool]:
+        if column.key not in row:
+            return "", False
+        value = row[column.key]
+        return column.show(value, row.get("spread", {}).get(column.key)), column.show(value) == top
+
+    return [[cell(column, row, top) for column, top in zip(columns, best, strict=True)] for row in rows]
+
+
+def undecided(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], error: float) -> list[str]:
+    """Headings of the columns whose two best rows differ by less than their spread or, in accuracy, the test's standard error.
+
+    Example:
+        >>> rows = [{"accuracy": 0.95, "nll": 0.1}, {"accuracy": 0.96, "nll": 0.2}]
+        >>> undecided(COLUMNS[:2], rows, error=0.02), undecided(COLUMNS[:2], rows, error=0.005)
+        (['accuracy'], [])
+    """
+    close = []
+    for column in columns:
+        able = sorted((row for row in rows if column.key in row), key=lambda row: row[column.key], reverse=column.best is max)[:2]
+        if column.best and len(able) > 1:
+            noise = [row.get("spread", {}).get(column.key, 0.0) for row in able]
+            if abs(able[0][column.key] - able[1][column.key]) < max(*noise, error if column.key == "accuracy" else 0.0):
+                close.append(column.heading)
+    return close
+
+
+def abstaining(report: Report) -> tuple[list[Column], Cells]:
+    """The error of each method among the surest 100 %, 95 %, 90 % and 80 % of the test examples."""
+    decimals = 1 if len(report.labels) < 10_000 else 2
+    columns = [Column(f"{share}", f"surest {100 * share:.0f}\u00a0%", decimals, True, min) for share in SHARES]
+    last = {f"{share}": max(round(share * len(report.labels)), 1) - 1 for share in SHARES}
+    rows = [
+        _averaged([{key: risk[place].item() for key, place in last.items()} for risk in seeds.double()]) for seeds in report.risks
+    ]
+    return columns, _cells(columns, rows)
+
+
+def costs(methods: Sequence[Method]) -> tuple[list[str], list[list[str]]]:
+    """The table of cost: headings, and a row a method; no headings if nothing is known.
+
+    Example:
+        >>> fast, slow = (Method(str(s), [Trial(torch.ones(1, 1), seconds=s)], {"weights": "9"}) for s in (2.0, 3.0))
+        >>> costs([fast, slow])
+        (['seconds', 'times the first', 'weights'], [['2.0', '1.00', '9'], ['3.0', '1.50', '9']])
+    """
+    times = [_averaged([{"seconds": s} for s in method.times()]) if method.times() else {} for method in methods]
+    first = times[0].get("seconds") if len(methods) > 1 else None
+    given = list(dict.fromkeys(key for method in methods for key in method.cost))
+    rows = []
+    for method, time in zip(methods, times, strict=True):
+        row = [SECONDS.show(time["seconds"], time.get("spread", {}).get("seconds")) if time else ""] if any(times) else []
+        row += [f"{time['seconds'] / first:.2f}" if time else ""] if first else []
+        rows.append(row + [str(method.cost.get(key, "")) for key in given])
+    return ["seconds"] * any(map(bool, times)) + ["times the first"] * bool(first) + given, rows
+
+
+PANELS = (
+    ("train_loss", "training loss, in nats", "log"),
+    ("validation_nll", "validation NLL at the mean weights, in nats", "log"),
+    ("validation_accuracy", "validation accuracy at the mean weights", "percent"),
+    ("elbo", "ELBO, nats per example", "linear"),
+)
 
 
 def render(report: Report) -> str:
     """The page as a string of HTML.
 
     Raises:
-        ValueError: If probabilities and labels do not fit together.
+        ValueError: If probabilities, classes and labels do not fit together.
     """
+    report.check()
     environment = Environment(loader=PackageLoader("bayesrule", "uses"), autoescape=True, undefined=StrictUndefined)
     environment.filters["zip"] = zip
     template = environment.get_template("report.html.j2")
-    styles = [STYLES[i % len(STYLES)] for i in range(len(report.methods))]
-    styled = list(zip(report.methods, styles, strict=True))
+    methods, labels, things = report.methods, report.labels, f"{report.thing}s"
+    styles = charts.styles(len(methods))
+    colors = [color for color, _ in styles]
     columns, cells = table(report.rows)
-    settings: Any = {"font.size": 10, "svg.hashsalt": "bayesrule", "svg.fonttype": "path", "axes.spines.top": False}
-    with matplotlib.rc_context(settings | {"axes.spines.right": False, "axes.edgecolor": "#555", "font.family": "DejaVu Sans"}):
+    right = (report.rows[-1]["accuracy"] * len(labels) + 1) / (len(labels) + 2)  # Laplace's, so that 0 and 1 have an error too
+    error = math.sqrt(right * (1 - right) / len(labels))
+    ends = sorted({0, len(methods) - 1})  # the first and the last method: those that are looked at closely
+    shown = [Shown(methods[i].name, colors[i], methods[i].trials[0].test, next(iter(methods[i].unknowns()), None)) for i in ends]
+    counts = [charts.count_confusions([k for _, k in report.top[i]], labels, len(report.classes)) for i in ends]
+    confusions = charts.heat_map if len(report.classes) <= charts.HEAT else charts.frequent
+    lines = {key: [method.lines(key) for method in methods] for key, _, _ in PANELS}
+    with charts.looks():
         return template.render(
             report=report,
-            styled=styled,
-            learners=[(method, style) for method, style in styled if method.history],
-            shown=_ends(styled),
+            things=things,
+            seeds=" to ".join(map(str, report.seeds[:1] + report.seeds[1:][-1:])),
+            repeated=report.seeds[-1] > 1,
+            rough=report.seeds[-1] <= FEW,
+            styled=list(zip(methods, styles, strict=True)),
+            learners=[
+                (method, style) for method, style in zip(methods, styles, strict=True) if any(t.history for t in method.trials)
+            ],
             columns=columns,
             cells=cells,
-            error=math.sqrt(max(p := report.rows[-1]["accuracy"], 1e-9) * (1 - p) / len(report.labels)),
-            bins=BINS,
-            reliability=[_reliability(method.test, report.labels, color) for method, (color, _) in styled],
-            risk=_risk(report, styled),
-            histograms=[_confidences(method, color) for method, (color, _) in styled],
-            curves=_curves(styled),
-            galleries=_galleries(report, styled),
+            error=error,
+            undecided=undecided(columns, report.rows, error),
+            others=next((len(method.unknowns()[0]) for method in methods if method.unknowns()), 0),
+            reliability=[
+                charts.reliability_chart([t.test for t in method.trials], labels, color, things)
+                for method, color in zip(methods, colors, strict=True)
+            ],
+            risk=charts.risk_chart([risk.mean(0) for risk in report.risks], styles, things),
+            abstaining=abstaining(report),
+            histograms=[
+                charts.confidence_chart(
+                    torch.cat([p for p, _ in seeds]),
+                    torch.cat([probs.max(1).values for probs in method.unknowns()]) if method.unknowns() else None,
+                    color,
+                    things,
+                )
+                for method, seeds, color in zip(methods, report.top, colors, strict=True)
+            ],
+            heat=len(report.classes) <= charts.HEAT,
+            confusions=[
+                (methods[i], styles[i], confusions(count, report.classes), bool((count.sum() - count.diagonal().sum()) < 1e-9))
+                for i, count in zip(ends, counts, strict=True)
+            ],
+            shown=shown,
+            galleries=galleries(
+                shown,
+                report.classes,
+                labels,
+                report.thing,
+                report.images,
+                report.names,
+                report.unknown_images,
+                report.unknown_names,
+            ),
+            costs=costs(methods),
+            curves=[
+                (key, caption, charts.training_chart(lines[key], styles, scale))
+                for key, caption, scale in PANELS
+                if any(lines[key])
+            ],
         )
-
-
-Styled = Sequence[tuple[Method, tuple[str, str]]]
-
-
-def _chart(width: float, height: float, draw: Callable[..., None], rows: Sequence[float] = (1,)) -> str:
-    """The address of an SVG chart of so many inches; ``draw`` gets its axes, one a row."""
-    figure = Figure((width, height), layout=ConstrainedLayoutEngine(h_pad=0.03, w_pad=0.03))
-    draw(*figure.subplots(len(rows), 1, height_ratios=rows, sharex=True, squeeze=False)[:, 0])
-    file = BytesIO()
-    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + b64encode(file.getvalue()).decode()
-
-
-def _percent(axes: Axes, which: str = "xy") -> None:
-    for name in which:
-        axis = getattr(axes, f"{name}axis")
-        axis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
-
-
-def _reliability(probs: Tensor, labels: Tensor, color: str) -> str:
-    confidence, accuracy, count, edges = reliability(probs, labels, BINS)
-    filled = count > 0
-    x, y, n, left = (part[filled].double().numpy() for part in (confidence, accuracy, count, edges[:-1]))
-    # Wilson's interval at one standard error: honest for few examples and for shares near 0 and 1
-    center, half = (y + 0.5 / n) / (1 + 1 / n), (y * (1 - y) / n + 0.25 / n**2) ** 0.5 / (1 + 1 / n)
-
-    def draw(above: Axes, below: Axes) -> None:
-        above.plot([0, 1], [0, 1], color="#999", linewidth=1, linestyle="dashed")
-        above.vlines(x, center - half, center + half, color=color, alpha=0.45, linewidth=3)
-        above.plot(x, y, color=color, marker="o", markersize=4.5, linewidth=1.2, clip_on=False)
-        above.set(ylim=(-0.03, 1.03), ylabel="right", yticks=[0, 0.25, 0.5, 0.75, 1])
-        _percent(above, "y")
-        below.bar(left, n, width=1 / BINS, align="edge", color=color, edgecolor="white", linewidth=0.5)
-        below.set(yscale="log", ylim=(0.7, max(10.0, 1.5 * len(labels))), ylabel="images")
-        below.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="confidence")
-        below.yaxis.set_major_formatter("{x:,.0f}")
-        below.minorticks_off()
-        _percent(below, "x")
-
-    return _chart(3.2, 3.5, draw, rows=(3, 1))
-
-
-def _risk(report: Report, styled: Styled) -> str:
-    def draw(axes: Axes) -> None:
-        for method, (color, dash) in styled:
-            confidence, predicted = method.test.max(1)
-            coverage, risk = risk_coverage(confidence, predicted == report.labels)
-            axes.plot(coverage.numpy(), risk.numpy(), color=color, linestyle=dash, linewidth=1.8)
-        axes.set(xlim=(0, 1), xlabel="share of images answered, most confident first", ylabel="wrong among those answered")
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        _percent(axes)
-
-    return _chart(4.8, 3.2, draw)
-
-
-def _confidences(method: Method, color: str) -> str:
-    edges = torch.linspace(0, 1, 21)
-
-    def share(probs: Tensor) -> Tensor:
-        return torch.histogram(probs.max(1).values.clamp(0, 1).float(), edges).hist / len(probs)
-
-    def draw(axes: Axes) -> None:
-        axes.stairs(share(method.test).numpy(), edges.numpy(), fill=True, color=color, alpha=0.8)
-        if method.unknown is not None:
-            axes.stairs(share(method.unknown).numpy(), edges.numpy(), color="#222", linewidth=1.6)
-        axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, 0.25, 0.5, 0.75, 1])
-        axes.set(xlabel="confidence", ylabel="share of images")
-        _percent(axes)
-
-    return _chart(3.2, 2.5, draw)
-
-
-def _curves(styled: Styled) -> list[tuple[str, str]]:
-    """Charts of the training curves with their captions."""
-
-    def chart(key: str, share: bool) -> str:
-        def draw(axes: Axes) -> None:
-            for method, (color, dash) in styled:
-                if method.history:
-                    x, y = ([line[k] for line in method.history] for k in ("epoch", key))
-                    axes.plot(x, y, color=color, linestyle=dash, linewidth=1.6, marker="" if len(x) > 1 else "o")
-            axes.set(xlabel="epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-            if share:
-                _percent(axes, "y")
-            else:
-                axes.set_yscale("log")
-
-        return _chart(3.2, 2.5, draw)
-
-    if not any(method.history for method, _ in styled):
-        return []
-    return [
-        ("training loss, in nats", chart("train_loss", False)),
-        ("validation NLL at the mean weights, in nats", chart("validation_nll", False)),
-        ("validation accuracy at the mean weights", chart("validation_accuracy", True)),
-    ]
-
-
-def _ends(styled: Styled) -> Styled:
-    """The first and the last method: those whose answers stand under the images."""
-    return [styled[0], styled[-1]] if len(styled) > 1 else styled
-
-
-@dataclass(frozen=True)
-class Tile:
-    """An image, what it is, and the answers: color, class and probability by method."""
-
-    image: str
-    truth: str
-    answers: list[tuple[str, str, str]]
-
-
-def _galleries(report: Report, styled: Styled) -> list[tuple[str, str, list[Tile]]]:
-    """Rows of images: heading, explanation, tiles."""
-    shown = _ends(styled)
-    chooser = styled[-1][0]
-
-    def tiles(images: Tensor, names: Sequence[str], part: str, chosen: Tensor) -> list[Tile]:
-        lowest, highest = images.min().item(), images.max().item()
-        made = []
-        for i in chosen[:TILES].tolist():
-            answers = []
-            for method, (color, _) in shown:
-                p, k = getattr(method, part)[i].max(0)
-                answers.append((color, report.classes[int(k)], f"{100 * p:.0f} %"))
-            made.append(Tile(_picture(images[i], lowest, highest), names[i], answers))
-        return made
-
-    confidence, predicted = chooser.test.max(1)
-    wrong = predicted != report.labels
-    order = confidence.argsort(descending=True, stable=True)
-    names = [report.classes[k] for k in report.labels.tolist()]
-    by = f"by {chooser.name}"
-    rows = [
-        (
-            "Most certain",
-            f"Test images with the largest top probability {by}.",
-            tiles(report.images, names, "test", order),
-        ),
-        (
-            "Least certain",
-            "The smallest: here a person should look.",
-            tiles(report.images, names, "test", order.flip(0)),
-        ),
-    ]
-    if wrong.any():
-        mistakes = order[wrong[order]]
-        rows.append(("Most confident mistakes", f"Wrong answers {by}.", tiles(report.images, names, "test", mistakes)))
-    if report.unknown_images is not None:
-        for method, _ in shown:
-            assert method.unknown is not None
-            chosen = method.unknown.max(1).values.argsort(descending=True, stable=True)
-            fooled = tiles(report.unknown_images, report.unknown_names, "unknown", chosen)
-            rows.append((f"Unknown, yet confident: {method.name}", "No answer can be right; small confidence would be.", fooled))
-    return rows
-
-
-def _picture(image: Tensor, lowest: float, highest: float) -> str:
-    """The address of a PNG."""
-    pixels = (255 * (image - lowest) / (highest - lowest)).round().clamp(0, 255).to(torch.uint8).movedim(0, -1).squeeze(-1)
-    file = BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, "PNG")
-    return "data:image/png;base64," + b64encode(file.getvalue()).decode()

@@ -1,0 +1,50 @@
+"""What is in some data, before an hour is spent on them."""
+
+from typing import Any
+
+from bayesrule.recipes.data import Data, Tick, arrange, check, quiet, survey
+from bayesrule.recipes.formats.named import Text, stdlib
+from bayesrule.recipes.formats.reading import read
+
+TEXTS = {"stdlib": stdlib}
+
+
+def describe(
+    spec: str, *, size: tuple[int, int] | None = None, target: str | None = None, bars: Tick = quiet
+) -> tuple[dict[str, Any], str | None]:
+    """What is in some data, and why nothing could be learned from them, if so.
+
+    Raises:
+        ValueError: If they cannot be read.
+        OSError: If they are not there.
+    """
+    if spec in TEXTS:
+        return _text(TEXTS[spec]()), None
+    data = arrange(read(spec, size, target))
+    refusal = None
+    try:
+        check(data)
+        data = survey(data, bars)
+    except ValueError as error:
+        refusal = str(error)
+    return _examples(data), refusal
+
+
+def _text(text: Text) -> dict[str, Any]:
+    parts = {"training": text.train, "validation": text.validation, "test": text.test}
+    return {"name": text.name, "kind": "text", "files": len(text.files), "bytes": {name: len(part) for name, part in parts.items()}}
+
+
+def _examples(data: Data) -> dict[str, Any]:
+    counts = {
+        label: {name: int((part.labels == k).sum()) for name, part in data.parts.items()} for k, label in enumerate(data.classes)
+    }
+    return {
+        "name": data.name,
+        "kind": data.kind,
+        "form": data.form,
+        "shape": list(data.shape),
+        "examples": {name: len(part) for name, part in data.parts.items()},
+        "classes": counts,
+        "notes": list(data.notes),
+    }

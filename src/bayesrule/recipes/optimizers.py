@@ -1,0 +1,126 @@
+"""Every optimizer that can be chosen by name, and its settings."""
+
+import ast
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import bayesrule as br
+from bayesrule.recipes.formats.pieces import nearest
+from bayesrule.recipes.names import lookup
+
+# Arguments that no run file can hold, or that the recipe fills.
+RESERVED = frozenset("params betas seed noise prior foreach fused maximize capturable differentiable".split())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer that can be chosen by name, and settings that work on small images.
+
+    Args:
+        title: The name in print.
+        kind: The class.
+        settings: Defaults where they differ from the class's own; ``ess`` counts in training sets.
+        variational: Whether it learns a posterior: it then takes the seed of its draws and leaves the posterior behind.
+        fixed: Arguments that are no settings.
+    """
+
+    title: str
+    kind: type[Optimizer]
+    settings: Mapping[str, Any]
+    variational: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> list[str]:
+        """The names of all settings; ``betas`` is the two settings beta1 and beta2."""
+        names = list(inspect.signature(self.kind).parameters)
+        betas = ["beta1", "beta2"] if "betas" in names else []
+        return [*(name for name in names if name not in RESERVED), *betas]
+
+    def make(self, model: nn.Module, settings: Mapping[str, Any], seed: int) -> Optimizer:
+        """The optimizer of a model's parameters.
+
+        Raises:
+            ValueError: If a setting has no such value.
+        """
+        given = {name: value for name, value in settings.items() if name not in ("beta1", "beta2")}
+        if "beta1" in self.options:
+            default = inspect.signature(self.kind).parameters["betas"].default
+            given["betas"] = (settings.get("beta1", default[0]), settings.get("beta2", default[1]))
+        seeds = {"seed": seed} if self.variational else {}
+        try:
+            return self.kind(model.parameters(), **given, **self.fixed, **seeds)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.title} does not take {dict(settings)}: {error}") from error
+
+
+SGD = {"lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4}
+ADAMW = {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999}
+IVON = {"lr": 0.1, "ess": 10.0, "hess_init": 0.1, "weight_decay": 1e-4, "beta2": 0.999}
+
+OPTIMIZERS: dict[str, Choice] = {
+    "sgd": Choice("SGD", br.SGD, SGD),
+    "rmsprop": Choice("RMSprop", br.RMSprop, {"lr": 1e-3}),
+    "adam": Choice("Adam", br.Adam, {"lr": 1e-3, "beta2": 0.999}),
+    "adamw": Choice("AdamW", br.AdamW, ADAMW),
+    "ivon": Choice("IVON", br.IVON, IVON, variational=True),
+    # torch's own, to compare with
+    "torch-sgd": Choice("SGD", torch.optim.SGD, SGD),
+    "torch-adamw": Choice("AdamW", torch.optim.AdamW, ADAMW, fixed={"fused": True}),
+}
+
+
+def settle(name: str, given: Mapping[str, Any], num_data: int) -> dict[str, Any]:
+    """The settings of an optimizer: its defaults, overridden by what was given (None: not given).
+
+    Raises:
+        ValueError: If the optimizer is unknown or has no such setting.
+
+    Example:
+        >>> settle("sgd", {"lr": 0.1, "ess": None}, num_data=1000)
+        {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 0.0005}
+    """
+    choice = lookup("optimizer", name, OPTIMIZERS)
+    chosen = {setting: value for setting, value in given.items() if value is not None}
+    for setting, value in chosen.items():
+        if setting not in choice.options:
+            near = nearest(setting, choice.options)
+            raise ValueError(f"{name} has no setting {setting} (got {value!r}){near}; its settings are {', '.join(choice.options)}")
+    settings = dict(choice.settings)
+    if "ess" in settings:
+        settings["ess"] *= num_data
+    return settings | chosen
+
+
+def assignments(texts: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` as a mapping; a value is a number, true, false, none, or else a word.
+
+    Raises:
+        ValueError: If there is no ``=``, or a key comes twice.
+
+    Example:
+        >>> assignments(["lr=1e-3", "nesterov=true", "clip_radius=inf", "hess_approx=price"])
+        {'lr': 0.001, 'nesterov': True, 'clip_radius': inf, 'hess_approx': 'price'}
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = (piece.strip() for piece in text.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"--set takes key=value, got {text!r}; for example --set lr=0.1")
+        if key in found:
+            raise ValueError(f"--set gives {key} twice, {found[key]!r} and {value}; drop one")
+        words: dict[str, Any] = {"true": True, "false": False, "none": None, "inf": math.inf}
+        try:
+            found[key] = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found[key] = value
+        if not isinstance(found[key], int | float | str | None):
+            raise ValueError(f"--set {key} takes a number, true, false or a word, got {value}")
+    return found

@@ -1,0 +1,63 @@
+"""The same run with several seeds: what is luck, and what is not."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bayesrule.recipes.data import Tick, quiet
+from bayesrule.recipes.folder import claim, read_record, write_record
+from bayesrule.recipes.runs import Watch, settings_of, train
+from bayesrule.recipes.settings import Settings
+
+MANY = "seeds"  # the kind of a folder of such runs
+
+
+def train_seeds(
+    settings: Settings,
+    out: Path,
+    count: int,
+    *,
+    resume: bool = False,
+    kind: str | None = None,
+    bars: Tick = quiet,
+    watch: Watch | None = None,
+) -> None:
+    """Train with ``count`` seeds from ``settings.seed`` on, one after another, each into a folder of ``out``.
+
+    Raises:
+        ValueError: As :func:`bayesrule.recipes.runs.train`, or if there is to be no seed.
+    """
+    if count < 1:
+        raise ValueError(f"seeds must be at least 1, got {count}")
+    if count == 1:
+        train(settings, out, resume=resume, kind=kind, bars=bars, watch=watch)
+        return
+    names = [f"seed-{settings.seed + i}" for i in range(count)]
+    if not (resume and (out / "run.json").exists()):
+        claim(out)
+    else:
+        record = read_record(out)
+        if record["kind"] != MANY or record.get("runs") != names or settings_of(out, record) != settings:
+            raise ValueError(f"{out} began with other seeds or settings; give the same, or --resume and --out alone")
+    for i, name in enumerate(names):
+        one = replace(settings, seed=settings.seed + i)
+        train(one, out / name, resume=resume, kind=kind, bars=bars, watch=watch)
+        if i == 0 and not (out / "run.json").exists():  # not before the settings have proved good
+            write_record(out / "run.json", {"kind": MANY, "runs": names, "settings": settings.plain()})
+
+
+def members(folder: Path) -> list[tuple[str, Sequence[Path]]]:
+    """The methods that a folder holds: a name and the runs of each, one a seed.
+
+    Raises:
+        FileNotFoundError: If it is no run folder.
+        ValueError: If its record is damaged.
+    """
+    record = read_record(folder)
+    if record["kind"] not in (MANY, "demo"):
+        return [(str(folder), [folder])]
+    names = record.get("runs")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{folder / 'run.json'} is damaged: it names no runs")
+    runs = [folder / name for name in names]
+    return [(str(folder), runs)] if record["kind"] == MANY else [(str(run), [run]) for run in runs]
