@@ -6,14 +6,12 @@ line on stderr and exit code 2. Anything else is a mistake of ours and keeps its
 
 from __future__ import annotations
 
-import json
-import math
 import signal
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field, fields
 from io import StringIO
 from pathlib import Path
@@ -22,21 +20,19 @@ from typing import Annotated, Any, Union
 ABSENT: str | None = None  # the package without which there is no command line
 try:
     import tyro
-    from rich import box
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Table
 
     import bayesrule as br
     from bayesrule.recipes import demo, folder, repeats, runs
     from bayesrule.recipes.comparison import compare
-    from bayesrule.recipes.data import Tick
     from bayesrule.recipes.describing import describe
     from bayesrule.recipes.optimizers import assignments
     from bayesrule.recipes.settings import Settings, read_toml, types
     from bayesrule.recipes.tensorboard import watching
+    from bayesrule.recipes.terminal import print_data, print_json, print_results, print_rows, progress
     from bayesrule.storage import write_text
-    from bayesrule.uses.report import Report, render, table
+    from bayesrule.uses.report import render
 except ModuleNotFoundError as error:
     if not error.name or error.name.startswith("bayesrule"):
         raise
@@ -60,15 +56,15 @@ class Demo:
         page = self.out / "report.html"
         done = demo.is_complete(self.out)
         if not done:
-            with _progress() as bars:
+            with progress() as bars:
                 demo.demo(self.out, bars=bars)
         elif not page.exists():
             write_text(page, render(demo.summarize(self.out)))
         results = demo.results(self.out)
         if self.json:
-            _print_json(results)
+            print_json(results)
             return
-        _print_rows(results["rows"])
+        print_rows(results["rows"])
         print(results["speed"])
         if done:
             print(f"Nothing to do: {self.out} holds the finished demo. To run it again, delete the folder.")
@@ -89,7 +85,7 @@ class ShowTable:
         """Compute and print the table."""
         rows = br.table()
         if self.json:
-            _print_json({"algorithms": rows})
+            print_json({"algorithms": rows})
             return
         console = Console() if sys.stdout.isatty() else Console(width=180)
         words = () if console.width >= 140 else ("rates", "twin", "source")  # a narrow terminal shows the slots
@@ -123,12 +119,12 @@ class ShowData:
     def run(self) -> None:
         """Look and print."""
         size = Settings("", "", size=self.size).height_width
-        with _progress() as bars:
+        with progress() as bars:
             found, refusal = describe(self.data, size=size, target=self.target, bars=bars)
         if self.json:
-            _print_json({**found, "refusal": refusal})
+            print_json({**found, "refusal": refusal})
         else:
-            _print_data(found)
+            print_data(found)
         if refusal is not None:
             raise ValueError(refusal)
 
@@ -177,13 +173,13 @@ class Train(Settings):
             raise ValueError(f"--{min(twice).replace('_', '-')} and --set both give {min(twice)}; drop one")
         plain = {one.name: getattr(self, one.name) for one in fields(Settings)}
         settings = Settings(**{**plain, "hyperparameters": {**self.hyperparameters, **given, **more}})
-        with watching(self.out) if self.tensorboard else nullcontext() as watch, _progress() as bars:
+        with watching(self.out) if self.tensorboard else nullcontext() as watch, progress() as bars:
             repeats.train_seeds(settings, self.out, self.seeds, resume=self.resume, kind=kind, bars=bars, watch=watch)
             report = compare([self.out], bars=bars)
         for note in report.warnings:
             _say(f"note: {note}")
         write_text(self.out / "report.html", render(report))
-        _print_results(report, self.json)
+        print_results(report, self.json)
         if not self.json:
             print(f"Report: {self.out / 'report.html'}")
 
@@ -229,9 +225,9 @@ class Evaluate:
 
     def run(self) -> None:
         """Compute and print the metrics."""
-        with _progress() as bars:
+        with progress() as bars:
             report = compare([self.dir], self.num_samples, self.ood, again=True, bars=bars)
-        _print_results(report, self.json)
+        print_results(report, self.json)
 
 
 @dataclass(frozen=True)
@@ -257,95 +253,17 @@ class WriteReport:
         if not self.dirs:
             raise ValueError("report takes the folder of at least one run")
         path = self.out or (self.dirs[0] if len(self.dirs) == 1 else self.dirs[0].parent) / "report.html"
-        with _progress() as bars:
+        with progress() as bars:
             if len(self.dirs) == 1 and self.ood is None and folder.read_record(self.dirs[0])["kind"] == "demo":
                 report = demo.summarize(self.dirs[0], self.num_samples, bars)
             else:
                 report = compare(self.dirs, self.num_samples, self.ood, bars=bars)
         write_text(path, render(report))
         if self.json:
-            _print_json({"report": str(path), "rows": report.rows})
+            print_json({"report": str(path), "rows": report.rows})
         else:
-            _print_rows(report.rows)
+            print_rows(report.rows)
             print(f"Report: {path}")
-
-
-@contextmanager
-def _progress() -> Iterator[Tick]:
-    """Progress bars with the time left, on stderr."""
-    columns = (TextColumn("{task.description:<6}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    progress = Progress(*columns, *times, console=Console(stderr=True))
-
-    def start(name: str, steps: int) -> Callable[[], object]:
-        progress.start()  # not before: what is refused shows no bars
-        task = progress.add_task(name, total=steps)
-        return lambda: progress.advance(task)
-
-    try:
-        yield start
-    finally:
-        if progress.tasks:
-            progress.stop()
-
-
-def _print_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on one line; what is not a number becomes null."""
-
-    def sound(item: Any) -> Any:
-        if isinstance(item, Mapping):
-            return {key: sound(part) for key, part in item.items()}
-        if isinstance(item, list):
-            return [sound(part) for part in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    print(json.dumps(sound(value)))
-
-
-def _print_results(report: Report, as_json: bool) -> None:
-    """The rows of a report; as JSON that of the last, which is the best that there is, with all of them in ``rows``."""
-    if as_json:
-        _print_json({**report.rows[-1], "rows": report.rows} if len(report.rows) > 1 else report.rows[0])
-    else:
-        _print_rows(report.rows)
-
-
-def _print_data(found: Mapping[str, Any]) -> None:
-    """What is in some data: a sentence, a table of classes, notes."""
-    if found["kind"] == "text":
-        parts = ", ".join(f"{count:,} {name}" for name, count in found["bytes"].items())
-        print(f"{found['name']}: text of {found['files']:,} files; bytes: {parts}")
-        return
-    shape = " x ".join(map(str, found["shape"]))
-    parts = ", ".join(f"{count:,} {name}" for name, count in found["examples"].items())
-    print(f"{found['name']}: {found['form']}; {found['kind']}s of {shape}, {len(found['classes'])} classes; {parts}")
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("class")
-    for name in found["examples"]:
-        grid.add_column(name, justify="right")
-    classes = list(found["classes"].items())
-    for label, counts in classes[:MOST]:
-        grid.add_row(label, *(f"{count:,}" for count in counts.values()))
-    if len(classes) > MOST:
-        grid.add_row(f"and {len(classes) - MOST} more")
-    Console().print(grid)
-    for note in found["notes"]:
-        print(f"note: {note}")
-
-
-MOST = 40  # classes that are listed
-
-
-def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The table of results."""
-    columns, cells = table(rows)
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("method", no_wrap=True)
-    for column in columns:
-        grid.add_column(column.heading, justify="right")
-    for row, line in zip(rows, cells, strict=True):
-        grid.add_row(row["method"], *(f"[bold]{text}[/]" if best else text for text, best in line))
-    Console().print(grid)
 
 
 COMMANDS = {

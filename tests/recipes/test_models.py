@@ -242,6 +242,10 @@ class Late(nn.Module):
 def small(shape, classes):
     return nn.Sequential(nn.Linear(*shape, 4), nn.Dropout(), nn.BatchNorm1d(4), nn.Linear(4, classes))
 
+def conv(shape, classes):
+    c, h, w = shape
+    return nn.Sequential(nn.Conv2d(c, 2, 3), nn.Flatten(), nn.Linear(2 * (h - 2) * (w - 2), classes))
+
 def mixed(shape, classes):
     model = small(shape, classes).eval()
     model[1].train()
@@ -351,14 +355,8 @@ class TestOwn:
         assert count(model) == 5 * 4 + 4 + 4 + 4 + 4 * 3 + 3
         assert torch.equal(model[0].weight, build(f"{here}.nets:lazy", (5,), 3)[0].weight)
 
-    def test_is_given_shape_and_classes_of_images(self, here, package):
-        (package[0] / here / "images.py").write_text(
-            "from torch import nn\n"
-            "def conv(shape, classes):\n"
-            "    c, h, w = shape\n"
-            "    return nn.Sequential(nn.Conv2d(c, 2, 3), nn.Flatten(), nn.Linear(2 * (h - 2) * (w - 2), classes))\n"
-        )
-        assert build(f"{here}.images:conv", (3, 6, 9), 4)(torch.zeros(5, 3, 6, 9)).shape == (5, 4)
+    def test_is_given_shape_and_classes_of_images(self, here):
+        assert build(f"{here}.nets:conv", (3, 6, 9), 4)(torch.zeros(5, 3, 6, 9)).shape == (5, 4)
 
     @pytest.mark.parametrize(
         ("place", "parts"),

@@ -106,6 +106,10 @@ class Execution:
         """Whether programs run compiled."""
         return self.runner.compiled
 
+    def resume(self, steps: int) -> None:
+        """Go on after so many steps that were done elsewhere, so that a run is compiled from the same step on, stopped or not."""
+        self._steps = steps
+
     def advance(self, params: Callable[[], int]) -> None:
         """Before a step, and never within one: switch to compiled programs when it is time.
 

@@ -313,6 +313,7 @@ class BayesOptimizer(Optimizer, ABC):
             for name, value in state_dict["state"].get(index, {}).items():
                 exact = torch.as_tensor(value).detach().clone()
                 self.state[p][name] = exact if name == "step" else self.like_state(p).copy_(exact)
+        self.execution.resume(max((int(state["step"]) for state in self.state.values() if "step" in state), default=0))
 
     def __getstate__(self) -> dict[str, Any]:
         if self._draws.begun:

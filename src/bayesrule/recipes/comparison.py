@@ -74,7 +74,9 @@ def compare(
     titles = Counter(group.title for group in groups)
     names = [group.title if titles[group.title] == 1 else f"{group.title} ({group.origin})" for group in groups]
     methods = [
-        method for name, group in zip(names, groups, strict=True) for method in methods_of(name, group, num_samples, unknown, again, bars)
+        method
+        for name, group in zip(names, groups, strict=True)
+        for method in methods_of(name, group, num_samples, unknown, again, bars)
     ]
     shown: Part | None = data.unknown if unknown is None else unknown
     return Report(
@@ -84,9 +86,13 @@ def compare(
         labels=data.test.labels,
         methods=methods,
         images=data.test if data.kind == "image" else None,
-        names=data.test.name if not data.test.source.at_hand or data.form != "digits" else None,
+        names=data.test.name,
         unknown_images=shown if data.kind == "image" else None,
-        unknown_names=() if shown is None else data.unknown_names if unknown is None else [shown.name(i) for i in range(len(shown))],
+        unknown_names=()
+        if shown is None
+        else data.unknown_names
+        if unknown is None
+        else [shown.name(i) for i in range(len(shown))],
         unknown_title=f"{data.kind}s of classes never learned" if ood is None else f"{data.kind}s of {ood}",
         warnings=list(dict.fromkeys(note for group in groups for run in group.runs for note in run.record["data"]["notes"])),
         settings={name: describe(group.runs[0].settings) for name, group in zip(names, groups, strict=True)}
@@ -116,7 +122,10 @@ def methods_of(name: str, group: Group, num_samples: int, unknown: Part | None, 
     cost = costs(group.runs[0])
     if temperatures:
         shown = ", ".join(f"{t:.2f}" for t in temperatures)
-        return [Method(name, plain, cost | {"networks a prediction": "1"}), Method(f"{name}, temperature", better, {"temperature": shown})]
+        return [
+            Method(name, plain, cost | {"networks a prediction": "1"}),
+            Method(f"{name}, temperature", better, {"temperature": shown}),
+        ]
     return [
         Method(f"{name}, mean", plain, cost | {"networks a prediction": "1"}),
         Method(f"{name}, averaged", better, cost | {"networks a prediction": f"{num_samples}"}),
@@ -142,7 +151,9 @@ def summary(groups: Sequence[Group], num_samples: int, methods: Sequence[Method]
     titles = list(dict.fromkeys(group.title for group in groups))
     said = [
         f"{listing(titles)} trained {listing(models)} to tell the {len(data.classes)} classes of {data.name} apart from "
-        f"{len(data.train):,} {data.kind}s" + (f", with up to {seeds} seeds each. " if seeds > 1 else ". ") + "All figures here are on "
+        f"{len(data.train):,} {data.kind}s"
+        + (f", with up to {seeds} seeds each. " if seeds > 1 else ". ")
+        + "All figures here are on "
         f"{len(data.test):,} test {data.kind}s that played no part in training."
     ]
     if any(group.runs[0].posterior is not None for group in groups):
@@ -154,8 +165,8 @@ def summary(groups: Sequence[Group], num_samples: int, methods: Sequence[Method]
     if any("temperature" in method.cost for method in methods):
         said.append(
             "Temperature means that all logits of the trained network are divided by one number, fitted on "
-            f"{len(data.validation):,} validation {data.kind}s: the usual remedy for probabilities that promise too much. It changes "
-            "no answer and costs nothing."
+            f"{len(data.validation):,} validation {data.kind}s: the usual remedy for probabilities that promise too much. It "
+            "changes no answer and costs nothing."
         )
     return said
 

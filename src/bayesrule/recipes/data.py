@@ -169,9 +169,7 @@ def load(
     return survey(data, bars) if scale is None else replace(data, scale=scale)
 
 
-def arrange(
-    found: Collection, held_out: Sequence[str] = (), seed: int = 0, split: tuple[float, float] | None = None
-) -> Data:
+def arrange(found: Collection, held_out: Sequence[str] = (), seed: int = 0, split: tuple[float, float] | None = None) -> Data:
     """Split a collection; nothing of it is read yet, and the scale is none.
 
     Raises:
@@ -291,7 +289,9 @@ def survey(data: Data, bars: Tick = quiet) -> Data:
     spread = ((squares - count * center.square()).clamp_min(0) / max(count - 1, 1)).sqrt()
     flat = spread <= 1e-6 * center.abs().clamp_min(1e-30)
     if flat.all():
-        raise ValueError(f"all training {data.kind}s of {data.name} are the same: every value is constant; there is nothing to learn")
+        raise ValueError(
+            f"all training {data.kind}s of {data.name} are the same: every value is constant; there is nothing to learn"
+        )
     as_is = binary if data.kind == "row" else torch.zeros_like(binary)  # yes or no stays 1 or 0
     center, spread = center.masked_fill(as_is, 0.0), spread.masked_fill(as_is | flat, 1.0)
     notes = [*data.notes, *_repeats(data, twice), *_oddities(data, blank)]

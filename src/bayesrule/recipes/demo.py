@@ -110,11 +110,11 @@ def summarize(folder: Path, num_samples: int = SAMPLES, bars: Tick = quiet, *, a
     data, settings = records["ivon"]["data"], records["ivon"]["settings"]
     cost = ratio(records["ivon"]["seconds"], records["adamw"]["seconds"])
     about = [
-        f"Three copies of one {settings['model']} network ({report.methods[0].cost['weights']} weights, the same start, the same order "
-        f"of images) learned the digits {listing(data['classes'])} from {data['examples']['training']:,} images of {data['name']}: one "
-        f"with AdamW, one with SGD, one with IVON, each for {settings['epochs']} epochs and the same number of gradients. The figures "
-        f"are on {len(report.labels):,} test images of these digits and on {len(report.unknown_names):,} images of "
-        f"{listing(settings['held_out'])}, which no network has ever seen.",
+        f"Three copies of one {settings['model']} network ({report.methods[0].cost['weights']} weights, the same start, the same "
+        f"order of images) learned the digits {listing(data['classes'])} from {data['examples']['training']:,} images of "
+        f"{data['name']}: one with AdamW, one with SGD, one with IVON, each for {settings['epochs']} epochs and the same number of "
+        f"gradients. The figures are on {len(report.labels):,} test images of these digits and on "
+        f"{len(report.unknown_names):,} images of {listing(settings['held_out'])}, which no network has ever seen.",
         *report.summary[1:],
         findings(report.rows),
         speed(cost) + ".",

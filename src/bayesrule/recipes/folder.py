@@ -34,7 +34,9 @@ def claim(out: Path) -> None:
     if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         if not (out / "run.json").exists():
             raise FileExistsError(f"{out} already holds other files; choose another --out or delete it first")
-        raise FileExistsError(f"{out} already holds another run; go on with it by --resume, choose another --out or delete it first")
+        raise FileExistsError(
+            f"{out} already holds another run; go on with it by --resume, choose another --out or delete it first"
+        )
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; --out must be a new or empty folder")
 

@@ -127,7 +127,6 @@ def _function(name: str) -> Callable[[Shape, int], Any]:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-    importlib.invalidate_caches()
     try:
         module = importlib.import_module(path)
     except (Exception, SystemExit) as error:

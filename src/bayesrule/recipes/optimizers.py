@@ -16,7 +16,7 @@ from bayesrule.recipes.formats.pieces import nearest
 from bayesrule.recipes.names import lookup
 
 # Arguments that no run file can hold, or that the recipe fills.
-RESERVED = frozenset("params betas seed noise prior foreach fused maximize capturable differentiable".split())
+RESERVED = frozenset(["params", "betas", "seed", "noise", "prior", "foreach", "fused", "maximize", "capturable", "differentiable"])
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,25 @@ class Choice:
         betas = ["beta1", "beta2"] if "betas" in names else []
         return [*(name for name in names if name not in RESERVED), *betas]
 
-    def make(self, model: nn.Module, settings: Mapping[str, Any], seed: int) -> Optimizer:
+    def make(self, model: nn.Module, settings: Mapping[str, Any], seed: int = 0) -> Optimizer:
         """The optimizer of a model's parameters.
 
         Raises:
             ValueError: If a setting has no such value.
         """
-        given = {name: value for name, value in settings.items() if name not in ("beta1", "beta2")}
+        given: dict[str, Any] = {name: value for name, value in settings.items() if name not in ("beta1", "beta2")}
         if "beta1" in self.options:
             default = inspect.signature(self.kind).parameters["betas"].default
             given["betas"] = (settings.get("beta1", default[0]), settings.get("beta2", default[1]))
-        seeds = {"seed": seed} if self.variational else {}
+        if self.variational:
+            given["seed"] = seed
+        kind: Any = self.kind
         try:
-            return self.kind(model.parameters(), **given, **self.fixed, **seeds)
+            return kind(model.parameters(), **given, **self.fixed)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{self.title} does not take {dict(settings)}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{self.title}: {error}") from error
 
 
 SGD = {"lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4}

@@ -93,7 +93,9 @@ def place(device: str) -> torch.device:
 def load_for(settings: Settings, scale: Scale | None = None, bars: Tick = quiet) -> Data:
     """The data of a run."""
     held_out, seed, split = settings.held_out, settings.split_seed, settings.split
-    return load(settings.data, held_out, seed, split=split, size=settings.height_width, target=settings.target, scale=scale, bars=bars)
+    return load(
+        settings.data, held_out, seed, split=split, size=settings.height_width, target=settings.target, scale=scale, bars=bars
+    )
 
 
 def train(
@@ -187,9 +189,7 @@ def _go_on(out: Path, training: Training) -> None:
             raise ValueError(f"{path} is damaged or of another run: {why}; delete it to start anew") from error
 
 
-def _learn(
-    settings: Settings, training: Training, out: Path, bars: Tick, watch: Watch | None
-) -> None:
+def _learn(settings: Settings, training: Training, out: Path, bars: Tick, watch: Watch | None) -> None:
     """All epochs that are left, with a checkpoint now and then."""
     advance = bars(OPTIMIZERS[settings.optimizer].title, settings.epochs * training.steps)
     for _ in range(training.done):

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -87,7 +87,8 @@ def from_plain(plain: Mapping[str, Any]) -> Settings:
     Raises:
         TypeError, ValueError: If they are none.
     """
-    return replace(Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}))
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    return Settings(**values)
 
 
 def read_toml(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bayesrule.recipes.data import Data, Part
+from bayesrule.recipes.formats.folders import ENDINGS
 from bayesrule.recipes.formats.reading import read
 from bayesrule.recipes.sources import Source
 
@@ -18,18 +19,17 @@ def strangers(spec: str | Path, like: Data) -> Part:
     Raises:
         ValueError: If the data are of another kind, or cannot be read.
     """
-    size = like.shape[1:] if like.kind == "image" else None
-    found = read(str(spec), None if size is None else (size[0], size[1]), None) if _has_files(spec) else read(str(spec))
+    files = (
+        like.kind == "image"
+        and Path(spec).is_dir()
+        and any(path.suffix.lower().encode() in ENDINGS for path in Path(spec).rglob("*"))
+    )
+    found = read(str(spec), (like.shape[1], like.shape[2]) if files else None)  # image files may be of many sizes
     if found.kind != like.kind or (like.kind == "row" and found.source.shape != like.shape):
         raise ValueError(
             f"{found.name} holds {found.kind}s of shape {found.source.shape}, the model takes {like.kind}s of shape {like.shape}"
         )
     return Part(Fitted(found.source, like.shape), torch.arange(len(found.source)), found.labels)
-
-
-def _has_files(spec: str | Path) -> bool:
-    """Whether the data are image files, which can be resized as they are read."""
-    return Path(spec).is_dir() and any(Path(spec).rglob("*.[pPjJ][nNpP]*[gG]"))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Fitted(Source):
         if values.shape[1] != self.shape[0]:
             values = values.mean(1, keepdim=True).expand(-1, self.shape[0], -1, -1)
         if values.shape[2:] != self.shape[1:]:
-            values = torch.nn.functional.interpolate(values, self.shape[1:], mode="bilinear", antialias=True)
+            values = interpolate(values, self.shape[1:], mode="bilinear", antialias=True)
         return values
 
     def name(self, index: int) -> str:

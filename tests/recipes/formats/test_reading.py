@@ -77,6 +77,7 @@ def test_what_may_not_be_read(tmp_path):
     ("error", "kind", "message"),
     [
         (PermissionError(13, "Permission denied", "a\nb"), PermissionError, r"cannot read a\\nb: Permission denied; check"),
+        (FileNotFoundError(2, "No such file", b"caf\xe9"), FileNotFoundError, r"cannot read caf\\udce9: No such file; check"),
         (MemoryError(), ValueError, "digits does not fit into memory"),
         (KeyError("x"), ValueError, "cannot read digits: KeyError: 'x'; that should not happen"),
     ],

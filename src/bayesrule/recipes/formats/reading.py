@@ -40,9 +40,8 @@ def read(spec: str, size: tuple[int, int] | None = None, target: str | None = No
     except OSError as error:
         if error.filename is None:
             raise
-        raise type(error)(
-            f"cannot read {shown(error.filename)}: {error.strerror}; check that it is there and may be read"
-        ) from error
+        name = shown(os.fsdecode(error.filename))
+        raise type(error)(f"cannot read {name}: {error.strerror}; check that it is there and may be read") from error
     except MemoryError as error:
         raise Refusal(
             f"{shown(spec)} does not fit into memory; take less of it, or keep images as files in class folders"

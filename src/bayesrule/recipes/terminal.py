@@ -1,0 +1,92 @@
+"""What a person sees in a terminal: results on stdout, progress on stderr."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bayesrule.recipes.data import Tick
+from bayesrule.uses.report import Report, table
+
+MOST = 40  # classes that are listed
+
+
+@contextmanager
+def progress() -> Iterator[Tick]:
+    """Progress bars with the time left, on stderr."""
+    columns = (TextColumn("{task.description:<6}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    progress = Progress(*columns, *times, console=Console(stderr=True))
+
+    def start(name: str, steps: int) -> Callable[[], object]:
+        progress.start()  # not before: what is refused shows no bars
+        task = progress.add_task(name, total=steps)
+        return lambda: progress.advance(task)
+
+    try:
+        yield start
+    finally:
+        if progress.tasks:
+            progress.stop()
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on one line; what is not a number becomes null."""
+
+    def sound(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {key: sound(part) for key, part in item.items()}
+        if isinstance(item, list):
+            return [sound(part) for part in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    print(json.dumps(sound(value)))
+
+
+def print_results(report: Report, as_json: bool) -> None:
+    """The rows of a report; as JSON that of the last, which is the best that there is, with all of them in ``rows``."""
+    if as_json:
+        print_json({**report.rows[-1], "rows": report.rows} if len(report.rows) > 1 else report.rows[0])
+    else:
+        print_rows(report.rows)
+
+
+def print_data(found: Mapping[str, Any]) -> None:
+    """What is in some data: a sentence, a table of classes, notes."""
+    if found["kind"] == "text":
+        parts = ", ".join(f"{count:,} {name}" for name, count in found["bytes"].items())
+        print(f"{found['name']}: text of {found['files']:,} files; bytes: {parts}")
+        return
+    shape = " x ".join(map(str, found["shape"]))
+    parts = ", ".join(f"{count:,} {name}" for name, count in found["examples"].items())
+    print(f"{found['name']}: {found['form']}; {found['kind']}s of {shape}, {len(found['classes'])} classes; {parts}")
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("class")
+    for name in found["examples"]:
+        grid.add_column(name, justify="right")
+    classes = list(found["classes"].items())
+    for label, counts in classes[:MOST]:
+        grid.add_row(label, *(f"{count:,}" for count in counts.values()))
+    if len(classes) > MOST:
+        grid.add_row(f"and {len(classes) - MOST} more")
+    Console().print(grid)
+    for note in found["notes"]:
+        print(f"note: {note}")
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table of results."""
+    columns, cells = table(rows)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("method", no_wrap=True)
+    for column in columns:
+        grid.add_column(column.heading, justify="right")
+    for row, line in zip(rows, cells, strict=True):
+        grid.add_row(row["method"], *(f"[bold]{text}[/]" if best else text for text, best in line))
+    Console().print(grid)
