@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bayesrule.recipes.data import Tick, quiet
 from bayesrule.recipes.folder import claim, read_record, write_record
-from bayesrule.recipes.runs import Watch, settings_of, train
+from bayesrule.recipes.runs import Paused, Watch, settings_of, train
 from bayesrule.recipes.settings import Settings
 
 MANY = "seeds"  # the kind of a folder of such runs
@@ -33,17 +33,24 @@ def train_seeds(
         train(settings, out, resume=resume, kind=kind, bars=bars, watch=watch)
         return
     names = [f"seed-{settings.seed + i}" for i in range(count)]
-    if not (resume and (out / "run.json").exists()):
-        claim(out)
-    else:
-        record = read_record(out)
-        if record["kind"] != MANY or record.get("runs") != names or settings_of(out, record) != settings:
+    record = {"kind": MANY, "runs": names, "settings": settings.plain()}
+    if resume and (out / "run.json").exists():
+        began = read_record(out)
+        if began["kind"] != MANY or began.get("runs") != names or settings_of(out, began) != settings:
             raise ValueError(f"{out} began with other seeds or settings; give the same, or --resume and --out alone")
+    elif not resume or (out.is_dir() and {path.name for path in out.iterdir()} - {*names}):
+        claim(out)
+
+    def started() -> None:
+        if not (out / "run.json").exists():
+            write_record(out / "run.json", record)
+
     for i, name in enumerate(names):
         one = replace(settings, seed=settings.seed + i)
-        train(one, out / name, resume=resume, kind=kind, bars=bars, watch=watch)
-        if i == 0 and not (out / "run.json").exists():  # not before the settings have proved good
-            write_record(out / "run.json", {"kind": MANY, "runs": names, "settings": settings.plain()})
+        try:
+            train(one, out / name, resume=resume, kind=kind, started=started, bars=bars, watch=watch)
+        except Paused as stop:
+            raise Paused(str(stop).replace(str(out / name), str(out))) from None
 
 
 def members(folder: Path) -> list[tuple[str, Sequence[Path]]]:

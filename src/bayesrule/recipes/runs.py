@@ -35,7 +35,8 @@ from bayesrule.recipes.settings import Settings, from_plain
 from bayesrule.recipes.training import Diverged, Training, anchor
 from bayesrule.storage import write_tensors
 
-EVERY = 30.0  # seconds between checkpoints
+EVERY = 2.0  # seconds between checkpoints, at least
+EFFORT = 0.02  # of the time, at most, for checkpoints
 CHECKPOINT, PREDICTIONS = "checkpoint.safetensors", "predictions.safetensors"
 RECIPES = {"image": "image", "row": "tabular"}  # the command for each kind of data
 AT_ONCE = 4096  # examples predicted at once: bounds memory
@@ -99,12 +100,28 @@ def load_for(settings: Settings, scale: Scale | None = None, bars: Tick = quiet)
 
 
 def train(
-    settings: Settings, out: Path, *, resume: bool = False, kind: str | None = None, bars: Tick = quiet, watch: Watch | None = None
+    settings: Settings,
+    out: Path,
+    *,
+    resume: bool = False,
+    kind: str | None = None,
+    started: Callable[[], object] = lambda: None,
+    bars: Tick = quiet,
+    watch: Watch | None = None,
 ) -> None:
     """Train and leave a complete run folder at ``out``.
 
     The folder is there from the start: settings in ``run.json``, one line an epoch in ``metrics.jsonl``, and a checkpoint every
-    half minute. Killed at any moment, a run goes on from there with ``resume`` and ends bit-equal to one that was not.
+    few seconds. Killed at any moment, a run goes on from there with ``resume`` and ends bit-equal to one that was not.
+
+    Args:
+        settings: What to do.
+        out: The folder.
+        resume: Go on where a run of these settings was stopped; begin if there is none.
+        kind: "image" or "row": which data are wanted; None takes both.
+        started: Called when nothing is wrong with the settings and the folder is ours.
+        bars: Progress.
+        watch: Told every line of the metrics.
 
     Raises:
         FileExistsError: If ``out`` holds something already and it is not to be resumed.
@@ -129,12 +146,16 @@ def train(
             claim(out)
         elif read_record(out).get("finished"):
             return
+        started()
         if record is None:
             write_record(out / "run.json", describe(complete, data))
         else:
             _go_on(out, training)
-        _learn(complete, training, out, bars, watch)
-        finish(complete, training, out, bars)
+        try:
+            _learn(complete, training, out, bars, watch)
+            finish(complete, training, out, bars)
+        except KeyboardInterrupt:
+            raise Paused(f"stopped at once; go on from the last checkpoint with: {going_on(data.kind, out)}") from None
         (out / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -194,12 +215,13 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Tick, watch:
     advance = bars(OPTIMIZERS[settings.optimizer].title, settings.epochs * training.steps)
     for _ in range(training.done):
         advance()
-    saved = time.monotonic()
+    due = time.monotonic() + EVERY
 
     def keep() -> None:
-        nonlocal saved
+        nonlocal due
+        began = time.monotonic()
         save(out / CHECKPOINT, *training.state())
-        saved = time.monotonic()
+        due = time.monotonic() + max(EVERY, (time.monotonic() - began) / EFFORT)
 
     with stopping() as stop:
 
@@ -211,7 +233,7 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Tick, watch:
                     f"stopped after step {training.done:,} of {settings.epochs * training.steps:,} and saved; "
                     f"go on with: {going_on(training.data.kind, out)}"
                 )
-            if time.monotonic() - saved > EVERY:
+            if time.monotonic() >= due:
                 keep()
 
         try:
@@ -227,6 +249,7 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Tick, watch:
                         write_lines(out / "metrics.jsonl", training.history)
                         if watch:
                             watch(settings.seed, training.history[-1])
+            keep()
         except Diverged as error:
             write_record(out / "run.json", {**describe(settings, training.data), "failed": str(error)})
             raise
