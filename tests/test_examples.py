@@ -8,7 +8,12 @@ import pytest
 from matplotlib.image import imread
 
 FOLDER = Path(__file__).parents[1] / "examples"
-PICTURES = {"coin": "coin.png", "ridge_is_newton": "ridge.png", "gp_classification": "gp_classification.png"}
+PICTURES = {
+    "coin": "coin.png",
+    "ridge_is_newton": "ridge.png",
+    "gp_classification": "gp_classification.png",
+    "training_loop": "training_loop.png",
+}
 
 
 @pytest.fixture
@@ -63,3 +68,15 @@ def test_gp_classification(run):
     assert number(text, "flowers on the right side") >= 94
     near, far = number(text, "standard deviation of f"), number(text, "standard deviation of f", 1)
     assert far > 4 * near
+
+
+def test_the_training_loop_is_that_of_the_readme(run):
+    readme = (FOLDER.parent / "README.md").read_text()
+    (loop,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "sampled_params" in block)
+    lines = [line for line in loop.splitlines() if line.strip() and not line.startswith("import")]
+    indented = "".join(f"    {line}\n" for line in lines)
+    assert len(lines) == 9 and indented in (FOLDER / "training_loop.py").read_text()
+    text = run("training_loop")
+    assert number(text, "right where it is sure") > number(text, "right") > 0.9
+    known, noise = (number(text, "entropy, digits and noise", place) for place in (0, 1))
+    assert noise > 2 * known

@@ -26,6 +26,7 @@ try:
     import bayesrule as br
     from bayesrule.recipes import demo, folder, repeats, runs
     from bayesrule.recipes.comparison import compare
+    from bayesrule.recipes.data import Data
     from bayesrule.recipes.describing import describe
     from bayesrule.recipes.optimizers import assignments
     from bayesrule.recipes.settings import Settings, read_toml, types
@@ -174,14 +175,20 @@ class Train(Settings):
         plain = {one.name: getattr(self, one.name) for one in fields(Settings)}
         settings = Settings(**{**plain, "hyperparameters": {**self.hyperparameters, **given, **more}})
         with watching(self.out) if self.tensorboard else nullcontext() as watch, progress() as bars:
-            repeats.train_seeds(settings, self.out, self.seeds, resume=self.resume, kind=kind, bars=bars, watch=watch)
+            repeats.train_seeds(
+                settings, self.out, self.seeds, resume=self.resume, kind=kind, started=_notes, bars=bars, watch=watch
+            )
             report = compare([self.out], bars=bars)
-        for note in report.warnings:
-            _say(f"note: {note}")
         write_text(self.out / "report.html", render(report))
         print_results(report, self.json)
         if not self.json:
             print(f"Report: {self.out / 'report.html'}")
+
+
+def _notes(data: Data) -> None:
+    """What was noticed in the data, before time is spent on them."""
+    for note in data.notes:
+        _say(f"note: {note}")
 
 
 SHORT = ("lr", "weight_decay", "beta2", "ess", "hess_init")  # settings of optimizers with a flag of their own

@@ -219,15 +219,16 @@ def arrange(found: Collection, held_out: Sequence[str] = (), seed: int = 0, spli
 
 
 def _deal(part: Tensor, labels: Tensor, which: int, shares: dict[int, float], generator: torch.Generator) -> None:
-    """Deal the examples of one part among parts, class by class; of every class at least one goes to the first."""
+    """Deal the examples of one part among parts, class by class; each gets one of every class, the first ones first."""
     for k in range(int(labels.max()) + 1):
         members = ((part == which) & (labels == k)).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=generator)]
-        ends, so_far = [], 0.0
-        for share in list(shares.values())[:-1]:
+        ends, so_far = [0], 0.0
+        for number, share in enumerate(list(shares.values())[:-1], start=1):
             so_far += share
-            ends.append(max(1, round(so_far * len(members))))
-        for to, dealt in zip(shares, members.tensor_split(ends), strict=True):
+            last = max(len(members) - len(shares) + number, number)  # one is left for each that follows, if there are so many
+            ends.append(min(max(round(so_far * len(members)), ends[-1] + 1), last))
+        for to, dealt in zip(shares, members.tensor_split(ends[1:]), strict=True):
             part[dealt] = to
 
 

@@ -32,10 +32,16 @@ def describe(
 
 def _text(text: Text) -> dict[str, Any]:
     parts = {"training": text.train, "validation": text.validation, "test": text.test}
-    return {"name": text.name, "kind": "text", "files": len(text.files), "bytes": {name: len(part) for name, part in parts.items()}}
+    return {"name": text.name, "kind": "text", "files": sum(text.files), "bytes": {name: len(part) for name, part in parts.items()}}
 
 
 def _examples(data: Data) -> dict[str, Any]:
+    if not data.classes:
+        return {"name": data.name, "kind": data.kind, "form": data.form, "shape": list(data.shape)} | {
+            "examples": {"unlabeled": len(data.train.source)},
+            "classes": {},
+            "notes": list(data.notes),
+        }
     counts = {
         label: {name: int((part.labels == k).sum()) for name, part in data.parts.items()} for k, label in enumerate(data.classes)
     }

@@ -1,10 +1,10 @@
 """The same run with several seeds: what is luck, and what is not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bayesrule.recipes.data import Tick, quiet
+from bayesrule.recipes.data import Data, Tick, quiet
 from bayesrule.recipes.folder import claim, read_record, write_record
 from bayesrule.recipes.runs import Paused, Watch, settings_of, train
 from bayesrule.recipes.settings import Settings
@@ -19,6 +19,7 @@ def train_seeds(
     *,
     resume: bool = False,
     kind: str | None = None,
+    started: Callable[[Data], object] = lambda data: None,
     bars: Tick = quiet,
     watch: Watch | None = None,
 ) -> None:
@@ -30,7 +31,7 @@ def train_seeds(
     if count < 1:
         raise ValueError(f"seeds must be at least 1, got {count}")
     if count == 1:
-        train(settings, out, resume=resume, kind=kind, bars=bars, watch=watch)
+        train(settings, out, resume=resume, kind=kind, started=started, bars=bars, watch=watch)
         return
     names = [f"seed-{settings.seed + i}" for i in range(count)]
     record = {"kind": MANY, "runs": names, "settings": settings.plain()}
@@ -41,16 +42,21 @@ def train_seeds(
     elif not resume or (out.is_dir() and {path.name for path in out.iterdir()} - {*names}):
         claim(out)
 
-    def started() -> None:
+    def first(data: Data) -> None:
         if not (out / "run.json").exists():
             write_record(out / "run.json", record)
+        started(data)
 
     for i, name in enumerate(names):
         one = replace(settings, seed=settings.seed + i)
         try:
-            train(one, out / name, resume=resume, kind=kind, started=started, bars=bars, watch=watch)
+            train(one, out / name, resume=resume, kind=kind, started=first if name == names[0] else _again, bars=bars, watch=watch)
         except Paused as stop:
             raise Paused(str(stop).replace(str(out / name), str(out))) from None
+
+
+def _again(data: Data) -> None:
+    """Nothing new is to be said of data that were said before."""
 
 
 def members(folder: Path) -> list[tuple[str, Sequence[Path]]]:

@@ -105,7 +105,7 @@ def train(
     *,
     resume: bool = False,
     kind: str | None = None,
-    started: Callable[[], object] = lambda: None,
+    started: Callable[[Data], object] = lambda data: None,
     bars: Tick = quiet,
     watch: Watch | None = None,
 ) -> None:
@@ -119,7 +119,7 @@ def train(
         out: The folder.
         resume: Go on where a run of these settings was stopped; begin if there is none.
         kind: "image" or "row": which data are wanted; None takes both.
-        started: Called when nothing is wrong with the settings and the folder is ours.
+        started: Called with the data when nothing is wrong with them or the settings, and the folder is ours.
         bars: Progress.
         watch: Told every line of the metrics.
 
@@ -146,7 +146,7 @@ def train(
             claim(out)
         elif read_record(out).get("finished"):
             return
-        started()
+        started(data)
         if record is None:
             write_record(out / "run.json", describe(complete, data))
         else:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,13 @@ def print_data(found: Mapping[str, Any]) -> None:
     shape = " x ".join(map(str, found["shape"]))
     parts = ", ".join(f"{count:,} {name}" for name, count in found["examples"].items())
     print(f"{found['name']}: {found['form']}; {found['kind']}s of {shape}, {len(found['classes'])} classes; {parts}")
+    if found["classes"]:
+        _print_classes(found)
+    for note in found["notes"]:
+        print(f"note: {note}")
+
+
+def _print_classes(found: Mapping[str, Any]) -> None:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("class")
     for name in found["examples"]:
@@ -76,8 +84,6 @@ def print_data(found: Mapping[str, Any]) -> None:
     if len(classes) > MOST:
         grid.add_row(f"and {len(classes) - MOST} more")
     Console().print(grid)
-    for note in found["notes"]:
-        print(f"note: {note}")
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -86,7 +92,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("method", no_wrap=True)
     for column in columns:
-        grid.add_column(column.heading, justify="right")
+        grid.add_column(column.heading, justify="right", no_wrap=True)
     for row, line in zip(rows, cells, strict=True):
         grid.add_row(row["method"], *(f"[bold]{text}[/]" if best else text for text, best in line))
-    Console().print(grid)
+    (Console() if sys.stdout.isatty() else Console(width=140)).print(grid)

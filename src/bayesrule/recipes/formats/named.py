@@ -29,7 +29,7 @@ def _whole(name: str, images: Tensor, labels: Tensor, form: str) -> Collection:
 
 def _digits() -> Collection:
     bunch = load_digits()
-    return _whole("digits", torch.tensor(bunch.images).byte().unsqueeze(1), torch.tensor(bunch.target), "arrays of scikit-learn")
+    return _whole("digits", torch.tensor(bunch.images).float().unsqueeze(1), torch.tensor(bunch.target), "arrays of scikit-learn")
 
 
 def _mnist5k() -> Collection:
