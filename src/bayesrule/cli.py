@@ -29,7 +29,7 @@ try:
     from bayesrule.recipes.data import Data
     from bayesrule.recipes.describing import describe
     from bayesrule.recipes.optimizers import assignments
-    from bayesrule.recipes.settings import Settings, read_toml, types
+    from bayesrule.recipes.settings import Settings, read_toml, settings_within, types
     from bayesrule.recipes.tensorboard import watching
     from bayesrule.recipes.terminal import print_data, print_json, print_results, print_rows, progress
     from bayesrule.storage import write_text
@@ -38,6 +38,7 @@ except ModuleNotFoundError as error:
     if not error.name or error.name.startswith("bayesrule"):
         raise
     ABSENT = error.name
+    Settings = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
 
 
 @dataclass(frozen=True)
@@ -300,13 +301,14 @@ def said_before(arguments: Sequence[str]) -> dict[str, Any]:
         return {}
     toml: dict[str, Any] = {}
     if asked.config is not None:
-        toml = read_toml(asked.config, types(Train))
+        known = {name: kind for name, kind in types(Train).items() if name not in ("config", "hyperparameters")}
+        toml = read_toml(asked.config, known | {"set": dict})
     out, found = asked.out or toml.get("out"), dict[str, Any]()
     if (asked.resume or toml.get("resume")) and out is not None and (out / "run.json").exists():
         record = folder.read_record(out)
-        settings = runs.settings_of(out, record)
+        settings = settings_within(out, record)
         found = {one.name: getattr(settings, one.name) for one in fields(settings)} | {"seeds": len(record.get("runs", [0]))}
-    found["hyperparameters"] = {**found.get("hyperparameters", {}), **toml.pop("hyperparameters", {})}
+    found["hyperparameters"] = {**found.get("hyperparameters", {}), **toml.pop("set", {})}
     return {**found, **toml} if asked.config is not None or len(found) > 1 else {}
 
 

@@ -40,6 +40,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def is_draft(path: Path) -> bool:
+    """Whether a file has the temporary name of one that was being written.
+
+    Example:
+        >>> is_draft(Path(".run.json.0123456789abcdef0123456789abcdef")), is_draft(Path(".profile"))
+        (True, False)
+    """
+    return re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name) is not None
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file of text, whole or not at all."""
     with replacing(path) as temporary:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesrule.recipes.data import Data, Part, Tick, quiet
 from bayesrule.recipes.repeats import members
-from bayesrule.recipes.runs import SAMPLES, Run, read
+from bayesrule.recipes.results import SAMPLES, Run, read
 from bayesrule.recipes.settings import Settings
 from bayesrule.recipes.strangers import strangers
 from bayesrule.uses.calibration import fit_temperature
@@ -94,9 +94,9 @@ def compare(
         if unknown is None
         else [shown.name(i) for i in range(len(shown))],
         unknown_title=f"{data.kind}s of classes never learned" if ood is None else f"{data.kind}s of {ood}",
-        warnings=list(dict.fromkeys(note for group in groups for run in group.runs for note in run.record["data"]["notes"])),
+        warnings=list(dict.fromkeys(note for group in groups for run in group.runs for note in run.record.notes)),
         settings={name: describe(group.runs[0].settings) for name, group in zip(names, groups, strict=True)}
-        | {"Versions": dict(first.record.get("versions", {}))},
+        | {"Versions": first.record.versions},
         thing=data.kind,
     )
 

@@ -13,7 +13,8 @@ from bayesrule.recipes.comparison import compare, listing
 from bayesrule.recipes.data import Tick, quiet
 from bayesrule.recipes.folder import appearing, read_record, write_record
 from bayesrule.recipes.optimizers import OPTIMIZERS
-from bayesrule.recipes.runs import SAMPLES, begin, finish, load_for
+from bayesrule.recipes.results import SAMPLES, load_for
+from bayesrule.recipes.runs import begin, finish
 from bayesrule.recipes.settings import Settings
 from bayesrule.storage import write_text
 from bayesrule.uses.report import Report, render

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import bayesrule
-from bayesrule.storage import write_tensors, write_text
+from bayesrule.storage import is_draft, write_tensors, write_text
 
 FORMAT = 2  # of run.json; raised when an older reader would misunderstand it
 LOCK = ".lock"
@@ -31,7 +31,7 @@ def claim(out: Path) -> None:
     Raises:
         FileExistsError: If ``out`` is a file, or a folder that holds more than a lock.
     """
-    if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
+    if out.is_dir() and any(path.name != LOCK and not is_draft(path) for path in out.iterdir()):
         if not (out / "run.json").exists():
             raise FileExistsError(f"{out} already holds other files; choose another --out or delete it first")
         raise FileExistsError(
@@ -70,6 +70,8 @@ def locked(out: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise ValueError(f"another process is at work in {out}; wait for it, or choose another --out") from None
     try:
+        for path in filter(is_draft, out.iterdir()):
+            path.unlink(missing_ok=True)  # of a process that died
         yield
     finally:
         (out / LOCK).unlink(missing_ok=True)

@@ -1,13 +1,14 @@
 """The same run with several seeds: what is luck, and what is not."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bayesrule.recipes.data import Data, Tick, quiet
 from bayesrule.recipes.folder import claim, read_record, write_record
-from bayesrule.recipes.runs import Paused, Watch, settings_of, train
-from bayesrule.recipes.settings import Settings
+from bayesrule.recipes.runs import Paused, Watch, train
+from bayesrule.recipes.settings import Settings, settings_within
 
 MANY = "seeds"  # the kind of a folder of such runs
 
@@ -37,7 +38,7 @@ def train_seeds(
     record = {"kind": MANY, "runs": names, "settings": settings.plain()}
     if resume and (out / "run.json").exists():
         began = read_record(out)
-        if began["kind"] != MANY or began.get("runs") != names or settings_of(out, began) != settings:
+        if began["kind"] != MANY or began.get("runs") != names or settings_within(out, began) != settings:
             raise ValueError(f"{out} began with other seeds or settings; give the same, or --resume and --out alone")
     elif not resume or (out.is_dir() and {path.name for path in out.iterdir()} - {*names}):
         claim(out)
@@ -52,7 +53,7 @@ def train_seeds(
         try:
             train(one, out / name, resume=resume, kind=kind, started=first if name == names[0] else _again, bars=bars, watch=watch)
         except Paused as stop:
-            raise Paused(str(stop).replace(str(out / name), str(out))) from None
+            raise Paused(str(stop).replace(shlex.quote(str(out / name)), shlex.quote(str(out)))) from None
 
 
 def _again(data: Data) -> None:

@@ -1,47 +1,29 @@
-"""A run from its settings to its folder, and back."""
+"""A run from its settings to its folder: whatever stops it, it goes on."""
 
 import contextlib
-import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
-import bayesrule as br
-from bayesrule.recipes.data import Data, Part, Scale, Tick, load, quiet
-from bayesrule.recipes.folder import (
-    claim,
-    digest,
-    locked,
-    read_lines,
-    read_record,
-    restore,
-    save,
-    write_lines,
-    write_record,
-)
-from bayesrule.recipes.models import build
+from bayesrule.recipes.data import Data, Tick, quiet
+from bayesrule.recipes.folder import claim, locked, restore, save, write_lines, write_record
+from bayesrule.recipes.models import MODELS, build
+from bayesrule.recipes.names import lookup
 from bayesrule.recipes.optimizers import OPTIMIZERS, settle
-from bayesrule.recipes.settings import Settings, from_plain
-from bayesrule.recipes.training import Diverged, Training, anchor
+from bayesrule.recipes.residual import NORMS
+from bayesrule.recipes.results import COMMANDS, Record, Run, describe, load_for, place, record_of
+from bayesrule.recipes.settings import Settings
+from bayesrule.recipes.training import Diverged, Training
 from bayesrule.storage import write_tensors
 
 EVERY = 2.0  # seconds between checkpoints, at least
 EFFORT = 0.02  # of the time, at most, for checkpoints
-CHECKPOINT, PREDICTIONS = "checkpoint.safetensors", "predictions.safetensors"
-RECIPES = {"image": "image", "row": "tabular"}  # the command for each kind of data
-AT_ONCE = 4096  # examples predicted at once: bounds memory
-SAMPLES = 32
-
+CHECKPOINT = "checkpoint.safetensors"
 Watch = Callable[[int, Mapping[str, Any]], None]
 """Told the line of every epoch, with the seed of the run."""
 
@@ -76,27 +58,17 @@ def begin(settings: Settings, data: Data) -> tuple[Settings, Training]:
     return replace(settings, hyperparameters=hyperparameters), training
 
 
-def place(device: str) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one.
+def check(settings: Settings) -> None:
+    """Refuse what is wrong whatever the data are, before they are read.
 
     Raises:
-        ValueError: If there is no such device here.
+        ValueError: If a name is unknown, or an optimizer has no such setting.
     """
-    try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.zeros(1, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"there is no device {device!r} here ({reason}); take auto, cpu or cuda") from error
-    return found
-
-
-def load_for(settings: Settings, scale: Scale | None = None, bars: Tick = quiet) -> Data:
-    """The data of a run."""
-    held_out, seed, split = settings.held_out, settings.split_seed, settings.split
-    return load(
-        settings.data, held_out, seed, split=split, size=settings.height_width, target=settings.target, scale=scale, bars=bars
-    )
+    settle(settings.optimizer, settings.hyperparameters, 1)
+    place(settings.device)
+    lookup("norm", settings.norm, NORMS)
+    if ":" not in settings.model:
+        lookup("model", settings.model, MODELS)
 
 
 def train(
@@ -128,82 +100,54 @@ def train(
         ValueError: If a setting is wrong, the data cannot be learned from, training diverges, or ``out`` holds another run.
         Paused: If a signal came; everything is saved.
     """
-    if not resume:
-        claim(out)
-    record = read_record(out) if resume and (out / "run.json").exists() else None
+    record = record_of(out) if resume and (out / "run.json").exists() else None
+    check(settings)
     if record is None:
         claim(out)
-    data = load_for(settings, None if record is None else _scale(out, record), bars)
-    if record is not None:
-        data = replace(data, notes=tuple(record["data"].get("notes", ())))
+        data = load_for(settings, bars=bars)
+    else:
+        for name in settings.differ(record.settings):
+            raise _other(record, settings, name)
+        data = record.load()
     if kind not in (None, data.kind):
-        raise ValueError(f"{data.name} holds {data.kind}s, not {kind}s; take: bayesrule train {RECIPES[data.kind]}")
+        raise ValueError(f"{data.name} holds {data.kind}s, not {kind}s; take: bayesrule train {COMMANDS[data.kind]}")
     complete, training = begin(settings, data)
     if record is not None:
-        _compare(out, record, complete, data)
+        if complete.hyperparameters != record.settings.hyperparameters:
+            raise _other(record, complete, "hyperparameters")
+        if record.failed:
+            raise ValueError(f"{out} cannot go on: {record.failed}; train into another --out")
     with locked(out):
         if record is None:
             claim(out)
-        elif read_record(out).get("finished"):
-            return
-        started(data)
-        if record is None:
-            write_record(out / "run.json", describe(complete, data))
-        else:
-            _go_on(out, training)
-        try:
-            _learn(complete, training, out, bars, watch)
-            finish(complete, training, out, bars)
-        except KeyboardInterrupt:
-            raise Paused(f"stopped at once; go on from the last checkpoint with: {going_on(data.kind, out)}") from None
+        if record is None or not record_of(out).finished:
+            started(data)
+            if record is None:
+                write_record(out / "run.json", describe(complete, data))
+            else:
+                _go_on(out, training)
+            try:
+                _learn(complete, training, out, bars, watch)
+                finish(complete, training, out, bars)
+            except KeyboardInterrupt:
+                raise Paused(f"stopped at once; go on from the last checkpoint with: {record_of(out).command}") from None
         (out / CHECKPOINT).unlink(missing_ok=True)
 
 
-def describe(settings: Settings, data: Data) -> dict[str, Any]:
-    """What ``run.json`` says of a run that begins."""
-    found = {
-        "name": data.name,
-        "form": data.form,
-        "classes": data.classes,
-        "shape": data.shape,
-        "examples": {name: len(part) for name, part in data.parts.items()},
-        "center": data.scale.center,
-        "spread": data.scale.spread,
-        "fingerprint": data.fingerprint,
-        "notes": data.notes,
-    }
-    return {"kind": data.kind, "settings": settings.plain(), "data": found}
-
-
-def _scale(out: Path, record: Mapping[str, Any]) -> Scale:
-    try:
-        return Scale(*(tuple(map(float, record["data"][side])) for side in ("center", "spread")))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{out / 'run.json'} is damaged: it has no scale of the data") from error
-
-
-def _compare(out: Path, record: Mapping[str, Any], settings: Settings, data: Data) -> None:
-    """Refuse to go on with other settings or data than a run began with."""
-    began = settings_of(out, record)
-    if (name := settings.differs(began)) is not None:
-        mine, theirs = settings.plain()[name], began.plain()[name]
-        raise ValueError(f"{out} began with {name} {theirs}, not {mine}; give the same settings, or --resume and --out alone")
-    _same_data(out, record, data)
-    if "failed" in record:
-        raise ValueError(f"{out} cannot go on: {record['failed']}; train into another --out")
-
-
-def _same_data(out: Path, record: Mapping[str, Any], data: Data) -> None:
-    if record["data"].get("fingerprint") != data.fingerprint:
-        raise ValueError(f"the data of {out} are no longer those that it began with ({data.name}); bring them back")
+def _other(record: Record, settings: Settings, name: str) -> ValueError:
+    """The refusal to go on with another setting than a run began with."""
+    mine, theirs = getattr(settings, name), getattr(record.settings, name)
+    return ValueError(
+        f"{record.folder} began with {name} {theirs}, not {mine}; give the same settings, or --resume and --out alone"
+    )
 
 
 def _go_on(out: Path, training: Training) -> None:
     """Bring back the last checkpoint, if there is one; without one the run starts anew."""
     path = out / CHECKPOINT
     if path.exists():
-        tensors, numbers = restore(path)
         try:
+            tensors, numbers = restore(path)
             training.load_state(tensors, numbers)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             why = " ".join(str(error).split())
@@ -231,7 +175,7 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Tick, watch:
                 keep()
                 raise Paused(
                     f"stopped after step {training.done:,} of {settings.epochs * training.steps:,} and saved; "
-                    f"go on with: {going_on(training.data.kind, out)}"
+                    f"go on with: {record_of(out).command}"
                 )
             if time.monotonic() >= due:
                 keep()
@@ -283,11 +227,6 @@ def stopping() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def going_on(kind: str, out: Path) -> str:
-    """The command that goes on with a run."""
-    return f"bayesrule train {RECIPES.get(kind, 'image')} --resume --out {out}"
-
-
 def finish(settings: Settings, training: Training, out: Path, bars: Tick = quiet) -> None:
     """Write what a finished run leaves; ``run.json`` says last that it is finished."""
     training.keep_best()
@@ -301,138 +240,7 @@ def finish(settings: Settings, training: Training, out: Path, bars: Tick = quiet
         posterior.save(out / "posterior.safetensors")
     write_lines(out / "metrics.jsonl", training.history)
     seconds = {"seconds": training.seconds, "best_epoch": training.best_epoch if settings.patience else None}
-    record = describe(settings, training.data) | seconds | {"finished": True}
-    Run(out, settings, training.data, model, posterior, training.history, record).predictions(bars=bars)
+    record = describe(settings, training.data) | seconds
     write_record(out / "run.json", record)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run read back from its folder.
-
-    Args:
-        folder: Where it is.
-        settings: What decided it.
-        data: Its data, split as in training.
-        model: The model at the mean, in eval mode.
-        posterior: The posterior over its weights, or None if the optimizer leaves none.
-        history: One line per epoch.
-        record: All of its run.json.
-    """
-
-    folder: Path
-    settings: Settings
-    data: Data
-    model: nn.Module
-    posterior: br.Posterior | None
-    history: list[dict[str, Any]]
-    record: Mapping[str, Any]
-
-    @property
-    def title(self) -> str:
-        """The optimizer's name in print."""
-        return OPTIMIZERS[self.settings.optimizer].title
-
-    @property
-    def seconds(self) -> float:
-        """Training time, without validation."""
-        return math.fsum(self.record["seconds"])
-
-    def probabilities(self, part: Part, num_samples: int | None, tick: Callable[[], object] = lambda: None) -> Tensor:
-        """Class probabilities averaged over so many draws from the posterior, at the mean if None; shape (examples, classes)."""
-        device = next(self.model.parameters()).device
-        found = []
-        batches = torch.arange(len(part)).split(AT_ONCE)
-        anchors = anchor(self.data, device) if num_samples is not None else None
-        for stored in part.stream(batches):
-            inputs = self.data.scale(stored.to(device))
-            try:
-                if num_samples is None:
-                    probs = br.predict(self.model, None, inputs).probs
-                else:
-                    probs = br.predict(self.model, self.posterior, inputs, num_samples=num_samples, batch_norm=anchors).probs
-            except RuntimeError as error:
-                raise ValueError(f"{self.folder}: {error}") from error
-            assert probs is not None
-            found.append(probs.float().cpu())
-            tick()
-        return torch.cat(found)
-
-    def predictions(self, num_samples: int = SAMPLES, *, again: bool = False, bars: Tick = quiet) -> dict[str, Tensor]:
-        """Probabilities by what was asked: "validation", "test", "unknown", and "averaged test", "averaged unknown".
-
-        Those that were kept beside these weights are read, unless ``again``; else they are computed and kept.
-        """
-        path = self.folder / PREDICTIONS
-        weights = digest(self.folder / "model.safetensors", self.folder / "posterior.safetensors")
-        about = {"weights": weights, "num_samples": num_samples, "fingerprint": self.data.fingerprint}
-        with contextlib.suppress(ValueError, OSError):
-            kept, known = restore(path)
-            if known == about and not again:
-                return kept
-        parts = {"validation": self.data.validation, "test": self.data.test}
-        wanted: list[tuple[str, Part, int | None]] = [(name, part, None) for name, part in parts.items()]
-        if self.data.unknown is not None:
-            wanted.append(("unknown", self.data.unknown, None))
-        if self.posterior is not None:
-            wanted += [(f"averaged {name}", part, num_samples) for name, part, _ in wanted if name != "validation"]
-        tick = bars("predict", sum(-(-len(part) // AT_ONCE) for _, part, _ in wanted))
-        found = {name: self.probabilities(part, count, tick) for name, part, count in wanted}
-        with contextlib.suppress(OSError):
-            save(path, found, about)
-        return found
-
-
-def settings_of(folder: Path, record: Mapping[str, Any]) -> Settings:
-    """The settings of a run.
-
-    Raises:
-        ValueError: If they are damaged.
-    """
-    try:
-        return from_plain(record["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'run.json'} is damaged: {error}") from error
-
-
-def read(folder: Path, memo: dict[Any, Data] | None = None) -> Run:
-    """The finished run in a folder.
-
-    Args:
-        folder: Where it is.
-        memo: Data that were loaded before, so that many runs on the same load them once.
-
-    Raises:
-        FileNotFoundError: If the folder or one of its files is missing.
-        ValueError: If it is not finished, or a file is damaged or does not fit the others; the message names it.
-    """
-    record = read_record(folder)
-    settings = settings_of(folder, record)
-    if not record.get("finished"):
-        raise ValueError(f"{folder} is not finished: " + record.get("failed", f"go on with: {going_on(record['kind'], folder)}"))
-    scale, memo = _scale(folder, record), {} if memo is None else memo
-    key = tuple(getattr(settings, name) for name in ("data", "held_out", "split_seed", "split", "size", "target"))
-    data = replace(memo[key], scale=scale) if key in memo else memo.setdefault(key, load_for(settings, scale))
-    _same_data(folder, record, data)
-    try:
-        model = build(settings.model, data.shape, len(data.classes), settings.seed, settings.norm)
-        model.to(place(settings.device))
-        variational = OPTIMIZERS[settings.optimizer].variational
-        seconds = [float(one) for one in record["seconds"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'run.json'} is damaged: {error}") from error
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (SafetensorError, RuntimeError) as error:
-        why = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged or of another model: {why}") from error
-    posterior = None
-    if variational:
-        path = folder / "posterior.safetensors"
-        posterior = br.Posterior.load(path)
-        try:
-            posterior.bind(model)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} is of another model: {error.args[0]}") from error
-    history = read_lines(folder / "metrics.jsonl")
-    return Run(folder, settings, data, model.eval(), posterior, history, {**record, "seconds": seconds})
+    Run(out, settings, training.data, model, posterior, training.history, record_of(out)).predictions(bars=bars)
+    write_record(out / "run.json", record | {"finished": True})

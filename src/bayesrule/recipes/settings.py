@@ -75,10 +75,10 @@ class Settings:
         """As JSON and TOML have it."""
         return asdict(self)
 
-    def differs(self, other: "Settings") -> str | None:
-        """The name of the first setting that is not the other's."""
+    def differ(self, other: "Settings") -> list[str]:
+        """The names of the settings that are not the other's, but those of the optimizer, whose defaults depend on the data."""
         mine, theirs = self.plain(), other.plain()
-        return next((name for name in mine if mine[name] != theirs[name]), None)
+        return [name for name in mine if name != "hyperparameters" and mine[name] != theirs[name]]
 
 
 def from_plain(plain: Mapping[str, Any]) -> Settings:
@@ -89,6 +89,18 @@ def from_plain(plain: Mapping[str, Any]) -> Settings:
     """
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
     return Settings(**values)
+
+
+def settings_within(folder: Path, record: Mapping[str, Any]) -> Settings:
+    """The settings in a ``run.json``.
+
+    Raises:
+        ValueError: If they are damaged.
+    """
+    try:
+        return from_plain(record["settings"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'run.json'} is damaged: {type(error).__name__}: {error}") from error
 
 
 def read_toml(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,9 +102,9 @@ class Training:
         Raises:
             Diverged: If the line holds what is no number.
         """
-        number = self.done // self.steps
+        number = len(self.history)
         order = torch.randperm(len(self.data.train), generator=self._generator(number, 0))
-        batches = order.split(self.batch_size)[self.done % self.steps :]
+        batches = order.split(self.batch_size)[self.done - number * self.steps :]
         rate = self.rates[0] * self.schedule(number / self.epochs)
         self.model.train()
         with self._randomness():

@@ -1,0 +1,270 @@
+"""Finished runs, read back from their folders."""
+
+import contextlib
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import bayesrule as br
+from bayesrule.recipes.data import Data, Part, Scale, Tick, load, quiet
+from bayesrule.recipes.folder import digest, read_lines, read_record, restore, save
+from bayesrule.recipes.models import build
+from bayesrule.recipes.optimizers import OPTIMIZERS
+from bayesrule.recipes.settings import Settings, settings_within
+from bayesrule.recipes.training import anchor
+
+PREDICTIONS = "predictions.safetensors"
+COMMANDS = {"image": "image", "row": "tabular"}  # for each kind of data
+AT_ONCE = 4096  # examples predicted at once: bounds memory
+SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``run.json`` says of a run.
+
+    Args:
+        folder: Where it is.
+        kind: Of the data, "image" or "row".
+        settings: What decided it.
+        scale: Of the data.
+        fingerprint: Of the data.
+        notes: What was noticed in the data.
+        seconds: Training time of every epoch, once it is finished.
+        finished: Whether all files are there.
+        failed: Why it cannot go on, if so.
+        versions: Of what made it.
+    """
+
+    folder: Path
+    kind: str
+    settings: Settings
+    scale: Scale
+    fingerprint: str
+    notes: tuple[str, ...]
+    seconds: tuple[float, ...] = ()
+    finished: bool = False
+    failed: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, memo: dict[Any, Data] | None = None) -> Data:
+        """The data of the run, as they were.
+
+        Args:
+            memo: Data that were loaded before, so that many runs on the same load them once.
+
+        Raises:
+            OSError: If they are gone.
+            ValueError: If they have changed.
+        """
+        names = ("data", "held_out", "split_seed", "split", "size", "target")
+        key, memo = tuple(getattr(self.settings, name) for name in names), {} if memo is None else memo
+        if key not in memo:
+            memo[key] = load_for(self.settings, self.scale)
+        data = replace(memo[key], scale=self.scale, notes=self.notes)
+        if self.fingerprint != data.fingerprint:
+            raise ValueError(f"the data of {self.folder} are no longer those that it began with ({data.name}); bring them back")
+        if len(self.scale.center) != data.shape[0]:
+            raise ValueError(f"{self.folder / 'run.json'} is damaged: the scale is not that of its data")
+        return data
+
+    @property
+    def command(self) -> str:
+        """What goes on with the run."""
+        return f"bayesrule train {COMMANDS.get(self.kind, 'image')} --resume --out {shlex.quote(str(self.folder))}"
+
+
+def record_of(folder: Path) -> Record:
+    """The record of a single run.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or of something else.
+    """
+    found = read_record(folder)
+    if found["kind"] not in COMMANDS:
+        raise ValueError(f"{folder} holds {found['kind']!r}, not a single run; name one of its folders")
+    try:
+        data = found["data"]
+        center, spread = (tuple(float(one) for one in data[side]) for side in ("center", "spread"))
+        if len(center) != len(spread):
+            raise ValueError("center and spread differ in length")
+        return Record(
+            folder,
+            found["kind"],
+            settings_within(folder, found),
+            Scale(center, spread),
+            str(data.get("fingerprint")),
+            tuple(map(str, data.get("notes", ()))),
+            tuple(float(one) for one in found.get("seconds", ())),
+            found.get("finished") is True,
+            found.get("failed"),
+            {str(name): str(version) for name, version in dict(found.get("versions", {})).items()},
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'run.json'} is damaged: {type(error).__name__}: {error}") from error
+
+
+def describe(settings: Settings, data: Data) -> dict[str, Any]:
+    """What ``run.json`` says of a run that begins."""
+    found = {
+        "name": data.name,
+        "form": data.form,
+        "classes": data.classes,
+        "shape": data.shape,
+        "examples": {name: len(part) for name, part in data.parts.items()},
+        "center": data.scale.center,
+        "spread": data.scale.spread,
+        "fingerprint": data.fingerprint,
+        "notes": data.notes,
+    }
+    return {"kind": data.kind, "settings": settings.plain(), "data": found}
+
+
+def place(device: str) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"there is no device {device!r} here ({reason}); take auto, cpu or cuda") from error
+    return found
+
+
+def load_for(settings: Settings, scale: Scale | None = None, bars: Tick = quiet) -> Data:
+    """The data of a run."""
+    held_out, seed, split = settings.held_out, settings.split_seed, settings.split
+    return load(
+        settings.data, held_out, seed, split=split, size=settings.height_width, target=settings.target, scale=scale, bars=bars
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run read back from its folder.
+
+    Args:
+        folder: Where it is.
+        settings: What decided it.
+        data: Its data, split as in training.
+        model: The model at the mean, in eval mode.
+        posterior: The posterior over its weights, or None if the optimizer leaves none.
+        history: One line per epoch.
+        record: What its run.json says.
+    """
+
+    folder: Path
+    settings: Settings
+    data: Data
+    model: nn.Module
+    posterior: br.Posterior | None
+    history: list[dict[str, Any]]
+    record: Record
+
+    @property
+    def title(self) -> str:
+        """The optimizer's name in print."""
+        return OPTIMIZERS[self.settings.optimizer].title
+
+    @property
+    def seconds(self) -> float:
+        """Training time, without validation."""
+        return math.fsum(self.record.seconds)
+
+    def probabilities(self, part: Part, num_samples: int | None, tick: Callable[[], object] = lambda: None) -> Tensor:
+        """Class probabilities averaged over so many draws from the posterior, at the mean if None; shape (examples, classes)."""
+        device = next(self.model.parameters()).device
+        found = []
+        batches = torch.arange(len(part)).split(AT_ONCE)
+        anchors = anchor(self.data, device) if num_samples is not None else None
+        for stored in part.stream(batches):
+            inputs = self.data.scale(stored.to(device))
+            try:
+                if num_samples is None:
+                    probs = br.predict(self.model, None, inputs).probs
+                else:
+                    probs = br.predict(self.model, self.posterior, inputs, num_samples=num_samples, batch_norm=anchors).probs
+            except RuntimeError as error:
+                raise ValueError(f"{self.folder}: {error}") from error
+            assert probs is not None
+            found.append(probs.float().cpu())
+            tick()
+        return torch.cat(found)
+
+    def predictions(self, num_samples: int = SAMPLES, *, again: bool = False, bars: Tick = quiet) -> dict[str, Tensor]:
+        """Probabilities by what was asked: "validation", "test", "unknown", and "averaged test", "averaged unknown".
+
+        Those that were kept beside these weights are read, unless ``again``; else they are computed and kept.
+        """
+        path = self.folder / PREDICTIONS
+        weights = digest(self.folder / "model.safetensors", self.folder / "posterior.safetensors")
+        about = {"weights": weights, "num_samples": num_samples, "fingerprint": self.data.fingerprint}
+        with contextlib.suppress(ValueError, OSError):
+            kept, known = restore(path)
+            if known == about and not again:
+                return kept
+        parts = {"validation": self.data.validation, "test": self.data.test}
+        wanted: list[tuple[str, Part, int | None]] = [(name, part, None) for name, part in parts.items()]
+        if self.data.unknown is not None:
+            wanted.append(("unknown", self.data.unknown, None))
+        if self.posterior is not None:
+            wanted += [(f"averaged {name}", part, num_samples) for name, part, _ in wanted if name != "validation"]
+        tick = bars("predict", sum(-(-len(part) // AT_ONCE) for _, part, _ in wanted))
+        found = {name: self.probabilities(part, count, tick) for name, part, count in wanted}
+        with contextlib.suppress(OSError):
+            save(path, found, about)
+        return found
+
+
+def read(folder: Path, memo: dict[Any, Data] | None = None) -> Run:
+    """The finished run in a folder.
+
+    Args:
+        folder: Where it is.
+        memo: As for :meth:`Record.load`.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its files is missing.
+        ValueError: If it is not finished, or a file is damaged or does not fit the others; the message names it.
+    """
+    record = record_of(folder)
+    settings = record.settings
+    if not record.finished:
+        raise ValueError(f"{folder} is not finished: {record.failed or f'go on with: {record.command}'}")
+    history = read_lines(folder / "metrics.jsonl")
+    if len(record.seconds) != len(history):
+        raise ValueError(f"{folder / 'run.json'} is damaged: it has seconds of {len(record.seconds)} epochs, not {len(history)}")
+    data = record.load(memo)
+    try:
+        model = build(settings.model, data.shape, len(data.classes), settings.seed, settings.norm)
+        variational = OPTIMIZERS[settings.optimizer].variational
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'run.json'} is damaged: {error}") from error
+    model.to(place(settings.device))
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        why = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{folder / 'model.safetensors'} is damaged or of another model: {why}") from error
+    posterior = None
+    if variational:
+        path = folder / "posterior.safetensors"
+        posterior = br.Posterior.load(path)
+        try:
+            posterior.bind(model)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is of another model: {error.args[0]}") from error
+    return Run(folder, settings, data, model.eval(), posterior, history, record)

@@ -1,0 +1,93 @@
+"""Data of another kind, in the size and colors that a model takes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bayesrule.recipes.data import load
+from bayesrule.recipes.sources import stored
+from bayesrule.recipes.strangers import Fitted, strangers
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def images(*shape, count=6):
+    return torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("found", [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 5, 9)])
+@pytest.mark.parametrize("wanted", [(1, 8, 8), (3, 8, 8), (3, 12, 10)])
+def test_images_get_the_size_and_colors(found, wanted):
+    values = images(*found)
+    fitted = Fitted(stored(values, "x"), wanted)
+    got = fitted.read(torch.tensor([4, 1]))
+    assert got.shape == (2, *wanted) and fitted.shape == wanted and len(fitted) == 6 and fitted.at_hand
+    if found == wanted:
+        assert torch.equal(got, values[[4, 1]]) and got.dtype == torch.uint8
+    elif found[1:] == wanted[1:]:
+        gray = values[[4, 1]].float().mean(1, keepdim=True)
+        assert torch.equal(got, gray.expand(-1, wanted[0], -1, -1))
+    assert got.float().amin() >= 0 and got.float().amax() <= 255
+    assert got.float().mean((1, 2, 3)).allclose(values[[4, 1]].float().mean((1, 2, 3)), atol=12)
+    assert fitted.name(4) == "x[4]" and fitted.fingerprint() == stored(values, "y").fingerprint()
+
+
+def test_each_is_fitted_by_itself():
+    fitted = Fitted(stored(images(3, 9, 7), "x"), (1, 8, 8))
+    assert torch.equal(fitted.read(torch.arange(6))[2:3], fitted.read(torch.tensor([2])))
+
+
+def test_all_examples_are_strangers(digits):
+    part = strangers("mnist5k", digits)
+    assert len(part) == 5000 and part[7].shape == (1, 8, 8) and part.name(7) == "mnist5k[7]"
+
+
+@pytest.mark.parametrize("inner", ["", "a", "deep/er"])
+def test_pictures_of_any_sizes_with_and_without_classes(tmp_path, digits, inner):
+    for i in range(4):
+        path = tmp_path / inner / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((6 + i, 20), 50).convert("RGB" if i else "L").save(path)
+    part = strangers(str(tmp_path), digits)
+    assert len(part) == 4 and torch.cat([part[i][None] for i in range(4)]).shape == (4, 1, 8, 8)
+
+
+def test_an_archive_of_one_class_is_fine(tmp_path, digits):
+    np.savez(tmp_path / "a.npz", x=images(20, 20).numpy(), y=np.zeros(6, int))
+    assert len(strangers(tmp_path / "a.npz", digits)) == 6
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "t.csv").write_text("u,v,kind\n" + "\n".join(f"{i % 7},{i},{'ab'[i % 2]}" for i in range(60)))
+    (folder / "two.csv").write_text("u,v,kind\n" + "\n".join(f"{i % 5},{i * 3},{'cd'[i % 2]}" for i in range(30)))
+    (folder / "three.csv").write_text("u,v,w,kind\n" + "\n".join(f"{i % 5},{i * 3},{i},{'cd'[i % 2]}" for i in range(30)))
+    return folder
+
+
+def test_rows_of_the_same_columns(rows):
+    data = load(str(rows / "t.csv"))
+    part = strangers(str(rows / "two.csv"), data)
+    assert len(part) == 30 and part[3].tolist() == [3.0, 9.0]
+
+
+@pytest.mark.parametrize("spec", ["three.csv", "digits"])
+def test_rows_of_others_are_refused(rows, spec):
+    data = load(str(rows / "t.csv"))
+    with pytest.raises(ValueError, match=r"the model takes .*(row|column)"):
+        strangers(str(rows / spec) if spec != "digits" else spec, data)
+
+
+def test_rows_are_no_images(rows, digits):
+    with pytest.raises(ValueError, match=r"two.csv holds rows of .*, the model takes images of"):
+        strangers(str(rows / "two.csv"), digits)
+
+
+def test_what_is_not_there_is_named(digits, tmp_path):
+    with pytest.raises(ValueError, match="there is no data"):
+        strangers(str(tmp_path / "nothing"), digits)
