@@ -23,6 +23,7 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "prediction": "prediction",
     "inference": "inference",
     "growth": "growth",
+    "loading": "loading",
 }
 
 

@@ -72,4 +72,15 @@ TARGETS: tuple[Target, ...] = (
         Target(f"inference, conjugate, {pair}", f"1,000 conjugate problems one by one / in one call: {pair}", 50, at_least=True)
         for pair in PAIRS
     ),
+    *(
+        Target(
+            f"loading, {optimizer}, the recipe, images in {where}",
+            f"ResNet-20 step / tensors in memory: {optimizer}, {where}",
+            1.05,
+        )
+        for optimizer in ("adamw", "ivon")
+        for where in ("memory", "PNG files")
+    ),
+    Target("memory, folder", "peak memory for a folder of 10 GB, in GB", 1.5),
+    Target("report", "seconds of a report on 50,000 test images", 20),
 )

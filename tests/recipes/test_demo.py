@@ -4,12 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bayesrule.recipes import demo as module
+from bayesrule.recipes.comparison import compare
 from bayesrule.recipes.demo import DEMO, demo, findings, is_complete, ratio, results, summarize
+from bayesrule.recipes.results import read
 
 TINY = replace(DEMO, data="digits", model="mlp", epochs=2, batch_size=300)
-METHODS = ["AdamW", "AdamW, temperature", "SGD", "IVON, mean", "IVON, averaged"]
+METHODS = ["AdamW", "AdamW, temperature", "SGD", "SGD, temperature", "IVON, mean", "IVON, averaged"]
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +47,42 @@ def test_temperature_changes_no_answer(out):
     assert rows[0]["accuracy"] == rows[1]["accuracy"]
 
 
-def test_an_interrupted_demo_leaves_nothing_and_may_be_started_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["begin", "finish", "render"])
+def test_an_interrupted_demo_leaves_nothing_and_may_be_started_again(name, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    short = replace(TINY, epochs=1, batch_size=2000)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(module, "keep", interrupt)
-        demo(tmp_path / "demo", TINY)
+        patched.setattr(module, name, interrupt)
+        demo(tmp_path / "demo", short)
     assert not list(tmp_path.iterdir())
     assert not is_complete(tmp_path / "demo")
+
+
+def test_each_run_of_it_is_a_run(out):
+    for name, (optimizer, hyperparameters) in module.CONTESTANTS.items():
+        run = read(out / name)
+        assert run.settings.optimizer == optimizer and len(run.history) == 2
+        assert hyperparameters.items() <= run.settings.hyperparameters.items()
+    assert [row["method"] for row in compare([out]).rows] == METHODS
+    with pytest.raises(ValueError, match="not a single run"):
+        read(out)
+
+
+def test_threads_are_those_of_the_caller(monkeypatch):
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), module.one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1"])
+def test_damaged_results_are_named(tmp_path, text):
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
+        results(tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -70,7 +100,4 @@ def test_the_words_follow_the_numbers(nll, word):
 
 
 def test_ratio_is_of_rounds_not_of_totals():
-    def history(*seconds):
-        return [{"seconds": s} for s in seconds]
-
-    assert ratio(history(1.0, 2.0, 30.0), history(1.0, 1.0, 10.0))[1] == 2.0
+    assert ratio([1.0, 2.0, 30.0], [1.0, 1.0, 10.0]) == [1.5, 2.0, 2.5]

@@ -147,7 +147,7 @@ def test_a_damaged_record_is_named(tmp_path, text, message):
 
 
 def test_missing_things_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no run folder .*nowhere; make one with: bayesrule train image"):
+    with pytest.raises(FileNotFoundError, match=r"there is no run folder .*nowhere; make one with: bayesrule train image"):
         read_record(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"holds no run\.json"):
         read_record(tmp_path)
@@ -192,7 +192,7 @@ DAMAGE = {
 def test_a_damaged_file_of_tensors_is_named(tmp_path, how):
     save(tmp_path / "a", {"a": torch.randn(30)}, {"done": 3})
     DAMAGE[how](tmp_path / "a")
-    with pytest.raises(ValueError, match="/a is damaged: .") as refusal:
+    with pytest.raises(ValueError, match=r"/a is damaged: .") as refusal:
         restore(tmp_path / "a")
     assert "\n" not in str(refusal.value)
 

@@ -126,7 +126,7 @@ def test_what_is_wrong_with_a_run_file_is_one_line(tmp_path, text, message):
 @pytest.mark.parametrize("text", ["size = 8", "split = [0.5]", "held-out = [8]"])
 def test_a_list_that_is_wanted_is_called_a_list(tmp_path, text):
     (tmp_path / "run.toml").write_text(text)
-    with pytest.raises(ValueError, match="must be .*(list|tuple)"):
+    with pytest.raises(ValueError, match=r"must be .*(list|tuple)"):
         read_toml(tmp_path / "run.toml", KNOWN)
 
 

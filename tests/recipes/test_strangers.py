@@ -41,9 +41,11 @@ def test_each_is_fitted_by_itself():
     assert torch.equal(fitted.read(torch.arange(6))[2:3], fitted.read(torch.tensor([2])))
 
 
-def test_all_examples_are_strangers(digits):
-    part = strangers("mnist5k", digits)
-    assert len(part) == 5000 and part[7].shape == (1, 8, 8) and part.name(7) == "mnist5k[7]"
+def test_all_examples_are_strangers_whatever_their_part(tmp_path, digits):
+    x, y = images(28, 28, count=20).numpy(), np.arange(20) % 3
+    np.savez(tmp_path / "a.npz", x_train=x[:12], y_train=y[:12], x_test=x[12:], y_test=y[12:])
+    part = strangers(str(tmp_path / "a.npz"), digits)
+    assert len(part) == 20 and part[7].shape == (1, 8, 8) and part.name(13) == "a.npz x_test[1]"
 
 
 @pytest.mark.parametrize("inner", ["", "a", "deep/er"])

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from typing import ClassVar
 
 import pytest
 
@@ -11,7 +12,7 @@ from bayesrule.recipes.tensorboard import watching
 class Writer:
     """Writes down what it is told, into a folder as TensorBoard's does."""
 
-    told: list = []
+    told: ClassVar[list] = []
     open = 0
 
     def __init__(self, folder):
@@ -67,6 +68,6 @@ def test_is_closed_whatever_happens(told, tmp_path):
 
 def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="--tensorboard needs tensorboard, which is not installed: pip install tensorboard"):
-        with watching(tmp_path):
-            pass
+    message = "--tensorboard needs tensorboard, which is not installed: pip install tensorboard"
+    with pytest.raises(ValueError, match=message), watching(tmp_path):
+        pass
