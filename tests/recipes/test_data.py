@@ -203,7 +203,6 @@ class TestScale:
         with pytest.raises(ValueError, match=f"all training {kind}s of mine are the same: every value is constant"):
             surveyed([0, 1] * 20, values=values, kind=kind)
 
-    @pytest.mark.xfail(strict=True, reason="images that are all alike, but not of one color, pass")
     def test_images_that_are_all_the_same_are_refused(self):
         values = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).repeat(40, 1, 1, 1)
         with pytest.raises(ValueError, match="all training images of mine are the same"):

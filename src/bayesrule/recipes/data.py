@@ -260,7 +260,7 @@ def survey(data: Data, bars: Tick = quiet) -> Data:
     """Read every example once: the scale, and notes of what occurs twice, is blank, or is uneven.
 
     Raises:
-        ValueError: If an example cannot be read, or all training examples are the same.
+        ValueError: If an example cannot be read, or nothing differs between training examples.
     """
     channels = data.shape[0]
     seen: dict[bytes, tuple[str, int]] = {}

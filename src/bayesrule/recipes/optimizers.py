@@ -61,8 +61,6 @@ class Choice:
             return kind(model.parameters(), **given, **self.fixed)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{self.title} does not take {dict(settings)}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{self.title}: {error}") from error
 
 
 SGD = {"lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4}
@@ -95,8 +93,8 @@ def settle(name: str, given: Mapping[str, Any], num_data: int) -> dict[str, Any]
     chosen = {setting: value for setting, value in given.items() if value is not None}
     for setting, value in chosen.items():
         if setting not in choice.options:
-            near = nearest(setting, choice.options)
-            raise ValueError(f"{name} has no setting {setting} (got {value!r}){near}; its settings are {', '.join(choice.options)}")
+            near = nearest(setting, choice.options) or ";"
+            raise ValueError(f"{name} has no setting {setting} (got {value!r}){near} its settings are {', '.join(choice.options)}")
     settings = dict(choice.settings)
     if "ess" in settings:
         settings["ess"] *= num_data
