@@ -118,7 +118,7 @@ class TestResume:
         command = TRAIN.replace("--epochs 1", "--epochs 2") + " {new}"
         self.stop(call, command, monkeypatch)
         code, _, err = call(f"{command} --lr 0.3 --resume")
-        assert code == 2 and "began with hyperparameters" in err
+        assert code == 2 and "began with lr 0.1, not 0.3" in err
         code, _, err = call("train image --resume --out {new} --batch-size 7")
         assert code == 2 and "began with batch_size 50, not 7; give the same settings, or --resume and --out alone" in err
         code, _, err = call(command)
@@ -194,9 +194,9 @@ class TestConfig:
         [
             ("epoch = 3", "has an unknown key 'epoch'; did you mean 'epochs'?"),
             ("zzz = 3", "has an unknown key 'zzz'; known are "),
-            ('epochs = "three"', "epochs must be int, got 'three'"),
-            ("epochs = true", "epochs must be int, got True"),
-            ("epochs = 1.5", "epochs must be int, got 1.5"),
+            ('epochs = "three"', "epochs must be a whole number, got 'three'"),
+            ("epochs = true", "epochs must be a whole number, got True"),
+            ("epochs = 1.5", "epochs must be a whole number, got 1.5"),
             ("data = 3", "data must be text, got 3"),
             ('split = [0.5, "x"]', "split must be "),
             ("split = [0.5]", "split must be "),
@@ -358,7 +358,10 @@ REFUSALS = {
     "folder of other files": (f"{TRAIN} {{tmp}}/foreign", "already holds other files"),
     "resume of other files": (f"{TRAIN} {{tmp}}/foreign --resume", "already holds other files"),
     "resume of nothing": ("train image --resume --out {new}", "--data"),
-    "resume of a finished run with other data": ("train image --resume --out {ivon} --data digits", "began with data"),
+    "resume of a finished run with other data": (
+        "train image --resume --out {ivon} --data digits",
+        "are no longer those that it began with",
+    ),
     "demo into another run": ("demo --out {ivon}", "already holds another run"),
     "demo into other files": ("demo --out {tmp}/foreign", "already holds other files"),
     "no run": ("evaluate {new}", "there is no run folder"),
@@ -366,7 +369,7 @@ REFUSALS = {
     "not a run": ("report {tmp}/foreign", "is not a run folder"),
     "one of two is none": ("report {ivon} {new} --out {tmp}/page.html", "there is no run folder"),
     "no draws": ("evaluate {ivon} --num-samples 0", "num_samples must be a whole number >= 1, got 0"),
-    "other data of another kind": ("evaluate {ivon} --ood {table}", "the model takes images of shape"),
+    "other data of another kind": ("evaluate {ivon} --ood {table}", "and the model takes images"),
     "no place for a page": ("report {ivon} --out {new}/deep/page.html", "page.html: No such file"),
     "below a file": (f"{TRAIN} {{tmp}}/foreign/thesis.tex/run", "thesis.tex"),
     "no such command": ("evalute {ivon}", "evalute"),
@@ -457,3 +460,11 @@ def test_commands_leave_threads_and_randomness_of_torch_alone(call):
     before, state = torch.get_num_threads(), torch.get_rng_state()
     call("evaluate {ivon} --num-samples 4")
     assert torch.get_num_threads() == before and torch.equal(torch.get_rng_state(), state)
+
+
+def test_names_of_classes_are_no_markup(tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 255, (60, 5, 5), np.uint8)
+    np.savez(tmp_path / "a.npz", x=x, y=np.array(["[/b]", "[red]a", "c"] * 20))
+    assert cli.main(["data", str(tmp_path / "a.npz")]) == 0
+    out, _ = capsys.readouterr()
+    assert "[/b]" in out and "[red]a" in out

@@ -6,12 +6,14 @@ line on stderr and exit code 2. Anything else is a mistake of ours and keeps its
 
 from __future__ import annotations
 
+import re
+import shlex
 import signal
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, fields
 from io import StringIO
 from pathlib import Path
@@ -28,7 +30,9 @@ try:
     from bayesrule.recipes.comparison import compare
     from bayesrule.recipes.data import Data
     from bayesrule.recipes.describing import describe
+    from bayesrule.recipes.formats.named import NAMES
     from bayesrule.recipes.optimizers import assignments
+    from bayesrule.recipes.results import COMMANDS as COMMANDS_OF
     from bayesrule.recipes.settings import Settings, read_toml, settings_within, types
     from bayesrule.recipes.tensorboard import watching
     from bayesrule.recipes.terminal import print_data, print_json, print_results, print_rows, progress
@@ -110,19 +114,25 @@ class ShowData:
         data: A name (digits, mnist5k, fashion-mnist, stdlib) or the path of data.
         size: Height and width that image files are resized to, or one number for both.
         target: The column of a table that holds the class; by default the last.
+        held_out: Classes that are not to be learned.
+        split: Shares of training and validation examples, where the data are not split.
+        split_seed: Seed of the split.
         json: Print one JSON object instead of a table.
     """
 
     data: tyro.conf.Positional[str]
     size: tuple[int, ...] = ()
     target: str | None = None
+    held_out: tuple[str, ...] = ()
+    split: tuple[float, float] | None = None
+    split_seed: int = 0
     json: bool = False
 
     def run(self) -> None:
         """Look and print."""
-        size = Settings("", "", size=self.size).height_width
+        asked = {name: getattr(self, name) for name in ("size", "target", "held_out", "split", "split_seed")}
         with progress() as bars:
-            found, refusal = describe(self.data, size=size, target=self.target, bars=bars)
+            found, refusal = describe(Settings(self.data, "", **asked), bars)
         if self.json:
             print_json({**found, "refusal": refusal})
         else:
@@ -174,8 +184,10 @@ class Train(Settings):
         if twice := given.keys() & more.keys():
             raise ValueError(f"--{min(twice).replace('_', '-')} and --set both give {min(twice)}; drop one")
         plain = {one.name: getattr(self, one.name) for one in fields(Settings)}
+        if Path(self.data).exists() and self.data not in NAMES:
+            plain["data"] = str(Path(self.data).resolve())  # the run may be looked at from elsewhere
         settings = Settings(**{**plain, "hyperparameters": {**self.hyperparameters, **given, **more}})
-        with watching(self.out) if self.tensorboard else nullcontext() as watch, progress() as bars:
+        with watching(self.out) if self.tensorboard else nullcontext() as watch, progress() as bars, saying(self.out, kind):
             repeats.train_seeds(
                 settings, self.out, self.seeds, resume=self.resume, kind=kind, started=_notes, bars=bars, watch=watch
             )
@@ -190,6 +202,18 @@ def _notes(data: Data) -> None:
     """What was noticed in the data, before time is spent on them."""
     for note in data.notes:
         _say(f"note: {note}")
+
+
+@contextmanager
+def saying(out: Path, kind: str) -> Iterator[None]:
+    """Whatever interrupts, what was kept is not called lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (out / "run.json").exists():
+            raise
+        again = f"bayesrule train {COMMANDS_OF[kind]} --resume --out {shlex.quote(str(out))}"
+        raise runs.Paused(f"interrupted; what was saved is kept; go on with: {again}") from None
 
 
 SHORT = ("lr", "weight_decay", "beta2", "ess", "hess_init")  # settings of optimizers with a flag of their own
@@ -294,6 +318,7 @@ def said_before(arguments: Sequence[str]) -> dict[str, Any]:
     peek = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--config", type=Path)
     peek.add_argument("--out", type=Path)
+    peek.add_argument("--data")
     peek.add_argument("--resume", action="store_true")
     try:
         asked, _ = peek.parse_known_args(list(arguments))
@@ -304,6 +329,8 @@ def said_before(arguments: Sequence[str]) -> dict[str, Any]:
         known = {name: kind for name, kind in types(Train).items() if name not in ("config", "hyperparameters")}
         toml = read_toml(asked.config, known | {"set": dict})
     out, found = asked.out or toml.get("out"), dict[str, Any]()
+    if asked.resume and out is not None and not out.exists() and not (asked.data or "data" in toml):
+        raise FileNotFoundError(f"there is no run in {out} to go on with; to begin one, give --data and --optimizer as well")
     if (asked.resume or toml.get("resume")) and out is not None and (out / "run.json").exists():
         record = folder.read_record(out)
         settings = settings_within(out, record)
@@ -337,8 +364,11 @@ def parse(arguments: Sequence[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = complaint.getvalue().translate(dict.fromkeys(map(ord, "╭╮╰╯│"), " ")).replace("─", "").split()
-        raise ValueError(" ".join(words)) from None
+        text = complaint.getvalue().translate(dict.fromkeys(map(ord, "╭╮╰╯│─"), " "))
+        words = " ".join(re.sub(r"-{5,}", ";", text).split())
+        for end in (" Argument helptext", " For full helptext"):
+            words = words.partition(end)[0]
+        raise ValueError(f"{words.rstrip('.')}; see {prog} --help") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

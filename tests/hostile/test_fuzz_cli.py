@@ -4,11 +4,12 @@ import random
 import shutil
 
 import pytest
-
-from bayesrule import cli
 from tests.hostile.test_fuzz_data import LIMIT, MAKERS, alarm, mutate
 
+from bayesrule import cli
+
 SEEDS = 24
+FLAGS = ("--optimizer", "sgd", "--model", "mlp", "--epochs", "1", "--split", "0.5", "0.25")
 
 
 @pytest.mark.slow
@@ -29,7 +30,7 @@ def test_mutants_on_the_command_line(tmp_path, capsys, kind):
             for command in ("data", "train image", "train tabular"):
                 words = [*command.split(), str(spec)] if command == "data" else [*command.split(), "--data", str(spec)]
                 if command != "data":
-                    words += ["--out", str(out), *"--optimizer sgd --model mlp --epochs 1 --split 0.5 0.25".split()]
+                    words += ["--out", str(out), *FLAGS]
                 code = cli.main(words)
                 _, err = capsys.readouterr()
                 said = [

@@ -200,7 +200,7 @@ class TestScale:
     @pytest.mark.parametrize("kind", ["image", "row"])
     def test_what_is_constant_throughout_is_refused(self, kind):
         values = torch.full((40, 1, 2, 2), 9.0) if kind == "image" else torch.full((40, 3), 9.0)
-        with pytest.raises(ValueError, match=f"all training {kind}s of mine are the same: every value is constant"):
+        with pytest.raises(ValueError, match=f"all training {kind}s of mine are the same; there is nothing to learn"):
             surveyed([0, 1] * 20, values=values, kind=kind)
 
     def test_images_that_are_all_the_same_are_refused(self):
@@ -257,10 +257,18 @@ class TestNotes:
             "1 of them under different classes (the first: mine[13] and mine[0])",
         )
 
-    def test_what_occurs_in_the_test_part_twice_alone_is_no_leak(self):
+    def test_what_occurs_in_the_test_part_twice_is_counted(self):
         values = self.values()
         values[61] = values[60]
-        assert surveyed([0, 1] * 50, [TRAIN] * 60 + [TEST] * 20 + [VALIDATION] * 20, values=values).notes == ()
+        assert surveyed([0, 1] * 50, [TRAIN] * 60 + [TEST] * 20 + [VALIDATION] * 20, values=values).notes == (
+            "1 test images occur more than once in the test part",
+        )
+
+    def test_what_test_and_validation_share_is_counted(self):
+        values = self.values()
+        values[61] = values[81]
+        (note,) = surveyed([0, 1] * 50, [TRAIN] * 60 + [TEST] * 20 + [VALIDATION] * 20, values=values).notes
+        assert note.startswith("1 of 20 test images also occur in the validation part")
 
     def test_blank_images_are_counted(self):
         values = self.values()

@@ -406,3 +406,13 @@ class TestOwn:
         with pytest.raises(ValueError) as caught:
             build(f"{here}.nets:nothing", (5,), 3)
         assert ".py:" not in str(caught.value)
+
+
+def test_probabilities_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "soft_nets.py").write_text(
+        "from torch import nn\ndef soft(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes), nn.Softmax(1))\n"
+    )
+    with pytest.raises(ValueError, match=r"soft_nets:soft gave outputs that sum to 1 .* drop the softmax"):
+        build("soft_nets:soft", (1, 8, 8), 3)

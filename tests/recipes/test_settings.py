@@ -48,7 +48,7 @@ def test_json_brings_all_of_them_back():
 @pytest.mark.parametrize("name", FULL)
 def test_what_differs_is_named(name):
     plain, settings = Settings("digits", "sgd"), Settings(**{"data": "digits", "optimizer": "sgd", name: FULL[name]})
-    expected = [] if name == "hyperparameters" else [name]  # whose defaults depend on the data
+    expected = [] if name in ("hyperparameters", "data") else [name]  # these depend on the data, and on where they are
     assert settings.differ(plain) == plain.differ(settings) == expected and settings.differ(settings) == []
 
 
@@ -79,7 +79,7 @@ KNOWN = types(Settings) | {"out": Path, "lr": float | None, "resume": bool, "fil
         ("size = []", {"size": ()}),
         ('held-out = ["8", "9"]', {"held_out": ("8", "9")}),
         ('out = "runs/a"', {"out": Path("runs/a")}),
-        ('files = ["a", "b"]', {"files": (Path("a"), Path("b"))}),
+        ('files = ["a", "b"]', {"files": ("a", "b")}),
         ("resume = true", {"resume": True}),
         ('data = "dígits"', {"data": "dígits"}),
     ],
@@ -96,16 +96,16 @@ def test_a_run_file_holds_settings(tmp_path, text, values):
         ("epoch = 3", "run.toml has an unknown key 'epoch'; did you mean 'epochs'"),
         ("batch-sise = 3", "has an unknown key 'batch-sise'; did you mean 'batch_size'"),
         ("zzz = 3", "has an unknown key 'zzz'; known are data, optimizer"),
-        ("[epochs]\na = 1", "epochs must be int, got {'a': 1}"),
-        ("epochs = true", "epochs must be int, got True"),
-        ("epochs = 1.0", "epochs must be int, got 1.0"),
-        ('epochs = "1"', "epochs must be int, got '1'"),
-        ("resume = 1", "resume must be bool, got 1"),
-        ('lr = "fast"', "lr must be float, got 'fast'"),
-        ("lr = true", "lr must be float, got True"),
+        ("[epochs]\na = 1", "epochs must be a whole number, got {'a': 1}"),
+        ("epochs = true", "epochs must be a whole number, got True"),
+        ("epochs = 1.0", "epochs must be a whole number, got 1.0"),
+        ('epochs = "1"', "epochs must be a whole number, got '1'"),
+        ("resume = 1", "resume must be true or false, got 1"),
+        ('lr = "fast"', "lr must be a number, got 'fast'"),
+        ("lr = true", "lr must be a number, got True"),
         ("lr = nan_", "is no TOML file"),
         ("data = ['x']", r"data must be text, got \['x'\]"),
-        ("out = 3", "out must be Path, got 3"),
+        ("out = 3", "out must be a path, got 3"),
         ("size = 8", "size must be "),
         ("size = [8.5]", "size must be "),
         ("split = [0.5]", "split must be "),

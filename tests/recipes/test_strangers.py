@@ -60,7 +60,7 @@ def test_pictures_of_any_sizes_with_and_without_classes(tmp_path, digits, inner)
 
 def test_an_archive_of_one_class_is_fine(tmp_path, digits):
     np.savez(tmp_path / "a.npz", x=images(20, 20).numpy(), y=np.zeros(6, int))
-    assert len(strangers(tmp_path / "a.npz", digits)) == 6
+    assert len(strangers(str(tmp_path / "a.npz"), digits)) == 6
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,8 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     (folder / "t.csv").write_text("u,v,kind\n" + "\n".join(f"{i % 7},{i},{'ab'[i % 2]}" for i in range(60)))
     (folder / "two.csv").write_text("u,v,kind\n" + "\n".join(f"{i % 5},{i * 3},{'cd'[i % 2]}" for i in range(30)))
-    (folder / "three.csv").write_text("u,v,w,kind\n" + "\n".join(f"{i % 5},{i * 3},{i},{'cd'[i % 2]}" for i in range(30)))
+    (folder / "three.csv").write_text("w,v,kind,u\n" + "\n".join(f"{i},{i * 3},{'cd'[i % 2]},{i % 5}" for i in range(30)))
+    (folder / "other.csv").write_text("u,w,kind\n" + "\n".join(f"{i % 5},{i * 3},{'cd'[i % 2]}" for i in range(30)))
     return folder
 
 
@@ -78,15 +79,29 @@ def test_rows_of_the_same_columns(rows):
     assert len(part) == 30 and part[3].tolist() == [3.0, 9.0]
 
 
-@pytest.mark.parametrize("spec", ["three.csv", "digits"])
+def test_columns_are_found_by_name_and_the_target_is_that_of_the_run(rows):
+    part = strangers(str(rows / "three.csv"), load(str(rows / "t.csv")), target="kind")
+    assert len(part) == 30 and part[3].tolist() == [3.0, 9.0]
+
+
+@pytest.mark.parametrize(("stored", "scaled"), [(np.uint8, 1.0), (np.float32, 1 / 255)])
+def test_images_come_in_the_range_that_was_learned(tmp_path, digits, stored, scaled):
+    values = np.zeros((4, 8, 8), np.uint8)
+    values[:, 2:5] = 255
+    np.savez(tmp_path / "a.npz", x=(values * scaled).astype(stored), y=np.arange(4) % 2)
+    seen = strangers(str(tmp_path / "a.npz"), digits)[0]
+    assert seen.min() == 0 and seen.max() == 16
+
+
+@pytest.mark.parametrize("spec", ["other.csv", "digits"])
 def test_rows_of_others_are_refused(rows, spec):
     data = load(str(rows / "t.csv"))
-    with pytest.raises(ValueError, match=r"the model takes .*(row|column)"):
+    with pytest.raises(ValueError, match=r"lacks 1 columns that the model takes: v; add them|the model takes rows"):
         strangers(str(rows / spec) if spec != "digits" else spec, data)
 
 
 def test_rows_are_no_images(rows, digits):
-    with pytest.raises(ValueError, match=r"two.csv holds rows of .*, the model takes images of"):
+    with pytest.raises(ValueError, match=r"two.csv holds rows, and the model takes images"):
         strangers(str(rows / "two.csv"), digits)
 
 

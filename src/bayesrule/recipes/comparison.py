@@ -70,7 +70,7 @@ def compare(
                     f"{first.folder} and {run.folder} were tested on different data ({data.name} and {run.data.name}, or other "
                     "splits or held-out classes); compare runs of the same"
                 )
-    unknown = None if ood is None else strangers(ood, data)
+    unknown = None if ood is None else strangers(ood, data, first.settings.target)
     titles = Counter(group.title for group in groups)
     names = [group.title if titles[group.title] == 1 else f"{group.title} ({group.origin})" for group in groups]
     methods = [

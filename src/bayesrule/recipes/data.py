@@ -1,6 +1,7 @@
 """Data to learn from: found, split, looked through once, and scaled by the training part."""
 
 import hashlib
+import shlex
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,7 @@ class Data:
         scale: From the training part.
         fingerprint: Of all examples, labels and the split: changes when they do.
         notes: What was noticed.
+        columns: Of rows: what each number is.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Data:
     scale: Scale
     fingerprint: str
     notes: tuple[str, ...]
+    columns: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -215,6 +218,7 @@ def arrange(found: Collection, held_out: Sequence[str] = (), seed: int = 0, spli
         scale=Scale((), ()),
         fingerprint=digest.hexdigest(),
         notes=found.notes,
+        columns=found.columns,
     )
 
 
@@ -252,7 +256,7 @@ def check(data: Data) -> None:
             classes = [data.classes[k] for k in strange]
             raise ValueError(
                 f"{sum(counts[name][k] for k in strange)} {name} {data.kind}s of {data.name} are of classes without any training "
-                f"{data.kind} ({some(classes)}); add some, or hold these classes out: --held-out {' '.join(classes[:3])}"
+                f"{data.kind} ({some(classes)}); add some, or hold these classes out: --held-out {shlex.join(classes[:3])}"
             )
 
 
@@ -289,10 +293,9 @@ def survey(data: Data, bars: Tick = quiet) -> Data:
     center = total / count
     spread = ((squares - count * center.square()).clamp_min(0) / max(count - 1, 1)).sqrt()
     flat = spread <= 1e-6 * center.abs().clamp_min(1e-30)
-    if flat.all():
-        raise ValueError(
-            f"all training {data.kind}s of {data.name} are the same: every value is constant; there is nothing to learn"
-        )
+    copies = sum(origin == "training" for _, origin, _ in twice["training"])
+    if flat.all() or copies == len(data.train) - 1:
+        raise ValueError(f"all training {data.kind}s of {data.name} are the same; there is nothing to learn")
     as_is = binary if data.kind == "row" else torch.zeros_like(binary)  # yes or no stays 1 or 0
     center, spread = center.masked_fill(as_is, 0.0), spread.masked_fill(as_is | flat, 1.0)
     notes = [*data.notes, *_repeats(data, twice), *_oddities(data, blank)]
@@ -301,16 +304,20 @@ def survey(data: Data, bars: Tick = quiet) -> Data:
 
 def _repeats(data: Data, twice: dict[str, list[tuple[int, str, int]]]) -> Iterator[str]:
     """Notes of examples that occur twice."""
-    for name in ("test", "validation"):
-        leaked = [(i, j) for i, origin, j in twice[name] if origin == "training"]
+    for name, other in (("test", "training"), ("test", "validation"), ("validation", "training")):
+        leaked = [(i, j) for i, origin, j in twice[name] if origin == other]
         if leaked:
             i, j = leaked[0]
+            flatter = f"; figures on the {name} part flatter" if other == "training" else ""
             yield (
-                f"{len(leaked):,} of {len(data.parts[name]):,} {name} {data.kind}s also occur in the training part (the first: "
-                f"{data.parts[name].name(i)} is {data.train.name(j)}); figures on the {name} part flatter"
+                f"{len(leaked):,} of {len(data.parts[name]):,} {name} {data.kind}s also occur in the {other} part (the first: "
+                f"{data.parts[name].name(i)} is {data.parts[other].name(j)}){flatter}"
             )
     again = [(i, j) for i, origin, j in twice["training"] if origin == "training"]
     odd = [(i, j) for i, j in again if data.train.labels[i] != data.train.labels[j]]
+    same = sum(origin == "test" for _, origin, _ in twice["test"])
+    if same:
+        yield f"{same:,} test {data.kind}s occur more than once in the test part"
     if again:
         yield f"{len(again):,} training {data.kind}s occur more than once"
     if odd:

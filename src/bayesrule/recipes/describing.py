@@ -5,22 +5,22 @@ from typing import Any
 from bayesrule.recipes.data import Data, Tick, arrange, check, quiet, survey
 from bayesrule.recipes.formats.named import Text, stdlib
 from bayesrule.recipes.formats.reading import read
+from bayesrule.recipes.settings import Settings
 
 TEXTS = {"stdlib": stdlib}
 
 
-def describe(
-    spec: str, *, size: tuple[int, int] | None = None, target: str | None = None, bars: Tick = quiet
-) -> tuple[dict[str, Any], str | None]:
-    """What is in some data, and why nothing could be learned from them, if so.
+def describe(settings: Settings, bars: Tick = quiet) -> tuple[dict[str, Any], str | None]:
+    """What is in the data of a run that may be, and why nothing could be learned from them, if so.
 
     Raises:
         ValueError: If they cannot be read.
         OSError: If they are not there.
     """
-    if spec in TEXTS:
-        return _text(TEXTS[spec]()), None
-    data = arrange(read(spec, size, target))
+    if settings.data in TEXTS:
+        return _text(TEXTS[settings.data]()), None
+    found = read(settings.data, settings.height_width, settings.target)
+    data = arrange(found, settings.held_out, settings.split_seed, settings.split)
     refusal = None
     try:
         check(data)
@@ -52,5 +52,7 @@ def _examples(data: Data) -> dict[str, Any]:
         "shape": list(data.shape),
         "examples": {name: len(part) for name, part in data.parts.items()},
         "classes": counts,
+        "columns": list(data.columns),
+        "held_out": 0 if data.unknown is None else len(data.unknown),
         "notes": list(data.notes),
     }

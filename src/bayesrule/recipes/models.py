@@ -107,7 +107,7 @@ def _own(name: str, shape: Shape, classes: int) -> nn.Module:
     make = _function(name)
     try:
         model = make(shape, classes)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{name}, called with ({shape}, {classes}), failed: {_why(error)}") from error
     wanted = "it must return a torch.nn.Module that gives logits"
     if not isinstance(model, nn.Module):
@@ -162,6 +162,10 @@ def _try(name: str, model: nn.Module, shape: Shape, classes: int, wanted: str) -
         raise ValueError(f"the model of {name} gave {got}, not {(2, classes)}; {wanted}, one for each class")
     if not outputs.isfinite().all():
         raise ValueError(f"the model of {name} gave outputs that are not finite for inputs of zeros, shape {given}; {wanted}")
+    if (outputs >= 0).all() and torch.allclose(outputs.sum(1), torch.ones(2, device=outputs.device)):
+        raise ValueError(
+            f"the model of {name} gave outputs that sum to 1 in every row; {wanted}, not probabilities: drop the softmax"
+        )
 
 
 def _why(error: BaseException) -> str:

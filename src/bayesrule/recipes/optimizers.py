@@ -61,6 +61,9 @@ class Choice:
             return kind(model.parameters(), **given, **self.fixed)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{self.title} does not take {dict(settings)}: {error}") from error
+        except ValueError as error:
+            name = "" if str(error).startswith(self.kind.__name__) else f"{self.title}: "
+            raise ValueError(f"{name}{error}") from error
 
 
 SGD = {"lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4}

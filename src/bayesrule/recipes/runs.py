@@ -1,6 +1,8 @@
 """A run from its settings to its folder: whatever stops it, it goes on."""
 
 import contextlib
+import hashlib
+import json
 import signal
 import threading
 import time
@@ -101,20 +103,24 @@ def train(
         Paused: If a signal came; everything is saved.
     """
     record = record_of(out) if resume and (out / "run.json").exists() else None
-    check(settings)
     if record is None:
+        check(settings)
         claim(out)
         data = load_for(settings, bars=bars)
     else:
         for name in settings.differ(record.settings):
-            raise _other(record, settings, name)
+            raise _other(record, name, getattr(settings, name), getattr(record.settings, name))
+        check(settings)
+        record = replace(record, settings=replace(record.settings, data=settings.data))  # they may have moved
         data = record.load()
     if kind not in (None, data.kind):
         raise ValueError(f"{data.name} holds {data.kind}s, not {kind}s; take: bayesrule train {COMMANDS[data.kind]}")
     complete, training = begin(settings, data)
     if record is not None:
-        if complete.hyperparameters != record.settings.hyperparameters:
-            raise _other(record, complete, "hyperparameters")
+        mine, theirs = complete.hyperparameters, record.settings.hyperparameters
+        for name in sorted({*mine, *theirs}):
+            if mine.get(name) != theirs.get(name):
+                raise _other(record, name, mine.get(name), theirs.get(name))
         if record.failed:
             raise ValueError(f"{out} cannot go on: {record.failed}; train into another --out")
     with locked(out):
@@ -125,7 +131,7 @@ def train(
             if record is None:
                 write_record(out / "run.json", describe(complete, data))
             else:
-                _go_on(out, training)
+                _go_on(out, complete, training)
             try:
                 _learn(complete, training, out, bars, watch)
                 finish(complete, training, out, bars)
@@ -134,20 +140,27 @@ def train(
         (out / CHECKPOINT).unlink(missing_ok=True)
 
 
-def _other(record: Record, settings: Settings, name: str) -> ValueError:
+def _other(record: Record, name: str, mine: Any, theirs: Any) -> ValueError:
     """The refusal to go on with another setting than a run began with."""
-    mine, theirs = getattr(settings, name), getattr(record.settings, name)
     return ValueError(
         f"{record.folder} began with {name} {theirs}, not {mine}; give the same settings, or --resume and --out alone"
     )
 
 
-def _go_on(out: Path, training: Training) -> None:
+def identity(settings: Settings, data: Data) -> str:
+    """Of all that decides a run."""
+    words = json.dumps({**settings.plain(), "data": data.fingerprint}, sort_keys=True)  # wherever the data are
+    return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
+
+
+def _go_on(out: Path, settings: Settings, training: Training) -> None:
     """Bring back the last checkpoint, if there is one; without one the run starts anew."""
     path = out / CHECKPOINT
     if path.exists():
         try:
             tensors, numbers = restore(path)
+            if numbers["run"] != identity(settings, training.data):
+                raise ValueError("its settings or data are others")
             training.load_state(tensors, numbers)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             why = " ".join(str(error).split())
@@ -159,12 +172,13 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Tick, watch:
     advance = bars(OPTIMIZERS[settings.optimizer].title, settings.epochs * training.steps)
     for _ in range(training.done):
         advance()
-    due = time.monotonic() + EVERY
+    due, whose = time.monotonic() + EVERY, identity(settings, training.data)
 
     def keep() -> None:
         nonlocal due
         began = time.monotonic()
-        save(out / CHECKPOINT, *training.state())
+        tensors, numbers = training.state()
+        save(out / CHECKPOINT, tensors, {**numbers, "run": whose})
         due = time.monotonic() + max(EVERY, (time.monotonic() - began) / EFFORT)
 
     with stopping() as stop:
@@ -197,9 +211,12 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Tick, watch:
         except Diverged as error:
             write_record(out / "run.json", {**describe(settings, training.data), "failed": str(error)})
             raise
-        except ValueError:  # of the data; what was learned until then is worth keeping
-            with contextlib.suppress(OSError):
-                keep()
+        except Exception as error:
+            if training.between_steps and isinstance(error, ValueError):  # of the data
+                with contextlib.suppress(OSError):
+                    keep()  # what was learned until then
+            if not training.between_steps and ":" in settings.model:
+                raise ValueError(f"{settings.model} failed in training: {type(error).__name__}: {error}") from error
             raise
 
 

@@ -4,7 +4,8 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from bayesrule.recipes.augmentation import augmentation
 from bayesrule.recipes.formats.pieces import nearest
@@ -62,6 +63,10 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if len(self.size) > 2:
             raise ValueError(f"size must be one number of pixels, or height and width; got {' '.join(map(str, self.size))}")
+        for name, most in {"seed": 2**62, "split_seed": 2**62, "batch_size": 2**31, "epochs": 2**31}.items():
+            value = getattr(self, name)
+            if not 0 <= value < most:
+                raise ValueError(f"{name} must be a whole number from 0 to below {most}, got {value}")
         lookup("schedule", self.schedule, SCHEDULES)
         lookup("precision", self.precision, {"float32": None, "bf16": None})
         augmentation(self.augment)
@@ -76,9 +81,12 @@ class Settings:
         return asdict(self)
 
     def differ(self, other: "Settings") -> list[str]:
-        """The names of the settings that are not the other's, but those of the optimizer, whose defaults depend on the data."""
+        """The names of the settings that are not the other's.
+
+        Those of the optimizer are left out, since their defaults depend on the data, and the place of the data, which may move.
+        """
         mine, theirs = self.plain(), other.plain()
-        return [name for name in mine if name != "hyperparameters" and mine[name] != theirs[name]]
+        return [name for name in mine if name not in ("hyperparameters", "data") and mine[name] != theirs[name]]
 
 
 def from_plain(plain: Mapping[str, Any]) -> Settings:
@@ -87,8 +95,10 @@ def from_plain(plain: Mapping[str, Any]) -> Settings:
     Raises:
         TypeError, ValueError: If they are none.
     """
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
-    return Settings(**values)
+    known = types(Settings)
+    if strange := plain.keys() - known.keys():
+        raise ValueError(f"unknown setting {min(strange)!r}")
+    return Settings(**{name: fitted(name, value, known[name]) for name, value in plain.items()})
 
 
 def settings_within(folder: Path, record: Mapping[str, Any]) -> Settings:
@@ -124,24 +134,43 @@ def read_toml(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             near = nearest(name, known) or f"; known are {', '.join(known)}"
             raise ValueError(f"{path} has an unknown key {key!r}{near}")
-        values[name] = _fitted(path, key, value, known[name])
+        try:
+            values[name] = fitted(key, value, known[name])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return values
 
 
-def _fitted(path: Path, key: str, value: Any, kind: Any) -> Any:
-    """A value of a run file as the type that is asked for."""
-    wanted = get_args(kind) if type(None) in get_args(kind) else (kind,)
+def fitted(name: str, value: Any, kind: Any) -> Any:
+    """A value from JSON or TOML as the type that is asked for, where lists are tuples.
+
+    Raises:
+        ValueError: If it is of another.
+    """
+    if value is None and type(None) in get_args(kind):
+        return None
+    wanted = [one for one in get_args(kind) if one is not type(None)] if isinstance(kind, UnionType) else [kind]
     for one in wanted:
-        items = get_args(one)
-        if items and isinstance(value, list):
-            inner = {item for item in items if item is not ...}
-            length = None if ... in items else len(items)
-            if length in (None, len(value)) and all(any(_is(item, part) for part in inner) for item in value):
-                return tuple(Path(item) if Path in inner else item for item in value)
-        elif not items and _is(value, one):
+        origin, items = get_origin(one) or one, get_args(one)
+        if origin is tuple and isinstance(value, list | tuple):
+            if (... in items or len(items) == len(value)) and all(_is(item, items[0]) for item in value):
+                return tuple(float(item) if items[0] is float else item for item in value)
+        elif origin in (dict, Mapping) and isinstance(value, dict):
+            return value
+        elif origin not in (tuple, dict, Mapping) and _is(value, one):
             return one(value) if one in (float, Path) else value
-    words = " or ".join(str(getattr(one, "__name__", one)).replace("str", "text") for one in wanted if one is not type(None))
-    raise ValueError(f"{path}: {key} must be {words}, got {value!r}")
+    raise ValueError(f"{name} must be {' or '.join(map(_word, wanted))}, got {value!r}")
+
+
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path", dict: "a table"}
+
+
+def _word(kind: Any) -> str:
+    items = get_args(kind)
+    if get_origin(kind) is not tuple:
+        return WORDS.get(get_origin(kind) or kind, "a table")
+    many = "" if ... in items else f"{len(items)} "
+    return f"a list of {many}{ {str: 'texts', int: 'whole numbers', float: 'numbers'}.get(items[0], 'values') }"
 
 
 def _is(value: Any, kind: Any) -> bool:

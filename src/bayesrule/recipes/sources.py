@@ -291,7 +291,7 @@ def picture(path: Path, mode: str, size: tuple[int, int], resize: bool) -> Image
             return upright if found == size else upright.resize((width, height), Image.Resampling.BILINEAR)
     raise Refusal(
         f"{shown(path)} has {found[0]} x {found[1]} pixels (height x width), the others {height} x {width}; "
-        "pass --size 32 (or --size 32x48) to resize all"
+        "pass --size 32 (or --size 32 48, height and width) to resize all"
     )
 
 

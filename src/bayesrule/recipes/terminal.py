@@ -9,10 +9,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bayesrule.recipes.data import Tick
+from bayesrule.recipes.data import Tick, some
 from bayesrule.uses.report import Report, table
 
 MOST = 40  # classes that are listed
@@ -69,6 +70,10 @@ def print_data(found: Mapping[str, Any]) -> None:
     print(f"{found['name']}: {found['form']}; {found['kind']}s of {shape}, {len(found['classes'])} classes; {parts}")
     if found["classes"]:
         _print_classes(found)
+        if found["held_out"]:
+            print(f"held out: {found['held_out']:,} {found['kind']}s")
+    if found.get("columns"):
+        print(f"columns: {some(found['columns'], 12)}")
     for note in found["notes"]:
         print(f"note: {note}")
 
@@ -80,7 +85,7 @@ def _print_classes(found: Mapping[str, Any]) -> None:
         grid.add_column(name, justify="right")
     classes = list(found["classes"].items())
     for label, counts in classes[:MOST]:
-        grid.add_row(label, *(f"{count:,}" for count in counts.values()))
+        grid.add_row(escape(label), *(f"{count:,}" for count in counts.values()))
     if len(classes) > MOST:
         grid.add_row(f"and {len(classes) - MOST} more")
     Console().print(grid)
@@ -94,5 +99,5 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     for column in columns:
         grid.add_column(column.heading, justify="right", no_wrap=True)
     for row, line in zip(rows, cells, strict=True):
-        grid.add_row(row["method"], *(f"[bold]{text}[/]" if best else text for text, best in line))
+        grid.add_row(escape(row["method"]), *(f"[bold]{text}[/]" if best else text for text, best in line))
     (Console() if sys.stdout.isatty() else Console(width=140)).print(grid)

@@ -76,6 +76,7 @@ class Training:
         self.done = 0  # steps
         self.history: list[dict[str, Any]] = []
         self.seconds: list[float] = []  # of the training steps of each epoch
+        self.between_steps = True  # so that the state is whole
         self.best: dict[str, Tensor] | None = None
         self._total, self._elapsed = 0.0, 0.0  # of the epoch in progress
         with torch.random.fork_rng(self._devices()):
@@ -120,6 +121,7 @@ class Training:
         return self._close(rate, tick)
 
     def _step(self, stored: Tensor, labels: Tensor) -> float:
+        self.between_steps = False
         inputs, labels = self.data.scale(stored.to(self.device, non_blocking=True)), labels.to(self.device)
         inputs = self.augment(inputs, self._generator(self.done, 1))
         factor = self.schedule(self.done / (self.epochs * self.steps))
@@ -134,6 +136,7 @@ class Training:
             return loss
 
         loss: Tensor = self.optimizer.step(closure)  # type: ignore[arg-type,assignment]  # torch says float, any will do
+        self.between_steps = True
         return loss.item()
 
     def _close(self, rate: float, tick: Callable[[], object]) -> dict[str, Any]:
@@ -157,7 +160,10 @@ class Training:
         return self.history[-1]
 
     def _bound(self, train_loss: float) -> dict[str, float]:
-        """The evidence bound, in nats per example: minus the loss under the noise, minus the distance from the prior."""
+        """The evidence bound, in nats per example: minus the loss under the noise, minus the distance from the prior.
+
+        It bounds the log evidence of the training data whatever the ess; at ess = N the optimizer maximizes it.
+        """
         if not self.variational:
             return {}
         posterior = self.posterior()
@@ -169,7 +175,7 @@ class Training:
         if any(bool((precision <= 0).any()) for _, precision in shaped.values()):
             return {}  # no prior, no bound
         prior = br.Posterior({n: mean for n, (mean, _) in shaped.items()}, {n: precision for n, (_, precision) in shaped.items()})
-        distance = posterior.kl(prior).item() / posterior.ess
+        distance = posterior.kl(prior).item() / len(self.data.train)
         return {"kl": distance, "elbo": -train_loss - distance} if math.isfinite(distance) else {}
 
     def posterior(self) -> br.Posterior:

@@ -65,7 +65,7 @@ def choose(shown: Sequence[Shown], labels: Tensor, thing: str) -> list[tuple[str
     for method in shown:
         if method.unknown is not None:
             surest = method.unknown.max(1).values.argsort(descending=True, stable=True)
-            note = "No answer can be right; small confidence would be."
+            note = "Inputs that it should not be sure of: small confidence would be right."
             rows.append((f"Unknown, yet confident: {method.name}", note, "unknown", surest))
     return [(heading, note, part, order[:TILES].tolist()) for heading, note, part, order in rows if len(order)]
 

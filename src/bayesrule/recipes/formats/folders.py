@@ -220,5 +220,5 @@ def _common(root: Path, paths: Sequence[str], sizes: np.ndarray) -> tuple[int, i
     other = tuple(sizes[first].tolist())
     raise Refusal(
         f"{shown(root / paths[first])} has {other[0]} x {other[1]} pixels (height x width), most have {height} x {width}; "
-        f"{len(sizes) - most:,} of {len(sizes):,} differ: pass --size 32 (or --size 32x48) to resize all"
+        f"{len(sizes) - most:,} of {len(sizes):,} differ: pass --size 32 (or --size 32 48, height and width) to resize all"
     )
