@@ -93,7 +93,7 @@ def compare(
         else data.unknown_names
         if unknown is None
         else [shown.name(i) for i in range(len(shown))],
-        unknown_title=f"{data.kind}s of classes never learned" if ood is None else f"{data.kind}s of {ood}",
+        unknown_title=f"{data.kind}s of classes never learned" if ood is None else f"{data.kind}s of {Path(ood).name or ood}",
         warnings=list(dict.fromkeys(note for group in groups for run in group.runs for note in run.record.notes)),
         settings={name: describe(group.runs[0].settings) for name, group in zip(names, groups, strict=True)}
         | {"Versions": first.record.versions},
@@ -147,13 +147,12 @@ def summary(groups: Sequence[Group], num_samples: int, methods: Sequence[Method]
     """Paragraphs that say what was trained on what."""
     run = groups[0].runs[0]
     data, models = run.data, list(dict.fromkeys(group.runs[0].settings.model for group in groups))
-    seeds = max(len(group.runs) for group in groups)
+    counts = sorted({len(group.runs) for group in groups})
+    seeds = f", with {listing(counts)} seeds each" if counts[-1] > 1 else ""
     titles = list(dict.fromkeys(group.title for group in groups))
     said = [
         f"{listing(titles)} trained {listing(models)} to tell the {len(data.classes)} classes of {data.name} apart from "
-        f"{len(data.train):,} {data.kind}s"
-        + (f", with up to {seeds} seeds each. " if seeds > 1 else ". ")
-        + "All figures here are on "
+        f"{len(data.train):,} {data.kind}s{seeds}. All figures here are on "
         f"{len(data.test):,} test {data.kind}s that played no part in training."
     ]
     if any(group.runs[0].posterior is not None for group in groups):

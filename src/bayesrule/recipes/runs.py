@@ -135,6 +135,11 @@ def train(
             try:
                 _learn(complete, training, out, bars, watch)
                 finish(complete, training, out, bars)
+            except OSError as error:
+                if error.errno is None:
+                    raise
+                words = f"{error.strerror}; mend that and go on with: {record_of(out).command}"
+                raise OSError(error.errno, words, error.filename) from error
             except KeyboardInterrupt:
                 raise Paused(f"stopped at once; go on from the last checkpoint with: {record_of(out).command}") from None
         (out / CHECKPOINT).unlink(missing_ok=True)
