@@ -100,7 +100,7 @@ class TestTrain:
         assert call(f"{TRAIN} {{new}} {said} --patience 3 --precision bf16 --schedule step --split 0.6 0.2")[0] == 0
         found = read_record(tmp_path / "new")["settings"]
         given = {"beta1": 0.8, "hess_approx": "gradsq", "lr": 0.2, "ess": 300.0}
-        assert found["hyperparameters"] == {"hess_init": 0.1, "weight_decay": 1e-4, "beta2": 0.999} | given
+        assert found["hyperparameters"] == {"hess_init": 0.5, "weight_decay": 1e-4, "beta2": 0.99999} | given
         assert [found[name] for name in ("seed", "split_seed", "held_out", "augment")] == [4, 2, ["2"], ["shift", "flip"]]
         assert [found[name] for name in ("patience", "precision", "schedule", "split")] == [3, "bf16", "step", [0.6, 0.2]]
         assert read_record(tmp_path / "new")["data"]["classes"] == ["0", "1"]
@@ -118,7 +118,7 @@ class TestResume:
         command = TRAIN.replace("--epochs 1", "--epochs 2") + " {new}"
         self.stop(call, command, monkeypatch)
         code, _, err = call(f"{command} --lr 0.3 --resume")
-        assert code == 2 and "began with lr 0.1, not 0.3" in err
+        assert code == 2 and "began with lr 0.2, not 0.3" in err
         code, _, err = call("train image --resume --out {new} --batch-size 7")
         assert code == 2 and "began with batch_size 50, not 7; give the same settings, or --resume and --out alone" in err
         code, _, err = call(command)

@@ -154,7 +154,7 @@ class Train(Settings):
         lr: Learning rate of the first step. None is the optimizer's default, here and below.
         weight_decay: Strength of the prior, or of the decay.
         beta2: Decay of the average of squares or curvatures.
-        ess: Effective sample size, in examples (ivon; default ten training sets).
+        ess: Effective sample size, in examples (ivon; by default the number of training examples).
         hess_init: Curvature at the start (ivon).
         tensorboard: Write the metrics for TensorBoard, too.
         json: Print one JSON object instead of a table.

@@ -55,8 +55,8 @@ def test_the_seed_is_of_the_draws():
 @pytest.mark.parametrize(
     ("name", "given", "expected"),
     [
-        ("ivon", {}, {"ess": 500.0, "lr": 0.1}),
-        ("ivon", {"ess": 7.0, "lr": None}, {"ess": 7.0, "lr": 0.1}),
+        ("ivon", {}, {"ess": 50.0, "lr": 0.2}),
+        ("ivon", {"ess": 7.0, "lr": None}, {"ess": 7.0, "lr": 0.2}),
         ("sgd", {"momentum": 0.0, "weight_decay": None}, {"lr": 0.03, "momentum": 0.0, "weight_decay": 5e-4}),
         ("adamw", {"beta1": 0.8}, {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999, "beta1": 0.8}),
     ],

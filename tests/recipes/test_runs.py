@@ -318,7 +318,7 @@ def test_a_damaged_checkpoint_says_what_to_do(crashed, settings):
         ({"epochs": 4}, "began with epochs 3, not 4; give the same settings, or --resume and --out alone"),
         ({"optimizer": "sgd"}, "began with optimizer ivon, not sgd"),
         ({"model": "own_nets:tied"}, "began with model mlp, not own_nets:tied"),
-        ({"hyperparameters": {"lr": 0.2}}, "began with lr 0.1, not 0.2"),
+        ({"hyperparameters": {"lr": 0.3}}, "began with lr 0.2, not 0.3"),
         ({"seed": 1}, "began with seed 0, not 1"),
         ({"split_seed": 1}, "began with split_seed 0, not 1"),
         ({"split": (0.5, 0.25)}, r"began with split None, not \(0.5, 0.25\)"),

@@ -25,7 +25,7 @@ DEMO = Settings(data="mnist5k", optimizer="", model="lenet", epochs=30, batch_si
 CONTESTANTS: dict[str, tuple[str, dict[str, float]]] = {
     "adamw": ("torch-adamw", {"lr": 0.004, "weight_decay": 0.01}),
     "sgd": ("torch-sgd", {"lr": 0.01, "weight_decay": 5e-4}),
-    "ivon": ("ivon", {"lr": 0.1, "hess_init": 0.1, "beta2": 0.999}),
+    "ivon": ("ivon", {"lr": 0.1, "ess": 20_000, "hess_init": 0.1, "beta2": 0.999}),  # ten training sets
 }
 CHOICE = (
     "Five settings of each optimizer were tried with one seed, and the one with the smallest NLL on the validation images was "

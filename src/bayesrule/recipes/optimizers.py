@@ -68,7 +68,7 @@ class Choice:
 
 SGD = {"lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999}
-IVON = {"lr": 0.1, "ess": 10.0, "hess_init": 0.1, "weight_decay": 1e-4, "beta2": 0.999}
+IVON = {"lr": 0.2, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "beta2": 0.99999}
 
 OPTIMIZERS: dict[str, Choice] = {
     "sgd": Choice("SGD", br.SGD, SGD),
