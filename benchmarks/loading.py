@@ -94,7 +94,7 @@ def large_folder(gigabytes: float) -> dict[str, float]:
             written, files = written + len(originals[files % 64]), files + 1
         before = _highest()
         began = perf_counter()
-        train(Run(str(root), "ivon", "resnet20", epochs=1, batch_size=BATCH, size=(32,)), Path(folder, "run"))
+        train(Run(str(root), "adamw", "lenet", epochs=1, batch_size=BATCH, size=(32,)), Path(folder, "run"))
         return {"bytes": written, "files": files, "before": before, "peak": _highest(), "seconds": perf_counter() - began}
 
 
@@ -144,7 +144,7 @@ def folder(settings: Settings) -> Table:
     gigabytes = {name: found[name] / 1e9 for name in ("bytes", "before", "peak")}
     row = (f"{gigabytes['bytes']:.1f} GB, {found['files']:,} files", *(f"{gigabytes[name]:.2f}" for name in ("before", "peak")))
     figures = {"memory, folder": spread([gigabytes["peak"]], gigabytes["peak"])}
-    words = f"JPEG files of {PICTURE[0]} x {PICTURE[1]} pixels, --size 32, a ResNet-20, an epoch"
+    words = f"JPEG files of {PICTURE[0]} x {PICTURE[1]} pixels, --size 32, an epoch of a LeNet"
     note = f"{words}; {found['seconds']:.0f} seconds for the whole run, looking at the data included. {neighbors.report()}"
     return Table("memory for a large folder", ("folder", "GB before", "GB at most"), [row], figures, note)
 
