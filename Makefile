@@ -45,7 +45,7 @@ $(RIVALS): $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"
 	touch $@
 
-bench: $(RIVALS) ## cost beside AdamW, the published IVON and scikit-learn, appended to benchmarks/README.md (30 minutes)
+bench: $(RIVALS) ## cost beside AdamW, the published IVON and scikit-learn, appended to benchmarks/README.md (40 minutes)
 	$(BIN)/python -m benchmarks
 
 clean: ## remove the environment, the runs and every cache
