@@ -133,3 +133,10 @@ def test_data_are_announced_once(chosen, tmp_path):
     told = []
     train_seeds(chosen, tmp_path / "many", 2, started=told.append)
     assert [data.name for data in told] == ["small.npz"]
+
+
+def test_runs_that_were_made_one_by_one_are_gathered(chosen, tmp_path):
+    for seed in (4, 5):
+        train(replace(chosen, seed=seed), tmp_path / "many" / f"seed-{seed}")
+    train_seeds(chosen, tmp_path / "many", 2, resume=True)
+    assert [run.name for _, runs in members(tmp_path / "many") for run in runs] == ["seed-4", "seed-5"]

@@ -43,15 +43,19 @@ def train_seeds(
     elif not resume or (out.is_dir() and {path.name for path in out.iterdir()} - {*names}):
         claim(out)
 
-    def first(data: Data) -> None:
+    def gather() -> None:
         if not (out / "run.json").exists():
             write_record(out / "run.json", record)
+
+    def first(data: Data) -> None:
+        gather()
         started(data)
 
     for i, name in enumerate(names):
         one = replace(settings, seed=settings.seed + i)
         try:
             train(one, out / name, resume=resume, kind=kind, started=first if name == names[0] else _again, bars=bars, watch=watch)
+            gather()  # a finished run starts nothing
         except Paused as stop:
             raise Paused(str(stop).replace(shlex.quote(str(out / name)), shlex.quote(str(out)))) from None
 
