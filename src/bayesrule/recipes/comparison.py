@@ -121,7 +121,7 @@ def methods_of(name: str, group: Group, num_samples: int, unknown: Part | None, 
             better.append(Trial(soft[0], soft[1], run.seconds))
     cost = costs(group.runs[0])
     if temperatures:
-        shown = ", ".join(f"{t:.2f}" for t in temperatures)
+        shown = f"{sum(temperatures) / len(temperatures):.2f}"  # the mean over seeds
         return [
             Method(name, plain, cost | {"networks a prediction": "1"}),
             Method(f"{name}, temperature", better, {"temperature": shown}),
