@@ -19,8 +19,8 @@ class Settings:
 
     Args:
         data: A name, or the path of data.
-        optimizer: A name in the table of optimizers.
-        model: A name in the table of models, or ``package.module:function``.
+        optimizer: sgd, rmsprop, adam, adamw, ivon; torch-sgd, torch-adamw for torch's own.
+        model: mlp, lenet, resnet20, resnet18, resnet50, or package.module:function for your own.
         hyperparameters: The optimizer's settings: those given, or in a run.json all of them.
         epochs: Passes through the training data.
         batch_size: Examples a step.
@@ -30,9 +30,9 @@ class Settings:
         held_out: Classes that are not learned, but kept to see how the model takes the unknown.
         size: Height and width that image files are resized to, or one number for both; none as they are.
         target: The column of a table that holds the class; none is the last.
-        norm: Normalization in residual networks.
-        schedule: How the learning rate goes on.
-        augment: Changes of training images.
+        norm: Normalization in residual networks: frn (filter response) or batch.
+        schedule: How the learning rate goes on: cosine, step or constant.
+        augment: Changes of training images: shift, flip.
         precision: "float32", or "bf16" for autocast in training.
         patience: Stop after so many epochs without a smaller validation NLL, and keep the best; none never stops early.
         device: "auto", "cpu", "cuda".
