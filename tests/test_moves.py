@@ -58,6 +58,7 @@ class Makers(ast.NodeVisitor):
         told = {keyword.arg for keyword in node.keywords}
         replaced = ast.unparse(node.func).split(".")[-1] == "replace" and told & {"mean", "hess", "precision", "sites"}
         of_its_type = isinstance(node.func, ast.Call) and ast.unparse(node.func.func) == "type"
+        of_its_type = of_its_type and ast.unparse(node.func) != "type(error)"  # an exception is no member of a family
         # a family called by its name on something of a q: Full(q.mean - step, q.precision)
         by_name = ast.unparse(node.func) in FAMILIES and any(
             "q.solve" in ast.unparse(a) or "look." in ast.unparse(a) for a in node.args

@@ -640,6 +640,8 @@ def test_a_disk_that_fills_up_is_one_line_and_the_old_checkpoint_is_whole(
 
 PROGRAM = """
 import math, sys
+import torch
+torch.set_num_threads(1)  # as here
 from bayesrule.recipes import runs
 runs.EVERY, runs.EFFORT = 0.0, math.inf
 from bayesrule.cli import main
@@ -752,3 +754,10 @@ def test_data_that_have_moved_are_known_by_what_they_are(world, settings, tmp_pa
     (tmp_path / "a.npz").rename(tmp_path / "b.npz")
     train(replace(settings(), data=str(tmp_path / "b.npz")), tmp_path / "run", resume=True)
     assert read(tmp_path / "run").settings.data == str(tmp_path / "b.npz")
+
+
+def test_another_number_of_threads_is_said(crashed, settings):
+    record = json.loads((crashed / "run.json").read_text())
+    (crashed / "run.json").write_text(json.dumps({**record, "threads": 7}))
+    with pytest.warns(UserWarning, match="began with 7 threads and goes on with 1: .* only up to rounding"):
+        train(settings(), crashed, resume=True)

@@ -42,6 +42,7 @@ class Record:
         finished: Whether all files are there.
         failed: Why it cannot go on, if so.
         versions: Of what made it.
+        threads: Of torch when it began: sums are rounded otherwise on another number.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Record:
     finished: bool = False
     failed: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    threads: int | None = None
 
     def load(self, memo: dict[Any, Data] | None = None) -> Data:
         """The data of the run, as they were.
@@ -108,6 +110,7 @@ def record_of(folder: Path) -> Record:
             found.get("finished") is True,
             found.get("failed"),
             {str(name): str(version) for name, version in dict(found.get("versions", {})).items()},
+            found.get("threads"),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'run.json'} is damaged: {type(error).__name__}: {error}") from error
@@ -126,7 +129,7 @@ def describe(settings: Settings, data: Data) -> dict[str, Any]:
         "fingerprint": data.fingerprint,
         "notes": data.notes,
     }
-    return {"kind": data.kind, "settings": settings.plain(), "data": found}
+    return {"kind": data.kind, "settings": settings.plain(), "data": found, "threads": torch.get_num_threads()}
 
 
 def place(device: str) -> torch.device:

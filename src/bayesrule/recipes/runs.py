@@ -6,11 +6,14 @@ import json
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bayesrule.recipes.data import Data, Tick, quiet
 from bayesrule.recipes.folder import claim, locked, restore, save, write_lines, write_record
@@ -111,6 +114,12 @@ def train(
         for name in settings.differ(record.settings):
             raise _other(record, name, getattr(settings, name), getattr(record.settings, name))
         check(settings)
+        if record.threads not in (None, torch.get_num_threads()) and not record.finished:
+            warnings.warn(
+                f"{out} began with {record.threads} threads and goes on with {torch.get_num_threads()}: it will end like one that "
+                "was not stopped only up to rounding; set OMP_NUM_THREADS for more",
+                stacklevel=2,
+            )
         record = replace(record, settings=replace(record.settings, data=settings.data))  # they may have moved
         data = record.load()
     if kind not in (None, data.kind):
