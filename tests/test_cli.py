@@ -158,7 +158,7 @@ class TestResume:
         self.stop(call, command, monkeypatch)
         assert [path.name for path in tmp_path.iterdir()] == ["new"] and not (tmp_path / "new" / "seed-4").exists()
         code, _, err = call(command.replace("--seeds 2", "--seeds 3") + " --resume")
-        assert code == 2 and "began with other seeds or settings" in err
+        assert code == 2 and "began with other seeds; give the same" in err
         code, out, _ = call("train image --resume --out {new} --json")
         assert code == 0 and "accuracy" in json.loads(out)
         assert {path.name for path in (tmp_path / "new").iterdir()} == {"run.json", "report.html", "seed-3", "seed-4"}

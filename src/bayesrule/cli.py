@@ -7,7 +7,6 @@ line on stderr and exit code 2. Anything else is a mistake of ours and keeps its
 from __future__ import annotations
 
 import re
-import shlex
 import signal
 import sys
 import warnings
@@ -32,7 +31,7 @@ try:
     from bayesrule.recipes.describing import describe
     from bayesrule.recipes.formats.named import NAMES
     from bayesrule.recipes.optimizers import assignments
-    from bayesrule.recipes.results import COMMANDS as COMMANDS_OF
+    from bayesrule.recipes.results import going_on
     from bayesrule.recipes.settings import Settings, read_toml, settings_within, types
     from bayesrule.recipes.tensorboard import watching
     from bayesrule.recipes.terminal import print_data, print_json, print_results, print_rows, progress
@@ -212,8 +211,7 @@ def saying(out: Path, kind: str) -> Iterator[None]:
     except KeyboardInterrupt:
         if not (out / "run.json").exists():
             raise
-        again = f"bayesrule train {COMMANDS_OF[kind]} --resume --out {shlex.quote(str(out))}"
-        raise runs.Paused(f"interrupted; what was saved is kept; go on with: {again}") from None
+        raise runs.Paused(f"interrupted; what was saved is kept; go on with: {going_on(kind, out)}") from None
 
 
 SHORT = ("lr", "weight_decay", "beta2", "ess", "hess_init")  # settings of optimizers with a flag of their own

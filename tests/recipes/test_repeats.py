@@ -77,9 +77,10 @@ def test_begins_where_it_was_killed_before_it_wrote(chosen, tmp_path, left):
     ("count", "changes", "resume", "message"),
     [
         (2, {}, False, "already holds another run"),
-        (3, {}, True, "began with other seeds or settings; give the same, or --resume and --out alone"),
-        (2, {"seed": 5}, True, "began with other seeds or settings"),
-        (2, {"epochs": 2}, True, "began with other seeds or settings"),
+        (3, {}, True, "began with other seeds; give the same, or --resume and --out alone"),
+        (2, {"seed": 5}, True, "began with other seeds"),
+        (2, {"epochs": 2}, True, "began with other epochs; give"),
+        (2, {"hyperparameters": {"lr": 0.5}}, True, "began with other settings of the optimizer; give"),
         (1, {}, True, "holds 'seeds', not a single run"),
         (0, {}, True, "seeds must be at least 1, got 0"),
         (-1, {}, False, "seeds must be at least 1, got -1"),

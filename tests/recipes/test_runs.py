@@ -1,138 +1,28 @@
 """A run and its folder: stopped at any moment it goes on and ends bit-equal; and whatever is wrong is said in one line."""
 
 import json
-import math
 import random
-import resource
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
+from tests.recipes.stopped import Crash, assert_equal, at_step, crash
 from torch.distributions import Normal, kl_divergence
 
 import bayesrule as br
-from bayesrule import cli
-from bayesrule.recipes import runs
-from bayesrule.recipes.folder import locked, read_lines, read_record
+from bayesrule.recipes.folder import read_lines, read_record
 from bayesrule.recipes.formats import folders
 from bayesrule.recipes.optimizers import OPTIMIZERS
-from bayesrule.recipes.results import Run, read
+from bayesrule.recipes.results import read
 from bayesrule.recipes.runs import Paused, train
 from bayesrule.recipes.settings import Settings
 
-COMPARED = ("model.safetensors", "posterior.safetensors", "predictions.safetensors", "metrics.jsonl")
 STEPS = 5  # an epoch
-NETS = """
-from torch import nn
-
-def dropout(shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.4), nn.Linear(16, classes))
-
-def normed(shape, classes):
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))
-
-def tied(shape, classes):
-    first = nn.Linear(64, 64)
-    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), first, nn.Tanh(), nn.Linear(64, classes))
-
-class Fragile(nn.Linear):
-    def forward(self, x):
-        if self.training:
-            raise RuntimeError("out of luck")
-        return super().forward(x)
-
-def fragile(shape, classes):
-    return nn.Sequential(nn.Flatten(), Fragile(64, classes))
-
-def frozen(shape, classes):
-    first = nn.Linear(64, 16).requires_grad_(False)
-    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), nn.Linear(16, classes))
-"""
-
-
-class Crash(Exception):
-    """The machine is gone."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Data, 165 + 36 + 36 or so images of three classes, and models of the user's own."""
-    folder = tmp_path_factory.mktemp("world")
-    digits = load_digits(n_class=3)
-    images, labels = digits.images[:240].astype(np.uint8) * 15, digits.target[:240]
-    np.savez(folder / "small.npz", x=images, y=labels)
-    for part, few in (("train", range(60)), ("val", range(60, 90)), ("test", range(90, 120))):
-        for i in few:
-            path = folder / "pictures" / part / str(labels[i]) / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[i]).save(path)
-    (folder / "own_nets.py").write_text(NETS)
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
-    sys.modules.pop("own_nets", None)
-
-
-@pytest.fixture
-def settings(world):
-    def settings(optimizer="ivon", **changes):
-        return Settings(str(world / "small.npz"), optimizer, **{"model": "mlp", "epochs": 3, "batch_size": 36, **changes})
-
-    return settings
-
-
-@pytest.fixture
-def each_step(monkeypatch):
-    """A checkpoint after every step."""
-    monkeypatch.setattr(runs, "EVERY", 0.0)
-    monkeypatch.setattr(runs, "EFFORT", math.inf)
-
-
-def at_step(number, act, title=None):
-    """Bars that act when so many steps are done; with a title, of that bar alone."""
-
-    def bars(name, total):
-        done = [0]
-
-        def advance():
-            done[0] += 1
-            if done[0] == number and (name == title if title else name not in ("look", "predict")):
-                act()
-
-        return advance
-
-    return bars
-
-
-def crash():
-    raise Crash
-
-
-def content(folder):
-    """What must be equal, byte for byte, and the record without its times."""
-    record = read_record(folder)
-    return {name: (folder / name).read_bytes() if (folder / name).exists() else None for name in COMPARED} | {
-        "run.json": {key: value for key, value in record.items() if key != "seconds"}
-    }
-
-
-def assert_equal(folder, other):
-    first, second = content(folder), content(other)
-    assert [name for name in first if first[name] != second[name]] == []
-    expected = {name for name in first if first[name] is not None}
-    assert {path.name for path in folder.iterdir()} == expected  # no checkpoint, no lock, nothing half written
-
-
 KINDS = {
     **{name: {"optimizer": name} for name in OPTIMIZERS},
     "sgd without momentum": {"optimizer": "torch-sgd", "hyperparameters": {"momentum": 0.0}},
@@ -258,14 +148,6 @@ def test_a_finished_run_is_left_alone(settings, tmp_path):
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
     train(settings(), tmp_path / "run", resume=True, bars=at_step(1, crash))
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
-
-
-@pytest.fixture
-def crashed(settings, tmp_path, each_step):
-    """A run that crashed in its second epoch."""
-    with pytest.raises(Crash):
-        train(settings(), tmp_path / "run", bars=at_step(8, crash))
-    return tmp_path / "run"
 
 
 def other_run(path):
@@ -415,270 +297,6 @@ def test_without_a_prior_there_is_no_bound(settings, tmp_path):
     for name in ("sgd", "ivon"):
         (line,) = read_lines(tmp_path / name / "metrics.jsonl")
         assert set(line) == {"epoch", "train_loss", "validation_nll", "validation_accuracy", "lr"}
-
-
-@pytest.fixture(scope="module")
-def finished(world, tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished") / "ivon"
-    train(Settings(str(world / "small.npz"), "ivon", "mlp", epochs=2, batch_size=36), out)
-    return out
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "copy")
-
-
-def test_a_finished_folder_says_what_it_is(finished):
-    record = read_record(finished)
-    assert {path.name for path in finished.iterdir()} == {*COMPARED, "run.json"}
-    assert record["finished"] and record["kind"] == "image" and record["data"]["name"] == "small.npz"
-    assert len(record["seconds"]) == 2 and min(record["seconds"]) > 0
-    assert record["data"]["classes"] == ["0", "1", "2"] and record["data"]["shape"] == [1, 8, 8]
-    run = read(finished)
-    assert record["data"]["examples"] == {name: len(part) for name, part in run.data.parts.items()}
-    assert record["settings"]["hyperparameters"]["ess"] == len(run.data.train) == run.posterior.ess
-    assert run.posterior.num_data == len(run.data.train) and run.title == "IVON" and not run.model.training
-    model = load_file(finished / "model.safetensors")
-    assert set(model) == set(run.posterior.mean) and all(torch.equal(model[name], run.posterior.mean[name]) for name in model)
-
-
-def test_predictions_are_kept_until_something_changes(copied, monkeypatch):
-    run, asked = read(copied), []
-    monkeypatch.setattr(Run, "probabilities", lambda self, part, *_: asked.append(part) or torch.zeros(len(part), 3))
-    kept = run.predictions()
-    assert not asked and set(kept) == {"validation", "test", "averaged test"}
-    assert (kept["test"].sum(1) - 1).abs().max() < 1e-5 and not torch.equal(kept["test"], kept["averaged test"])
-    run.predictions(again=True)
-    assert len(asked) == 3
-    run.predictions(8)
-    assert len(asked) == 6
-    run.predictions(8)
-    assert len(asked) == 6
-    path = copied / "predictions.safetensors"
-    path.write_bytes(path.read_bytes()[:200])  # what is damaged is made again
-    run.predictions(8)
-    assert len(asked) == 9
-    run.posterior.save(copied / "posterior.safetensors")  # the same
-    run.predictions(8)
-    assert len(asked) == 9
-    run.posterior.rescale(ess=50.0).save(copied / "posterior.safetensors")
-    run.predictions(8)
-    assert len(asked) == 12
-
-
-def test_kept_predictions_are_those_that_are_made_again(finished):
-    run = read(finished)
-    kept = run.predictions()
-    for name, part, samples in (("test", run.data.test, None), ("averaged test", run.data.test, 32)):
-        assert torch.equal(kept[name], run.probabilities(part, samples))
-
-
-def rewrite(change):
-    """An act on a folder: a change of its record."""
-
-    def act(folder):
-        record = json.loads((folder / "run.json").read_text())
-        change(record)
-        (folder / "run.json").write_text(json.dumps(record))
-
-    return act
-
-
-def of_other_model(name):
-    def act(folder):
-        br.Posterior({name: torch.zeros(2)}, {name: torch.ones(2)}).save(folder / "posterior.safetensors")
-
-    return act
-
-
-def text(name, words):
-    return lambda folder: (folder / name).write_text(words)
-
-
-def absent(name):
-    return lambda folder: (folder / name).unlink()
-
-
-DAMAGE = {
-    "cut record": (text("run.json", '{"format": 2, "kind": "im'), r"run\.json is damaged"),
-    "empty settings": (rewrite(lambda r: r.update(settings={})), r"run\.json is damaged"),
-    "no settings": (rewrite(lambda r: r.pop("settings")), r"run\.json is damaged"),
-    "settings of nobody": (rewrite(lambda r: r.update(settings=[1])), r"run\.json is damaged"),
-    "epochs are a word": (rewrite(lambda r: r["settings"].update(epochs="many")), r"run\.json is damaged"),
-    "unknown optimizer": (rewrite(lambda r: r["settings"].update(optimizer="ivom")), r"run\.json is damaged"),
-    "unknown model": (rewrite(lambda r: r["settings"].update(model="mlq")), r"run\.json is damaged"),
-    "no scale": (rewrite(lambda r: r["data"].pop("center")), r"run\.json is damaged"),
-    "scale of words": (rewrite(lambda r: r["data"].update(spread=["wide"])), r"run\.json is damaged"),
-    "scale of other data": (rewrite(lambda r: r["data"].update(center=[0.0] * 7)), r"run\.json is damaged"),
-    "no data": (rewrite(lambda r: r.pop("data")), r"run\.json is damaged"),
-    "no notes": (rewrite(lambda r: r["data"].pop("notes")), None),
-    "no seconds": (rewrite(lambda r: r.pop("seconds")), r"run\.json is damaged"),
-    "no fingerprint": (rewrite(lambda r: r["data"].pop("fingerprint")), "are no longer those"),
-    "a demo": (text("run.json", '{"format": 2, "kind": "demo", "runs": ["a"]}'), r"run\.json is damaged|not a single run"),
-    "unfinished": (rewrite(lambda r: r.pop("finished")), "is not finished: go on with: bayesrule train image --resume --out"),
-    "no weights": (text("model.safetensors", "none"), r"model\.safetensors is damaged"),
-    "cut weights": (
-        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-8]),
-        r"model\.safetensors is damaged",
-    ),
-    "weights of another": (
-        lambda f: save_file({"w": torch.ones(1)}, f / "model.safetensors"),
-        r"model\.safetensors is damaged or of another model",
-    ),
-    "no posterior": (text("posterior.safetensors", "none"), r"posterior\.safetensors' is damaged"),
-    "posterior of another name": (of_other_model("0.weight"), r"posterior\.safetensors is of another model: .*0\.weight"),
-    "posterior of another shape": (of_other_model("1.weight"), r"posterior\.safetensors is of another model: .*1\.weight"),
-    "cut lines": (text("metrics.jsonl", "{"), r"metrics\.jsonl is damaged"),
-    "a line of something else": (text("metrics.jsonl", "[1]\n"), r"metrics\.jsonl is damaged"),
-    "missing record": (absent("run.json"), r"holds no run\.json"),
-    "missing weights": (absent("model.safetensors"), r"model\.safetensors"),
-    "missing posterior": (absent("posterior.safetensors"), r"posterior\.safetensors"),
-    "missing lines": (absent("metrics.jsonl"), r"metrics\.jsonl"),
-    "missing predictions": (absent("predictions.safetensors"), None),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_folder_names_the_file(what, copied):
-    act, message = DAMAGE[what]
-    act(copied)
-    if message is None:
-        assert set(read(copied).predictions()) == {"validation", "test", "averaged test"}
-        return
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as refusal:
-        read(copied)
-    assert "\n" not in str(refusal.value)
-
-
-def test_two_processes_are_kept_apart(settings, tmp_path):
-    with locked(tmp_path / "run"):
-        for resume in (False, True):
-            with pytest.raises(ValueError, match=r"another process is at work in .*run; wait for it, or choose another --out"):
-                train(settings(), tmp_path / "run", resume=resume)
-    assert not (tmp_path / "run").exists()
-    train(settings(), tmp_path / "run")
-
-
-def test_what_a_process_left_that_was_killed_at_once_is_no_hindrance(settings, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").write_text("")
-    train(settings(), tmp_path / "run", resume=True)
-    train(settings(), tmp_path / "whole")
-    assert_equal(tmp_path / "run", tmp_path / "whole")
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_record_that_was_half_written_is_no_hindrance(resume, settings, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").write_text("")
-    (tmp_path / "run" / ".run.json.0123456789abcdef0123456789abcdef").write_text('{"for')
-    train(settings(), tmp_path / "run", resume=resume)
-    train(settings(), tmp_path / "whole")
-    assert_equal(tmp_path / "run", tmp_path / "whole")
-
-
-def test_checkpoints_that_were_half_written_are_swept_away(crashed, settings):
-    (crashed / ".checkpoint.safetensors.0123456789abcdef0123456789abcdef").write_bytes(b"half")
-    train(settings(), crashed, resume=True)
-    assert {path.name for path in crashed.iterdir()} == {*COMPARED, "run.json"}
-
-
-def test_a_run_that_was_killed_when_all_was_written_is_swept_on_resume(crashed, settings, tmp_path):
-    shutil.copy(crashed / "checkpoint.safetensors", tmp_path / "kept")
-    train(settings(), crashed, resume=True)
-    shutil.copy(tmp_path / "kept", crashed / "checkpoint.safetensors")  # the last act of a run is to remove it
-    train(settings(), crashed, resume=True)
-    assert {path.name for path in crashed.iterdir()} == {*COMPARED, "run.json"}
-
-
-@pytest.fixture
-def full_disk():
-    """A disk on which no file grows beyond so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def command(chosen, out):
-    kind = f"--data {chosen.data} --optimizer {chosen.optimizer} --model {chosen.model}"
-    return ["train", "image", *f"{kind} --epochs {chosen.epochs} --batch-size {chosen.batch_size} --out {out}".split()]
-
-
-def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_nothing(settings, tmp_path, full_disk, capsys):
-    full_disk(100)
-    code = cli.main(command(settings(), tmp_path / "run"))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bayesrule: ")]
-    assert code == 2 and len(lines) == 1 and "run.json: File too large" in lines[0]
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_disk_that_fills_up_is_one_line_and_the_old_checkpoint_is_whole(
-    settings, tmp_path, full_disk, each_step, capsys, monkeypatch
-):
-    real, out = runs.save, tmp_path / "run"
-
-    def save(path, tensors, about):
-        if about["done"] == 7:
-            full_disk(50_000)
-        real(path, tensors, about)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(runs, "save", save)
-        code = cli.main(command(settings(), out))
-    full_disk(resource.RLIM_INFINITY)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bayesrule: ")]
-    (line,) = lines
-    assert code == 2 and line.startswith(f"bayesrule: {out / 'checkpoint.safetensors'}: File too large; mend that and go on with: ")
-    assert {path.name for path in out.iterdir()} == {"run.json", "metrics.jsonl", "checkpoint.safetensors"}
-    with pytest.raises(Crash):  # six steps are kept
-        train(settings(), out, resume=True, bars=at_step(7, crash))
-    train(settings(), out, resume=True)
-    train(settings(), tmp_path / "whole")
-    assert_equal(out, tmp_path / "whole")
-
-
-PROGRAM = """
-import math, sys
-import torch
-torch.set_num_threads(1)  # as here
-from bayesrule.recipes import runs
-runs.EVERY, runs.EFFORT = 0.0, math.inf
-from bayesrule.cli import main
-sys.exit(main())
-"""
-
-
-def test_a_run_that_is_killed_and_interrupted_goes_on_and_ends_bit_equal(tmp_path, capsys):
-    out, whole = tmp_path / "run", tmp_path / "whole"
-    chosen = Settings("digits", "ivon", "mlp", epochs=20, batch_size=150)
-    begun = [sys.executable, "-c", PROGRAM, *command(chosen, out)]
-
-    def lines():
-        return len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
-
-    moments = random.Random(5)
-    for aim, number in ((3, signal.SIGKILL), (7, signal.SIGKILL), (11, signal.SIGINT)):
-        with subprocess.Popen(begun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            while lines() < aim and process.poll() is None:
-                time.sleep(0.002)
-            if aim == 3:
-                with pytest.raises(ValueError, match="another process is at work"):
-                    train(chosen, out, resume=True)
-            time.sleep(moments.random() / 50)
-            process.send_signal(number)
-            said = process.communicate(timeout=60)[1]
-        assert process.returncode == (130 if number == signal.SIGINT else -number)
-        assert aim <= lines() < 20
-        begun = [sys.executable, "-c", PROGRAM, "train", "image", "--resume", "--out", str(out)]
-    last = said.splitlines()[-1]
-    assert last.startswith("bayesrule: stopped after step ") and "of 120 and saved; go on with: bayesrule train image" in last
-    going_on = shlex.split(last.partition("go on with: bayesrule ")[2])
-    assert going_on == ["train", "image", "--resume", "--out", str(out)]
-    assert cli.main(going_on) == 0 and "Report:" in capsys.readouterr().out
-    train(chosen, whole)
-    first, second = content(out), content(whole)
-    assert [name for name in first if first[name] != second[name]] == []
 
 
 @pytest.mark.parametrize(

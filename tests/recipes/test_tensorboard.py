@@ -71,3 +71,14 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
     message = "--tensorboard needs tensorboard, which is not installed: pip install tensorboard"
     with pytest.raises(ValueError, match=message), watching(tmp_path):
         pass
+
+
+def test_tensorboard_itself_reads_what_was_written(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with watching(tmp_path) as watch:
+        for epoch in (1, 2):
+            watch(3, {"epoch": epoch, "train_loss": 1 / epoch})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "seed-3")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(1, 1.0), (2, 0.5)]

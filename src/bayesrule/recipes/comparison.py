@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bayesrule.recipes.data import Data, Part, Tick, quiet
+from bayesrule.recipes.data import Bars, Data, Part, quiet
 from bayesrule.recipes.repeats import members
 from bayesrule.recipes.results import SAMPLES, Run, read
 from bayesrule.recipes.settings import Settings
@@ -41,7 +41,7 @@ def compare(
     ood: str | None = None,
     *,
     again: bool = False,
-    bars: Tick = quiet,
+    bars: Bars = quiet,
 ) -> Report:
     """The predictions of runs on their common test data, ready to be tabled or rendered.
 
@@ -101,7 +101,7 @@ def compare(
     )
 
 
-def methods_of(name: str, group: Group, num_samples: int, unknown: Part | None, again: bool, bars: Tick) -> list[Method]:
+def methods_of(name: str, group: Group, num_samples: int, unknown: Part | None, again: bool, bars: Bars) -> list[Method]:
     """What a group predicts, in its two ways."""
     plain, better, temperatures = [], [], []
     for run in group.runs:

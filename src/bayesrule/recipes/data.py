@@ -125,7 +125,8 @@ class Data:
         return {"training": self.train, "validation": self.validation, "test": self.test}
 
 
-Tick = Callable[[str, int], Callable[[], object]]
+Bars = Callable[[str, int], Callable[[], object]]
+"""Starts a progress bar, given a name and the number of steps; what it returns is called after every step."""
 
 
 def quiet(name: str, steps: int) -> Callable[[], object]:
@@ -142,7 +143,7 @@ def load(
     size: tuple[int, int] | None = None,
     target: str | None = None,
     scale: Scale | None = None,
-    bars: Tick = quiet,
+    bars: Bars = quiet,
 ) -> Data:
     """Load data and split them, class by class, into training, validation and test parts where they are not split.
 
@@ -260,7 +261,7 @@ def check(data: Data) -> None:
             )
 
 
-def survey(data: Data, bars: Tick = quiet) -> Data:
+def survey(data: Data, bars: Bars = quiet) -> Data:
     """Read every example once: the scale, and notes of what occurs twice, is blank, or is uneven.
 
     Raises:

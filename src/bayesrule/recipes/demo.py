@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bayesrule.recipes.comparison import compare, listing
-from bayesrule.recipes.data import Tick, quiet
+from bayesrule.recipes.data import Bars, quiet
 from bayesrule.recipes.folder import appearing, read_record, write_record
 from bayesrule.recipes.optimizers import OPTIMIZERS
 from bayesrule.recipes.results import SAMPLES, load_for
@@ -65,7 +65,7 @@ def results(out: Path) -> dict[str, Any]:
     return found
 
 
-def demo(out: Path, settings: Settings = DEMO, bars: Tick = quiet) -> None:
+def demo(out: Path, settings: Settings = DEMO, bars: Bars = quiet) -> None:
     """Train the contestants, one epoch of each in turn, and leave the folder of the demo at ``out``; on failure, nothing.
 
     Raises:
@@ -99,7 +99,7 @@ def demo(out: Path, settings: Settings = DEMO, bars: Tick = quiet) -> None:
         write_text(folder / "report.html", render(report))
 
 
-def summarize(folder: Path, num_samples: int = SAMPLES, bars: Tick = quiet, *, again: bool = False) -> Report:
+def summarize(folder: Path, num_samples: int = SAMPLES, bars: Bars = quiet, *, again: bool = False) -> Report:
     """The predictions of all runs of the demo, ready to be tabled or rendered.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bayesrule.recipes.data import Data, Tick, arrange, check, quiet, survey
+from bayesrule.recipes.data import Bars, Data, arrange, check, quiet, survey
 from bayesrule.recipes.formats.named import Text, stdlib
 from bayesrule.recipes.formats.reading import read
 from bayesrule.recipes.settings import Settings
@@ -10,7 +10,7 @@ from bayesrule.recipes.settings import Settings
 TEXTS = {"stdlib": stdlib}
 
 
-def describe(settings: Settings, bars: Tick = quiet) -> tuple[dict[str, Any], str | None]:
+def describe(settings: Settings, bars: Bars = quiet) -> tuple[dict[str, Any], str | None]:
     """What is in the data of a run that may be, and why nothing could be learned from them, if so.
 
     Raises:

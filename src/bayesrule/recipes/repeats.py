@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bayesrule.recipes.data import Data, Tick, quiet
+from bayesrule.recipes.data import Bars, Data, quiet
 from bayesrule.recipes.folder import claim, read_record, write_record
 from bayesrule.recipes.runs import Paused, Watch, train
 from bayesrule.recipes.settings import Settings, settings_within
@@ -21,7 +21,7 @@ def train_seeds(
     resume: bool = False,
     kind: str | None = None,
     started: Callable[[Data], object] = lambda data: None,
-    bars: Tick = quiet,
+    bars: Bars = quiet,
     watch: Watch | None = None,
 ) -> None:
     """Train with ``count`` seeds from ``settings.seed`` on, one after another, each into a folder of ``out``.
@@ -38,8 +38,14 @@ def train_seeds(
     record = {"kind": MANY, "runs": names, "settings": settings.plain()}
     if resume and (out / "run.json").exists():
         began = read_record(out)
-        if began["kind"] != MANY or began.get("runs") != names or settings_within(out, began) != settings:
-            raise ValueError(f"{out} began with other seeds or settings; give the same, or --resume and --out alone")
+        theirs = settings_within(out, began)
+        if began["kind"] != MANY or began.get("runs") != names:
+            raise ValueError(f"{out} began with other seeds; give the same, or --resume and --out alone")
+        if other := [
+            *settings.differ(theirs),
+            *["settings of the optimizer"] * (settings.hyperparameters != theirs.hyperparameters),
+        ]:
+            raise ValueError(f"{out} began with other {other[0]}; give the same, or --resume and --out alone")
     elif not resume or (out.is_dir() and {path.name for path in out.iterdir()} - {*names}):
         claim(out)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import bayesrule as br
-from bayesrule.recipes.data import Data, Part, Scale, Tick, load, quiet
+from bayesrule.recipes.data import Bars, Data, Part, Scale, load, quiet
 from bayesrule.recipes.folder import digest, read_lines, read_record, restore, save
 from bayesrule.recipes.models import build
 from bayesrule.recipes.optimizers import OPTIMIZERS
@@ -81,7 +81,12 @@ class Record:
     @property
     def command(self) -> str:
         """What goes on with the run."""
-        return f"bayesrule train {COMMANDS.get(self.kind, 'image')} --resume --out {shlex.quote(str(self.folder))}"
+        return going_on(self.kind, self.folder)
+
+
+def going_on(kind: str, folder: Path) -> str:
+    """The command that goes on with a run, or with several seeds of one."""
+    return f"bayesrule train {COMMANDS[kind]} --resume --out {shlex.quote(str(folder))}"
 
 
 def record_of(folder: Path) -> Record:
@@ -147,7 +152,7 @@ def place(device: str) -> torch.device:
     return found
 
 
-def load_for(settings: Settings, scale: Scale | None = None, bars: Tick = quiet) -> Data:
+def load_for(settings: Settings, scale: Scale | None = None, bars: Bars = quiet) -> Data:
     """The data of a run."""
     held_out, seed, split = settings.held_out, settings.split_seed, settings.split
     return load(
@@ -207,7 +212,7 @@ class Run:
             tick()
         return torch.cat(found)
 
-    def predictions(self, num_samples: int = SAMPLES, *, again: bool = False, bars: Tick = quiet) -> dict[str, Tensor]:
+    def predictions(self, num_samples: int = SAMPLES, *, again: bool = False, bars: Bars = quiet) -> dict[str, Tensor]:
         """Probabilities by what was asked: "validation", "test", "unknown", and "averaged test", "averaged unknown".
 
         Those that were kept beside these weights are read, unless ``again``; else they are computed and kept.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bayesrule.recipes.data import Data, Tick, quiet
+from bayesrule.recipes.data import Bars, Data, quiet
 from bayesrule.recipes.folder import claim, locked, restore, save, write_lines, write_record
 from bayesrule.recipes.models import MODELS, build
 from bayesrule.recipes.names import lookup
@@ -83,7 +83,7 @@ def train(
     resume: bool = False,
     kind: str | None = None,
     started: Callable[[Data], object] = lambda data: None,
-    bars: Tick = quiet,
+    bars: Bars = quiet,
     watch: Watch | None = None,
 ) -> None:
     """Train and leave a complete run folder at ``out``.
@@ -181,7 +181,7 @@ def _go_on(out: Path, settings: Settings, training: Training) -> None:
             raise ValueError(f"{path} is damaged or of another run: {why}; delete it to start anew") from error
 
 
-def _learn(settings: Settings, training: Training, out: Path, bars: Tick, watch: Watch | None) -> None:
+def _learn(settings: Settings, training: Training, out: Path, bars: Bars, watch: Watch | None) -> None:
     """All epochs that are left, with a checkpoint now and then."""
     advance = bars(OPTIMIZERS[settings.optimizer].title, settings.epochs * training.steps)
     for _ in range(training.done):
@@ -258,13 +258,10 @@ def stopping() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def finish(settings: Settings, training: Training, out: Path, bars: Tick = quiet) -> None:
+def finish(settings: Settings, training: Training, out: Path, bars: Bars = quiet) -> None:
     """Write what a finished run leaves; ``run.json`` says last that it is finished."""
     training.keep_best()
-    model, posterior = training.model, None
-    if training.best is not None:
-        training._validate()  # running statistics of batch norm, at the mean that is kept
-    model.eval()
+    model, posterior = training.model.eval(), None
     write_tensors(out / "model.safetensors", model.state_dict(), {})
     if OPTIMIZERS[settings.optimizer].variational:
         posterior = training.posterior()

@@ -13,14 +13,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bayesrule.recipes.data import Tick, some
+from bayesrule.recipes.data import Bars, some
 from bayesrule.uses.report import Report, table
 
 MOST = 40  # classes that are listed
 
 
 @contextmanager
-def progress() -> Iterator[Tick]:
+def progress() -> Iterator[Bars]:
     """Progress bars with the time left, on stderr."""
     columns = (TextColumn("{task.description:<6}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())

@@ -1,6 +1,8 @@
 """One way in: every kind of path that is nothing to learn from has its line."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 from tests.recipes.formats.test_folders import put
@@ -64,13 +66,23 @@ def test_options_that_do_not_fit(tmp_path, options, message):
         read(str(tmp_path), **options)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read(tmp_path):
-    put(tmp_path, "a/1.png")
-    (tmp_path / "a").chmod(0)
-    with pytest.raises(PermissionError, match=r"cannot read .*a: Permission denied; check"):
-        read(str(tmp_path))
-    (tmp_path / "a").chmod(0o700)
+@pytest.fixture
+def nobody():
+    """Whoever runs the tests is not root meanwhile, who may read everything."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(before)
+
+
+def test_what_may_not_be_read(nobody):
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is its owner's alone
+        put(Path(folder), "a/1.png")
+        Path(folder, "a").chmod(0)
+        with pytest.raises(PermissionError, match=r"cannot read .*a: Permission denied; check"):
+            read(folder)
+        Path(folder, "a").chmod(0o700)
 
 
 @pytest.mark.parametrize(
