@@ -72,6 +72,17 @@ def test_kept_predictions_are_those_that_are_made_again(finished):
         assert torch.equal(kept[name], run.probabilities(part, samples))
 
 
+@pytest.mark.parametrize("count", [None, 8])
+def test_predictions_do_not_depend_on_how_many_are_made_at_once(finished, monkeypatch, count):
+    run = read(finished)
+    whole, seen = run.probabilities(run.data.test, count), []
+    monkeypatch.setattr(results, "AT_ONCE", 10)
+    monkeypatch.setattr(results, "FORWARD", 4 * 64)
+    run.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    torch.testing.assert_close(run.probabilities(run.data.test, count), whole, rtol=1e-5, atol=1e-6)
+    assert max(seen) == 4
+
+
 def rewrite(change):
     """An act on a folder: a change of its record."""
 

@@ -174,7 +174,7 @@ def describe(settings: Settings) -> dict[str, Any]:
     """The settings as one flat table, in words."""
     flat = {**asdict(settings), **settings.hyperparameters}
     del flat["hyperparameters"]
-    words: Mapping[Any, str] = {None: "none", (): "none", True: "yes", False: "no"}
+    words: Mapping[Any, str] = {None: "none", True: "yes", False: "no"}
 
     def word(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -1,6 +1,7 @@
 """Data to learn from: found, split, looked through once, and scaled by the training part."""
 
 import hashlib
+import math
 import shlex
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +20,20 @@ from bayesrule.recipes.sources import ANY, TEST, TRAIN, VALIDATION, Collection, 
 PARTS = {TRAIN: "training", VALIDATION: "validation", TEST: "test"}
 TAKEN = {VALIDATION: 0.1, TEST: 0.15}  # of the given training part, where only that part is missing
 CHUNK = 1024  # examples looked through at once
+NUMBERS = 1 << 25  # of examples that are held at once, at most, whatever their size: bounds memory
+FORWARD = 1 << 23  # of examples that a model sees at once, which makes many times as many of them
 READERS = min(8, cpu_count() or 1)  # threads that decode files; decoding frees the interpreter
 UNEVEN = 10  # times as many examples of one class as of another are worth a word
+
+
+def fitting(shape: Sequence[int], most: int, numbers: int = NUMBERS) -> int:
+    """How many examples of a shape are taken at once: at most ``most``, and fewer where they are large.
+
+    Example:
+        >>> fitting((1, 28, 28), 4096), fitting((3, 224, 224), 4096)
+        (4096, 222)
+    """
+    return max(1, min(most, numbers // math.prod(shape)))
 
 
 @dataclass(frozen=True)
@@ -273,8 +286,8 @@ def survey(data: Data, bars: Bars = quiet) -> Data:
     blank: list[str] = []
     binary = torch.ones(channels, dtype=torch.bool)
     total = squares = torch.zeros(channels, dtype=torch.float64)
-    tick = bars("look", sum(-(-len(part) // CHUNK) for part in data.parts.values()))
-    width = CHUNK if data.train.source.at_hand else 64
+    width = fitting(data.shape, CHUNK if data.train.source.at_hand else 64, FORWARD)
+    tick = bars("look", sum(-(-len(part) // width) for part in data.parts.values()))
     for name, part in data.parts.items():
         for start, values in zip(range(0, len(part), width), part.stream(torch.arange(len(part)).split(width)), strict=True):
             rows = values.reshape(len(values), -1)
@@ -288,8 +301,7 @@ def survey(data: Data, bars: Bars = quiet) -> Data:
                 wide = values.double().transpose(0, 1).reshape(channels, -1)
                 total, squares = total + wide.sum(1), squares + wide.square().sum(1)
                 binary &= ((wide == 0) | (wide == 1)).all(1)
-            if start % CHUNK == 0:
-                tick()
+            tick()
     count = len(data.train) * (data.train[0].numel() // channels)
     center = total / count
     spread = ((squares - count * center.square()).clamp_min(0) / max(count - 1, 1)).sqrt()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import bayesrule as br
-from bayesrule.recipes.data import Bars, Data, Part, Scale, load, quiet
+from bayesrule.recipes.data import FORWARD, Bars, Data, Part, Scale, fitting, load, quiet
 from bayesrule.recipes.folder import digest, read_lines, read_record, restore, save
 from bayesrule.recipes.models import build
 from bayesrule.recipes.optimizers import OPTIMIZERS
@@ -23,7 +23,7 @@ from bayesrule.recipes.training import anchor
 
 PREDICTIONS = "predictions.safetensors"
 COMMANDS = {"image": "image", "row": "tabular"}  # for each kind of data
-AT_ONCE = 4096  # examples predicted at once: bounds memory
+AT_ONCE = 4096  # examples predicted at once, at most
 SAMPLES = 32
 
 
@@ -192,19 +192,24 @@ class Run:
         """Training time, without validation."""
         return math.fsum(self.record.seconds)
 
+    @property
+    def at_once(self) -> int:
+        """How many examples are predicted at once."""
+        return fitting(self.data.shape, AT_ONCE)
+
     def probabilities(self, part: Part, num_samples: int | None, tick: Callable[[], object] = lambda: None) -> Tensor:
         """Class probabilities averaged over so many draws from the posterior, at the mean if None; shape (examples, classes)."""
         device = next(self.model.parameters()).device
         found = []
-        batches = torch.arange(len(part)).split(AT_ONCE)
-        anchors = anchor(self.data, device) if num_samples is not None else None
+        batches = torch.arange(len(part)).split(self.at_once)
+        how: dict[str, Any] = {"batch_size": fitting(self.data.shape, 512, FORWARD)}
+        if num_samples is not None:
+            how |= {"num_samples": num_samples, "batch_norm": anchor(self.data, device)}
+        posterior = None if num_samples is None else self.posterior
         for stored in part.stream(batches):
             inputs = self.data.scale(stored.to(device))
             try:
-                if num_samples is None:
-                    probs = br.predict(self.model, None, inputs).probs
-                else:
-                    probs = br.predict(self.model, self.posterior, inputs, num_samples=num_samples, batch_norm=anchors).probs
+                probs = br.predict(self.model, posterior, inputs, **how).probs
             except RuntimeError as error:
                 raise ValueError(f"{self.folder}: {error}") from error
             assert probs is not None
@@ -230,7 +235,7 @@ class Run:
             wanted.append(("unknown", self.data.unknown, None))
         if self.posterior is not None:
             wanted += [(f"averaged {name}", part, num_samples) for name, part, _ in wanted if name != "validation"]
-        tick = bars("predict", sum(-(-len(part) // AT_ONCE) for _, part, _ in wanted))
+        tick = bars("predict", sum(-(-len(part) // self.at_once) for _, part, _ in wanted))
         found = {name: self.probabilities(part, count, tick) for name, part, count in wanted}
         with contextlib.suppress(OSError):
             save(path, found, about)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bayesrule.recipes.data import CHUNK, Data, Part
+from bayesrule.recipes.data import CHUNK, Data, Part, fitting
 from bayesrule.recipes.formats.folders import ENDINGS
 from bayesrule.recipes.formats.pieces import few
 from bayesrule.recipes.formats.reading import read
@@ -63,7 +63,7 @@ def columns_of(found: Collection, like: Data) -> Collection:
 
 def extent(source: Source) -> tuple[float, float]:
     """The range of values of images: that of bytes, or what the first ones show."""
-    some = source.read(torch.arange(min(len(source), CHUNK)))
+    some = source.read(torch.arange(min(len(source), fitting(source.shape, CHUNK))))
     return BYTES if some.dtype == torch.uint8 else (some.min().item(), some.max().item())
 
 

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import update_bn
 
 import bayesrule as br
 from bayesrule.recipes.augmentation import augmentation
-from bayesrule.recipes.data import Data, Part
+from bayesrule.recipes.data import FORWARD, Data, Part, fitting
 from bayesrule.recipes.models import has_batch_norm
 from bayesrule.recipes.schedules import SCHEDULES
 
@@ -265,14 +265,14 @@ class Training:
             yield
 
 
-def batches_of(part: Part, data: Data, device: torch.device, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_of(part: Part, data: Data, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """A part in its order, as inputs of a model and their labels."""
-    batches = torch.arange(len(part)).split(size)
+    batches = torch.arange(len(part)).split(fitting(data.shape, BATCH, FORWARD))
     for batch, stored in zip(batches, part.stream(batches), strict=True):
         yield data.scale(stored.to(device)), part.labels[batch].to(device)
 
 
 def anchor(data: Data, device: torch.device) -> list[Tensor]:
     """Training inputs from which the running statistics of batch norm are estimated: the same ones every time."""
-    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:ANCHOR]
-    return [data.scale(stored.to(device)) for stored in data.train.stream(chosen.split(BATCH // 4))]
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: fitting(data.shape, ANCHOR)]
+    return [data.scale(stored.to(device)) for stored in data.train.stream(chosen.split(fitting(data.shape, BATCH // 4, FORWARD)))]

@@ -14,7 +14,7 @@ import torch
 from bayesrule.recipes.formats.pieces import PARTS, count
 from bayesrule.recipes.sources import ANY, GRAY, Collection, Files, Paths, Refusal, Source, Stored, measure, shown
 
-MEMORY = 512 << 20  # bytes: images that take no more when decoded are decoded once and kept
+MEMORY = 256 << 20  # bytes: images that take no more when decoded are decoded once and kept
 ENDINGS = (b".png", b".jpg", b".jpeg")
 TOGETHER = 64  # files that a thread takes at once
 MODES = {"L": "gray", "RGB": "color"}
