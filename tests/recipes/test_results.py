@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.recipes.stopped import COMPARED
 
 import bayesrule as br
+from bayesrule.recipes import results
 from bayesrule.recipes.folder import read_record
 from bayesrule.recipes.results import Run, read
 from bayesrule.recipes.runs import train
