@@ -36,10 +36,12 @@ def test_unfreezing_a_parameter_leaves_the_memory_of_the_others(make):
     a, b = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(3))
     optimizer = make([a, b])
 
-    def step():
+    def look():
         for p in (a, b):
             p.grad = torch.ones(3) if p.requires_grad else None
-        optimizer.step(lambda: None)
+
+    def step():
+        optimizer.step(look)
 
     for _ in range(5):
         step()

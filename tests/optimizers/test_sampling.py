@@ -975,6 +975,7 @@ class TestGroups:
         optimizer = br.IVON(problem.inner.parameters(), **SMALL_IVON)
         train(problem, optimizer, 3)
         optimizer.add_param_group({"params": list(problem.outer.parameters()), "lr": 0.05, "hess_init": 2.0})
+        optimizer.zero_grad()
         before = flat(problem.outer.parameters())
         with optimizer.sampled_params(train=True):
             assert (flat(problem.outer.parameters()) != before).all()

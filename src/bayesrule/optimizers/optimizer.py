@@ -22,13 +22,14 @@ from ..families.gaussian import Diagonal
 from ..family import Gaussian
 from ..posterior import Posterior
 from ..rule import BayesRule, Rates
+from .attaching import Attached, attach
 from .cells import Layout, Names
+from .draws import Draws
 from .execution import Compile, Execution, Flats
 from .hyperparameters import Allowed, validate
 from .injection import Injected
 from .learned import adopt, learned
 from .reminders import Reminders
-from .sampling import Draws
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -89,8 +90,8 @@ class BayesOptimizer(Optimizer, ABC):
         host, name = weakref.proxy(self), type(self).__name__  # no circle keeps a dropped optimizer alive
         self.execution = Execution(host, type(self), compile)
         self.layout = Layout(host, name, self.execution.scratch)
-        self._draws = Draws(host, Injected(noise) if noise else None)
-        self._reminders = Reminders(type(self).__name__)
+        self.draws = Draws(host, Injected(noise) if noise else None)
+        self.reminders = Reminders(type(self).__name__)
         self._ready = False  # whether this step has begun
 
     # What a subclass fills in
@@ -139,38 +140,95 @@ class BayesOptimizer(Optimizer, ABC):
             True
         """
         self._renew()
-        opened = self._draws.begin(train=train, weight=weight)
+        opened = self.draws.begin(train=train, weight=weight)
         try:
             yield
         except BaseException:
             if opened:
-                self._draws.discard()
+                self.draws.discard()
             raise
         if opened:
-            self._draws.close()
+            self.draws.close()
 
     @property
     def dropped_draws(self) -> int:
         """Draws thrown away because their gradient was not finite."""
-        return self._draws.dropped
+        return self.draws.looks.dropped
+
+    def train(self) -> None:
+        """Put a draw of q into the parameters until :meth:`step`, or until :meth:`eval` brings the mean back.
+
+        To be called before every training forward, as the trainers do that know of optimizers with two sets of weights. A
+        step has one draw: called again, for another micro-batch, the same one goes on, bit by bit, whatever closed it for a
+        while. Without draws in the algorithm nothing happens.
+
+        Example:
+            >>> import torch, bayesrule as br
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> opt = br.IVON([w], lr=0.1, ess=100)
+            >>> for _ in range(100):
+            ...     opt.train()
+            ...     (w - 1).square().sum().backward()
+            ...     opt.step()
+            >>> (w - 1).abs().max().item() < 0.1
+            True
+        """
+        if not self.draws.is_training and self.wanted_draws():
+            self._renew()
+            self.draws.begin(train=True, automatic=True)
+
+    def eval(self) -> None:
+        """Bring the mean back for an evaluation. The gradient of a draw is kept for the step."""
+        self.draws.close()
+
+    def attach(self, model: nn.Module) -> Attached:
+        """Let every training forward of a model open the draw by itself, so that the training loop stays as it is.
+
+        In front of a forward in training mode the draw of the step opens (:meth:`train`); in front of one in eval mode, and of
+        ``model.state_dict()``, it closes and goes on with the next training forward. Copies of the model are not attached, and
+        neither model nor optimizer keeps the other alive.
+
+        Args:
+            model: What the training loop calls: the compiled or wrapped one where there is one.
+
+        Returns:
+            Its ``remove()`` ends this.
+
+        Raises:
+            TypeError: ``model`` is not a module.
+            ValueError: The optimizer trains none of its parameters, or it is attached already.
+
+        Example:
+            >>> import torch, bayesrule as br
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = br.IVON(model.parameters(), lr=0.1, ess=100)
+            >>> hooks = opt.attach(model)
+            >>> model(torch.ones(2)).square().sum().backward()
+            >>> opt.step()
+        """
+        return attach(self, model)
+
+    def wanted_draws(self) -> int:
+        """How many draws make one look; 0 for an algorithm that does not draw."""
+        return max(self.rule(group).expectation.draws for group in self.param_groups)
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """Call an ordinary closure once for every draw of the step; the mean loss."""
-        draws = max(self.rule(group).expectation.draws for group in self.param_groups)
+        draws = self.wanted_draws()
         if not draws:
             with torch.enable_grad():
                 return closure()
         losses = []
         self._renew()
-        for _ in range(draws):
-            self._draws.begin(train=True, joinable=True)
+        for _ in range(1 if self.draws.is_training or self.draws.goes_on else draws):
+            self.draws.begin(train=True, joinable=True, automatic=self.draws.goes_on)
             try:
                 with torch.enable_grad():
                     losses.append(closure())
             except BaseException:
-                self._draws.discard()
+                self.draws.discard()
                 raise
-            self._draws.close()
+            self.draws.close()
         return None if losses[0] is None else sum(losses) / len(losses)
 
     # Moving
@@ -190,14 +248,13 @@ class BayesOptimizer(Optimizer, ABC):
             RuntimeError: No parameter has a gradient.
         """
         loss = self._evaluate(closure) if closure is not None else None
-        self._draws.close()
+        self.draws.close()
         self._renew()
-        taken, drawn = self._draws.take(), self._draws.begun
+        taken, drawn = self.draws.looks.take(), self.draws.looks.begun
         if taken is not None and not taken[0]:
-            self._draws.forget()
+            self.draws.forget()
             raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
-        wanted = max(self.rule(group).expectation.draws for group in self.param_groups)
-        self._reminders.of_draws(wanted, drawn, self.defaults.get("antithetic", False))
+        self.reminders.of_draws(self.wanted_draws(), drawn, self.defaults.get("antithetic", False))
         if taken is not None:
             params, how = taken
             cells = self.layout.cells(params)
@@ -209,21 +266,20 @@ class BayesOptimizer(Optimizer, ABC):
             if drawn:
                 for p in params:
                     p.grad = None
-        self._draws.forget()
+        self.draws.forget()
         self._ready = False
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; what a closed draw left there is read first, and not lost."""
-        if not self._draws.is_training:
-            self._draws.renew()
+        self.draws.cleared()
         super().zero_grad(set_to_none)
 
     # q in pieces
 
     def _renew(self) -> None:
         """Before the first draw of a step: hyper-parameters may have changed, and it may be time to compile."""
-        if not self._draws.begun:
+        if not self.draws.looks.begun:
             if not self._ready:
                 self._ready = True
                 self.execution.advance(lambda: sum(p.numel() for p in self.layout.trainable()))
@@ -244,7 +300,7 @@ class BayesOptimizer(Optimizer, ABC):
 
     def posterior(self, model: nn.Module, num_data: int | None = None) -> Posterior:
         """What was learned, by the model's parameter names; see :meth:`bayesrule.Posterior.from_optimizer`."""
-        self._draws.close()
+        self.draws.close()
         return learned(self, model, num_data)
 
     def marginal(self, group: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -278,7 +334,7 @@ class BayesOptimizer(Optimizer, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of q at the mean: an open draw is closed first."""
-        self._draws.close()
+        self.draws.close()
         return super().state_dict()
 
     @torch.no_grad()
@@ -307,7 +363,7 @@ class BayesOptimizer(Optimizer, ABC):
                 )
         for number, group in enumerate(state_dict["param_groups"]):
             validate(type(self).__name__, number, group, self.ranges)
-        self._draws.discard()
+        self.draws.discard()
         super().load_state_dict(state_dict)
         for p, index in zip(own, indices, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
@@ -316,10 +372,10 @@ class BayesOptimizer(Optimizer, ABC):
         self.execution.resume(max((int(state["step"]) for state in self.state.values() if "step" in state), default=0))
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._draws.begun:
+        if self.draws.looks.begun:
             raise RuntimeError(f"{type(self).__name__} cannot be copied between a draw and its step(); copy it after the step")
-        self._draws.close()
-        kept = {"noise": self._draws.injected and self._draws.injected.function, "compile": self.execution.compile}
+        self.draws.close()
+        kept = {"noise": self.draws.injected and self.draws.injected.function, "compile": self.execution.compile}
         return {**super().__getstate__(), **kept, "frugal": self.frugal}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -327,7 +383,7 @@ class BayesOptimizer(Optimizer, ABC):
             self.frugal = state.pop("frugal")
             self._prepare(state.pop("noise"), state.pop("compile"))
         else:
-            self._draws.forget()
+            self.draws.forget()
             self.layout.forget()
         super().__setstate__(state)
 

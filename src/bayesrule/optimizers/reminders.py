@@ -30,8 +30,9 @@ class Reminders:
         """
         if wanted and not drawn:
             self._warn(
-                "a step without a draw: it is taken at the mean and the curvature stays as it is; run forward and backward "
-                "inside `with opt.sampled_params(train=True):` or call step(closure)"
+                "a step without a draw: it is taken at the mean and the curvature stays as it is; call opt.attach(model) once, or "
+                "opt.train() before every forward, or step(closure), or run forward and backward inside "
+                "`with opt.sampled_params(train=True):`"
             )
         elif wanted > 1 and drawn != wanted:
             self._warn(
@@ -40,6 +41,13 @@ class Reminders:
             )
         if drawn % 2 and antithetic:
             self._warn(f"antithetic draws come in pairs, but this step had {drawn}: open an even number")
+
+    def of_mode(self) -> None:
+        """Warn about an evaluation under a draw."""
+        self._warn(
+            "a forward without gradients in training mode sees the draw that is open, not the mean; call model.eval() before an "
+            "evaluation"
+        )
 
     def _warn(self, message: str) -> None:
         if message not in self.given:

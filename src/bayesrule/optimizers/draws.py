@@ -1,0 +1,252 @@
+"""When a draw opens and closes.
+
+A draw puts a sample of q where the mean was, so that whoever runs forward and backward, and however, differentiates there.
+
+==========  ==============================================  =========================================================
+state       parameters hold                                 what happens next
+==========  ==============================================  =========================================================
+(none)      the mean                                        ``begin``: the next sample is written into the parameters
+open        a sample; the stash holds the mean              ``end``: the mean returns bit-exactly -> waiting;
+                                                            ``discard`` (exception): as if the draw had not been
+waiting     the mean; the stash holds the offset,           read by the step, before the next draw, or by
+            ``p.grad`` the gradient, not yet read           ``zero_grad``; an automatic draw may go on instead
+==========  ==============================================  =========================================================
+
+There is one automatic draw in a step (``opt.train()``, ``opt.attach(model)``): closed before its step, for an evaluation or a
+checkpoint between two micro-batches, it is written again, bit by bit, by whatever would open it.
+
+With little memory there is no stash: the offset is made again from its noise wherever it is wanted, and the mean that
+returns is the sample less the offset, rounded.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..family import Gaussian
+from ..noise import EVALUATE, TRAIN
+from .cells import Cell, Layout
+from .execution import Execution, Flats
+from .injection import Injected, InjectedNoise
+from .looking import Looks, Written
+
+STASH = "offset"
+
+
+class Host(Protocol):
+    """What the draws need of their optimizer."""
+
+    execution: Execution
+    layout: Layout
+    frugal: bool
+
+    def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]: ...
+
+
+class Draws:
+    """The draws of one optimizer step."""
+
+    def __init__(self, host: Host, injected: Injected | None) -> None:
+        self.host, self.injected = host, injected
+        self._looked = 0  # draws without training, which number their noise
+        self._open: Written | None = None
+        self._joinable = self._automatic = False
+        self._weight = 1.0
+        self._strange: tuple[Tensor, weakref.ref[Tensor]] | None = None  # a gradient that was there before the draw
+        self._train = Written(STASH)
+        self.looks = Looks(host, self._train)
+
+    def forget(self) -> None:
+        """Start a new step: no draws yet."""
+        self.looks.forget()
+        self._automatic = False
+        if self.injected:
+            self.injected.held = None
+
+    # Opening and closing
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the parameters hold a sample."""
+        return self._open is not None
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the parameters hold a sample that is learned from."""
+        return self._open is self._train
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether an automatic draw is open."""
+        return self.is_training and self._automatic
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an automatic draw is closed, but only for a while."""
+        return not self.is_open and self._automatic and self.looks.waiting
+
+    def begin(self, *, train: bool, weight: float = 1.0, joinable: bool = False, automatic: bool = False) -> bool:
+        """Write a sample into the parameters; False if the caller joins a draw that is open already.
+
+        Args:
+            train: Whether it is learned from.
+            weight: Among the draws of the step.
+            joinable: Whether others may join it.
+            automatic: Whether it lasts until the step: it then may be joined, be closed for a while, and go on.
+        """
+        if not isinstance(weight, Real) or not 0 < weight < math.inf:
+            raise ValueError(f"the weight of a draw must be a number in (0, inf), got {weight!r}")
+        if self.is_automatic and not train:
+            self.end()
+        if self._open is not None:
+            if not (train and self._joinable):
+                raise RuntimeError("a draw is open already: leave its sampled_params() context before another one opens")
+            if weight != 1.0:
+                raise RuntimeError(f"a draw of weight {weight} cannot join the draw that is open; call opt.eval() before it")
+            return False
+        if not train:
+            # the stash is free unless a closed draw still waits in it
+            self._write(Written("looked" if self.looks.waiting or self.host.frugal else STASH), EVALUATE, self._looked)
+            self._looked += 1
+        elif automatic and self.goes_on:
+            self.looks.reopen()
+            self._write(self._train, TRAIN, self.looks.begun)
+        else:
+            self.renew()
+            self._strange = self._stranger()
+            self._weight, self._automatic = float(weight), automatic
+            self._train.block = None if self.host.frugal else STASH
+            self._write(self._train, TRAIN, self.looks.begun)
+        self._joinable = joinable or automatic
+        return True
+
+    def end(self) -> None:
+        """Bring the mean back; what backpropagation left in ``p.grad`` waits to be read.
+
+        Raises:
+            RuntimeError: A gradient stands there that is older than the draw; the draw is lost.
+        """
+        train = self.is_training
+        self._restore(keep_offset=train)
+        if train and self._strange is not None:
+            param, gradient = self._strange
+            if param.grad is not None and gradient() is param.grad:
+                self.looks.lose()
+                raise RuntimeError(
+                    "gradients from before this draw stood in p.grad and were added to: they belong to other weights, and are "
+                    "cleared; open the draw before the first backward() of the step, or call zero_grad() when it is open"
+                )
+        if train:
+            self._strange = None
+            self.looks.add(self._weight)
+
+    def discard(self) -> None:
+        """Bring the mean back and forget the draw with its gradient."""
+        train = self.is_training
+        self._restore()
+        if train:
+            self.looks.lose()
+
+    def close(self) -> None:
+        """End a draw if one is open."""
+        if self._open is not None:
+            self.end()
+
+    def pause(self) -> None:
+        """End an automatic draw if one is open."""
+        if self.is_automatic:
+            self.end()
+
+    def cleared(self) -> None:
+        """Somebody clears the gradients: what a closed draw left there is read first, and not lost."""
+        if self.is_training:
+            self._strange = None
+        else:
+            self.renew()
+
+    def renew(self) -> None:
+        """Before more draws."""
+        if not self.looks.renew():
+            self.forget()
+
+    def _stranger(self) -> tuple[Tensor, weakref.ref[Tensor]] | None:
+        for p in self.host.layout.trainable():
+            if p.grad is not None and p.grad.layout == torch.strided and bool(p.grad.any()):
+                return p, weakref.ref(p.grad)
+        return None
+
+    # Writing
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _write(self, written: Written, stream: int, draw: int) -> None:
+        params = self.host.layout.trainable()
+        if self.injected:
+            self.injected.params = params
+        written.cells = []
+        self._open = written
+        try:
+            for cell in self.host.layout.cells(params):
+                if cell.draws:
+                    self._write_cell(written, cell, stream, draw)
+        except BaseException:
+            self.discard()
+            raise
+        torch.clear_autocast_cache()
+
+    def _write_cell(self, written: Written, cell: Cell, stream: int, draw: int) -> None:
+        plot = cell.plot
+        numbers = {**cell.inputs, "stream": stream, "draw": draw, "first": plot.where.first}
+        flats: Flats = {"mean": plot.mean(), **cell.kept}
+        flats.pop("memory", None)
+        if written.block:
+            flats["offset"] = plot.flat(written.block)
+        version = plot.params[0]._version
+        written.cells.append((cell, numbers))
+        try:
+            if self.injected:
+                self._write_injected(self.injected, cell, flats, stream, draw)
+            else:
+                self.host.execution.run("draw", cell, {**flats, "pairs": plot.where.numbers}, numbers)
+        except BaseException:
+            if plot.params[0]._version == version:  # nothing was written, so there is nothing to restore
+                written.cells.pop()
+            raise
+        plot.put(flats["mean"], cell.only)
+
+    def _write_injected(self, injected: Injected, cell: Cell, flats: Flats, stream: int, draw: int) -> None:
+        q, _ = self.host.belief(cell.group, flats)
+        cell.plot.keep(flats["mean"], flats["offset"], cell.only)
+        offset = cell.rule.expectation.offset(q, InjectedNoise(injected, cell.plot, stream), draw)
+        flats["mean"].add_(offset)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _restore(self, keep_offset: bool = False) -> None:
+        written, self._open = self._open, None
+        if written is None:
+            return
+        for cell, numbers in written.cells:
+            plot = cell.plot
+            if written.block and not keep_offset:
+                plot.put(plot.flat(written.block), cell.only, written.block)
+                continue
+            flats = {"mean": plot.mean()}
+            if written.block:
+                self.host.execution.run("close", cell, {**flats, "offset": plot.flat(written.block)}, {})
+            else:
+                kept = {name: block for name, block in cell.kept.items() if name != "memory"}
+                self.host.execution.run("close", cell, {**flats, **kept, "pairs": plot.where.numbers}, numbers)
+            plot.put(flats["mean"], cell.only)
+        torch.clear_autocast_cache()
+        if written is not self._train:
+            for cell, _ in written.cells:
+                if written.block != STASH:
+                    cell.plot.drop(written.block or "")
