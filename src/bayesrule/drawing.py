@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import POSTERIOR, CounterNoise, Where, addresses
+from .noise import DITHER, POSTERIOR, CounterNoise, Where, addresses
 from .plots import Plot, plots
 from .program import Program, Runner
 from .vector import BUCKET
@@ -62,7 +62,7 @@ class Draws:
         for plot, mean, spread in self._plots:
             flats = {"sample": plot.blank(), "mean": mean, "spread": spread, "pairs": plot.where.numbers}
             self._runner.run(_sample(plot.dtype), flats, {**numbers, "first": plot.where.first})
-            plot.put(flats["sample"])
+            plot.put(flats["sample"], dither=CounterNoise(self.seed, DITHER, draw=draw, where=plot.where))
         torch.clear_autocast_cache()
 
     @torch.inference_mode(False)

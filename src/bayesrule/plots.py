@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .lowering import Scratch
-from .noise import Where, pairs
+from .noise import Noise, Where, pairs
+from .rounding import followed, stochastic
 from .vector import BLOCK, Bucket, buckets, whole_blocks
 
 
@@ -70,12 +71,41 @@ class Plot:
         """Where to write what is to be :meth:`put`: whatever stands in it."""
         return self.scratch.flat("mean", (self.bucket.size,), self.dtype, self.params[0].device) if self.own is None else self.own
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the parameters hold less than what is reckoned with."""
+        return self.params[0].dtype.itemsize < self.dtype.itemsize
+
+    @property
+    def exact(self) -> Tensor | None:
+        """The block that holds exactly what the parameters hold rounded, where there is one."""
+        return self.flats.get("mean") if self.rounds else None
+
+    def follow(self) -> None:
+        """Whoever wrote into the parameters is obeyed: what they hold is exact where it is not what was rounded."""
+        if self.exact is not None:
+            self.exact.copy_(followed(self.exact, self.read(self.params, "mean").to(self.params[0].dtype)))
+
     def mean(self) -> Tensor:
         """What stands in the parameters, flat, shape (size,): a view of them, or a copy in scratch; see :meth:`put`."""
+        if self.exact is not None:
+            return self.exact
         return self.read(self.params, "mean") if self.own is None else self.own
 
-    def put(self, flat: Tensor, only: frozenset[int] | None = None, name: str = "mean") -> None:
-        """Write a flat tensor into the parameters, or into some of them; nothing is to be done for :meth:`mean` of a view."""
+    def put(self, flat: Tensor, only: frozenset[int] | None = None, name: str = "mean", dither: Noise | None = None) -> None:
+        """Write a flat tensor into the parameters, or into some of them; nothing is to be done for :meth:`mean` of a view.
+
+        Args:
+            flat: Shape (size,).
+            only: The numbers of the parameters to be written; None is all.
+            name: Under which the cut of this tensor is remembered.
+            dither: By which numbers are rounded by chance where parameters round; None rounds to the nearest.
+        """
+        if self.exact is not None and flat is not self.exact:
+            self.keep(flat, self.exact, only)
+        if self.rounds and dither is not None:
+            rounded = self.scratch.flat("rounded", flat.shape, self.dtype, flat.device)
+            flat, name = rounded.copy_(stochastic(flat, dither.uniform(flat), self.params[0].dtype)), "rounded"
         if self.own is None:
             self.write(flat, self.params, only, name)
         elif flat is not self.own:
@@ -140,28 +170,28 @@ class Plot:
         self.flats.pop(name, None)
         self._views.pop(name, None)
 
-    def shared(self, name: str, states: Sequence[dict[str, Any]], fill: float = 0.0) -> Tensor:
+    def shared(self, name: str, states: Sequence[dict[str, Any]], fill: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
         """A block of the state, shape (size,), in the memory of ``state[name]`` of every parameter.
 
         Whoever put another tensor into a state (a checkpoint, a tool) is obeyed: its values are taken over.
         """
-        held, owners = [state.get(name) for state in states], self.owners.get(name, ())
-        if len(owners) != len(held) or not all(map(operator.is_, owners, held)):
-            self._share(name, states, fill)
+        held, owners, dtype = [state.get(name) for state in states], self.owners.get(name, ()), dtype or self.dtype
+        if len(owners) != len(held) or not all(map(operator.is_, owners, held)) or self.flats[name].dtype != dtype:
+            self._share(name, states, fill, dtype)
         return self.flats[name]
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _share(self, name: str, states: Sequence[dict[str, Any]], fill: float) -> None:
+    def _share(self, name: str, states: Sequence[dict[str, Any]], fill: float, dtype: torch.dtype) -> None:
         stretch, param = self.bucket.stretches[0], self.params[0]
         if stretch.count < param.numel():  # a piece of a large tensor: the tensor owns the memory
             held = states[0].get(name)
-            if held is None or held.dtype != self.dtype or held.device != param.device or not held.is_contiguous():
-                fresh = param.new_full(param.shape, fill, dtype=self.dtype)
+            if held is None or held.dtype != dtype or held.device != param.device or not held.is_contiguous():
+                fresh = param.new_full(param.shape, fill, dtype=dtype)
                 states[0][name] = fresh if held is None else fresh.copy_(held)
             self.flats[name] = states[0][name].view(-1)[stretch.start : stretch.start + stretch.count]
         else:
-            flat = param.new_full((self.bucket.size,), fill, dtype=self.dtype)
+            flat = param.new_full((self.bucket.size,), fill, dtype=dtype)
             for state, view in zip(states, self.bucket.views(flat, self.params), strict=True):
                 state[name] = view.copy_(state[name]) if name in state else view
             self.flats[name] = flat

@@ -59,6 +59,7 @@ class TestState:
                 torch.testing.assert_close(mine.state[p][name], value, rtol=1e-11, atol=1e-14)
 
     @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
+    @pytest.mark.filterwarnings("ignore:.*above the rounding of its dtype")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_is_tensors_only_in_float32_or_wider_with_a_step_of_no_dimension(self, algorithm, dtype):
         w = nn.Parameter(torch.ones(3, dtype=dtype))

@@ -49,6 +49,7 @@ class Names(NamedTuple):
 
     hess: str | None
     memory: str
+    mean: str | None = None  # of parameters of less than 32 bits, exactly
 
 
 class Host(Protocol):
@@ -154,11 +155,6 @@ class Layout:
         return self._plots[index][1]
 
     def _check(self, param: Tensor) -> None:
-        if self.host.frugal and param.dtype.itemsize < 4:
-            raise ValueError(
-                f"{self.name}: memory='low' would round the mean of {param.dtype} parameters in every draw; "
-                "pass memory='default' or keep them in float32"
-            )
         for name, tensor in self.host.state.get(param, {}).items():
             if name != "step" and tensor.shape != param.shape:
                 raise ValueError(
@@ -193,7 +189,10 @@ class Layout:
         if self.host.names.hess:
             flats["hess"] = plot.shared(self.host.names.hess, states, self.host.start(group))
         if rule.momentum.remembers:
-            flats["memory"] = plot.shared(self.host.names.memory, states)
+            flats["memory"] = plot.shared(self.host.names.memory, states, dtype=group.get("momentum_dtype"))
+        if self.host.names.mean and plot.rounds:
+            plot.shared("mean", states)
+            plot.follow()
         return flats
 
     def state(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:

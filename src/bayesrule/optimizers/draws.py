@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..family import Gaussian
-from ..noise import EVALUATE, TRAIN
+from ..noise import DITHER, EVALUATE, TRAIN, CounterNoise
 from .cells import Cell, Layout
 from .execution import Execution, Flats
 from .injection import Injected, InjectedNoise
@@ -219,7 +219,8 @@ class Draws:
             if plot.params[0]._version == version:  # nothing was written, so there is nothing to restore
                 written.cells.pop()
             raise
-        plot.put(flats["mean"], cell.only)
+        dither = CounterNoise(cell.inputs["seed"], DITHER, cell.step, 2 * draw + (stream == EVALUATE), plot.where)
+        plot.put(flats["mean"], cell.only, dither=dither)
 
     def _write_injected(self, injected: Injected, cell: Cell, flats: Flats, stream: int, draw: int) -> None:
         q, _ = self.host.belief(cell.group, flats)

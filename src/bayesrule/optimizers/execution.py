@@ -26,8 +26,9 @@ from torch import Tensor
 from ..estimators.oracle import Seen
 from ..family import Gaussian
 from ..lowering import Scratch
-from ..noise import CounterNoise, Noise, Where
+from ..noise import REMEMBER, CounterNoise, Noise, Where
 from ..program import Named, Program, Runner
+from ..rounding import stochastic
 from ..rule import BayesRule, Look, Rates
 from ..vector import BUCKET
 from .cells import Cell
@@ -94,7 +95,7 @@ class Execution:
         self.programs: dict[Any, Program] = {}
         self._shared = SHARED.setdefault(kind, {})
         self.limit = BUCKET  # elements of a bucket
-        self._steps = 0
+        self.steps = 0
 
     @property
     def scratch(self) -> Scratch:
@@ -108,7 +109,7 @@ class Execution:
 
     def resume(self, steps: int) -> None:
         """Go on after so many steps that were done elsewhere, so that a run is compiled from the same step on, stopped or not."""
-        self._steps = steps
+        self.steps = steps
 
     def advance(self, params: Callable[[], int]) -> None:
         """Before a step, and never within one: switch to compiled programs when it is time.
@@ -116,9 +117,9 @@ class Execution:
         Args:
             params: How many parameters there are.
         """
-        self._steps += 1
+        self.steps += 1
         if not (self.runner.compiled or self.runner.failed or self.compile is False):
-            ready = self.compile is True or (self._steps > PATIENCE and params() >= WORTHWHILE and has_compiler())
+            ready = self.compile is True or (self.steps > PATIENCE and params() >= WORTHWHILE and has_compiler())
             self.runner.compiled = ready
         self.limit = COMPILED_BUCKET if self.runner.compiled else BUCKET
 
@@ -143,12 +144,18 @@ class Execution:
             recorded = getattr(_Recording(self.author, cell, drawn or cell), kind)
             program = self._shared[key] = Program.record(recorded, list(flats), list(numbers))
         self.programs[key] = program
+        narrow = flats.get("memory")
+        if narrow is not None and narrow.dtype != cell.plot.dtype:
+            flats = {**flats, "memory": self.scratch.flat("wide", narrow.shape, cell.plot.dtype, narrow.device).copy_(narrow)}
         copies = flats if cell.only is None else {**flats, **{name: flats[name].clone() for name in program.targets}}
         for part in _parts(copies, self.limit):
             self.runner.run(program, part, numbers, once=first)
         if cell.only is not None:
             for name in program.targets:
                 cell.plot.keep(copies[name], flats[name], cell.only)
+        if narrow is not None and narrow is not flats["memory"]:
+            uniform = CounterNoise(cell.inputs["seed"], REMEMBER, cell.step, where=cell.plot.where).uniform(flats["memory"])
+            narrow.copy_(stochastic(flats["memory"], uniform, narrow.dtype))
         return program.targets
 
 

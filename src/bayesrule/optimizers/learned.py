@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..posterior import Posterior
+from ..rounding import followed
+from ..rule import BayesRule
+from .cells import Layout, Names
 
 
 class Learner(Protocol):
@@ -17,7 +22,11 @@ class Learner(Protocol):
     param_groups: list[dict[str, Any]]
     state: Any
 
-    def marginal(self, group: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+    layout: Layout
+
+    @property
+    def names(self) -> Names: ...
+    def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
     def like_state(self, param: Tensor) -> Tensor: ...
 
 
@@ -37,10 +46,26 @@ def learned(optimizer: Learner, model: nn.Module, num_data: int | None) -> Poste
                 continue
             if id(p) not in names:
                 raise ValueError(f"{name} trains a parameter of shape {tuple(p.shape)} that the model does not hold")
-            for block, tensor in zip(blocks, optimizer.marginal(group, p), strict=True):
+            for block, tensor in zip(blocks, marginal(optimizer, group, p), strict=True):
                 block[names[id(p)]] = tensor
     mean, precision, prior_mean, prior_precision = blocks
     return Posterior(mean, precision, prior_mean, prior_precision, ess[0], num_data)
+
+
+@torch.no_grad()
+def marginal(optimizer: Learner, group: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, precision and prior (mean, precision) of one parameter."""
+    state, ess = optimizer.layout.state(group, param), group["ess"]
+    mean = optimizer.like_state(param).copy_(param)
+    if optimizer.names.mean in state and param.dtype.itemsize < mean.dtype.itemsize:
+        mean = followed(state[optimizer.names.mean], param.detach())
+    pull = ess * group["weight_decay"] if group["weight_decay"] else 0.0  # where ess may be infinite
+    prior_mean = state.get("prior_mean", mean.new_zeros(()))
+    prior_precision = state.get("prior_precision", mean.new_tensor(pull))
+    precision = state[optimizer.names.hess or ""] * ess + prior_precision
+    if not group["noise_scale"] or math.isinf(ess):
+        precision = torch.full_like(precision, math.inf)
+    return mean, precision, prior_mean.clone(), prior_precision.clone()
 
 
 def adopt(optimizer: Learner, prior: Posterior) -> None:

@@ -7,7 +7,6 @@ bucket of parameters, and its result is copied back in place.
 
 from __future__ import annotations
 
-import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -24,15 +23,21 @@ from ..posterior import Posterior
 from ..rule import BayesRule, Rates
 from .attaching import Attached, attach
 from .cells import Layout, Names
+from .checkpoints import check, restore
 from .draws import Draws
 from .execution import Compile, Execution, Flats
 from .hyperparameters import Allowed, validate
 from .injection import Injected
 from .learned import adopt, learned
 from .reminders import Reminders
+from .visibility import noise_visibility
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
+
+
+CHECK_EVERY = 100
+"""Steps from one look at what could go wrong silently to the next; the first step is looked at."""
 
 
 class BayesOptimizer(Optimizer, ABC):
@@ -85,6 +90,7 @@ class BayesOptimizer(Optimizer, ABC):
         super().__init__(params, defaults)
         if prior is not None:
             adopt(self, prior)
+        self.reminders.of_decay(defaults["weight_decay"], [group["weight_decay"] for group in self.param_groups])
 
     def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile) -> None:
         host, name = weakref.proxy(self), type(self).__name__  # no circle keeps a dropped optimizer alive
@@ -266,6 +272,8 @@ class BayesOptimizer(Optimizer, ABC):
             if drawn:
                 for p in params:
                     p.grad = None
+                if self.execution.steps % CHECK_EVERY == 1:
+                    self.reminders.of_visibility(lambda: noise_visibility(self, None, below=2))
         self.draws.forget()
         self._ready = False
         return loss
@@ -303,17 +311,15 @@ class BayesOptimizer(Optimizer, ABC):
         self.draws.close()
         return learned(self, model, num_data)
 
-    def marginal(self, group: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, precision and prior (mean, precision) of one parameter."""
-        state, ess = self.layout.state(group, param), group["ess"]
-        mean = self.like_state(param).copy_(param.detach())
-        pull = ess * group["weight_decay"] if group["weight_decay"] else 0.0  # where ess may be infinite
-        prior_mean = state.get("prior_mean", mean.new_zeros(()))
-        prior_precision = state.get("prior_precision", mean.new_tensor(pull))
-        precision = state[self.names.hess or ""] * ess + prior_precision
-        if not group["noise_scale"] or math.isinf(ess):
-            precision = torch.full_like(precision, math.inf)
-        return mean, precision, prior_mean.clone(), prior_precision.clone()
+    def noise_visibility(self, dtype: torch.dtype | None = None) -> dict[str, float]:
+        """The fraction of each parameter's elements whose spread is at least half a place of the mean, by name or number.
+
+        Where it is low, a draw in that dtype is mostly rounding: by chance, so that nothing becomes biased, but noisier than q.
+
+        Args:
+            dtype: In which parameters are held, to ask before they are; None is their own.
+        """
+        return noise_visibility(self, dtype)
 
     # Groups and checkpoints
 
@@ -344,31 +350,10 @@ class BayesOptimizer(Optimizer, ABC):
         Raises:
             ValueError: It is the state of another optimizer, or a hyper-parameter in it is outside its range.
         """
-        own = [p for group in self.param_groups for p in group["params"]]
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for p, index in zip(own, indices, strict=False):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if name != "step" and torch.as_tensor(value).shape != p.shape:
-                    raise ValueError(
-                        f"{type(self).__name__}: {name} of parameter {index} has shape {tuple(torch.as_tensor(value).shape)}, "
-                        f"the parameter {tuple(p.shape)}: it was saved for another model"
-                    )
-        for index, state in state_dict["state"].items():
-            if set(state) <= {"prior_mean", "prior_precision"}:  # not trained yet
-                continue
-            if "step" not in state or (self.names.hess is not None and self.names.hess not in state):
-                raise ValueError(
-                    f"{type(self).__name__}: the state of parameter {index} holds {sorted(state)}, not "
-                    f"step and {self.names.hess}: it was saved by another optimizer"
-                )
-        for number, group in enumerate(state_dict["param_groups"]):
-            validate(type(self).__name__, number, group, self.ranges)
+        check(self, state_dict)
         self.draws.discard()
         super().load_state_dict(state_dict)
-        for p, index in zip(own, indices, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                exact = torch.as_tensor(value).detach().clone()
-                self.state[p][name] = exact if name == "step" else self.like_state(p).copy_(exact)
+        restore(self, state_dict)
         self.execution.resume(max((int(state["step"]) for state in self.state.values() if "step" in state), default=0))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -49,9 +50,31 @@ class Reminders:
             "evaluation"
         )
 
-    def _warn(self, message: str) -> None:
-        if message not in self.given:
-            self.given.add(message)
+    def of_decay(self, default: float, groups: Sequence[float]) -> None:
+        """Warn where every group overrides the weight decay of the constructor by zero."""
+        if default and not any(groups):
+            self._warn(
+                f"every parameter group sets weight_decay=0, over the {default:g} that was asked for: the prior is flat; Hugging "
+                "Face's Trainer does so unless TrainingArguments(weight_decay=...) is given"
+            )
+
+    def of_visibility(self, fractions: Callable[[], Mapping[str, float]]) -> None:
+        """Warn about noise that is mostly rounding."""
+        if "visibility" not in self.given:
+            hidden = {name: part for name, part in fractions().items() if part < 0.5}
+            if hidden:
+                worst = min(hidden, key=lambda name: hidden[name])
+                others = f" ({len(hidden)} parameters are under 50%)" if len(hidden) > 1 else ""
+                self._warn(
+                    f"only {hidden[worst]:.0%} of the noise of {worst!r} is above the rounding of its dtype{others}: draws and "
+                    "curvature are noisier than the posterior; keep such parameters in float32, or lower ess",
+                    "visibility",
+                )
+
+    def _warn(self, message: str, key: str = "") -> None:
+        key = key or message
+        if key not in self.given:
+            self.given.add(key)
             warnings.warn(f"{self.name}: {message}", UserWarning, stacklevel=_callers_level())
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..estimators.curvatures import Reparameterized, SquaredGradient, Zero
@@ -63,6 +64,7 @@ class IVON(BayesOptimizer):
         prior: A Posterior to be the prior instead of N(0, 1 / (ess delta)), by name where ``params`` are named, else in order.
             ``weight_decay`` then becomes its mean precision per unit of ess, which only ``rescale_lr`` uses.
         memory: "low" needs no more memory than Adam: see :class:`bayesrule.BayesOptimizer`.
+        momentum_dtype: torch.bfloat16 keeps the momentum in half the memory, rounded by chance; None is the dtype of the state.
         seed: Seed of the noise; two optimizers with the same seed draw the same.
         noise: Unit normals for tests, see :class:`bayesrule.BayesOptimizer`.
         compile: Whether steps are compiled, see there.
@@ -89,7 +91,7 @@ class IVON(BayesOptimizer):
     arXiv:2402.17641.
     """
 
-    names = Names("hess", "momentum")
+    names = Names("hess", "momentum", "mean")
     ranges: ClassVar = {
         "lr": AT_LEAST_ZERO,
         "ess": Range("(0, inf]"),
@@ -105,6 +107,7 @@ class IVON(BayesOptimizer):
         "antithetic": SWITCH,
         "seed": WHOLE,
         "noise_scale": OneOf((0, 1, 0.0, 1.0)),
+        "momentum_dtype": OneOf((None, torch.bfloat16)),
     }
 
     def __init__(
@@ -125,6 +128,7 @@ class IVON(BayesOptimizer):
         antithetic: bool = False,
         prior: Posterior | None = None,
         memory: Literal["default", "low"] = "default",
+        momentum_dtype: torch.dtype | None = None,
         seed: int = 0,
         noise: Callable[[Tensor], Tensor] | None = None,
         compile: Compile = "auto",
@@ -144,6 +148,7 @@ class IVON(BayesOptimizer):
             antithetic=antithetic,
             seed=seed,
             noise_scale=1,
+            momentum_dtype=momentum_dtype,
         )
         super().__init__(params, defaults, prior=prior, noise=noise, compile=compile, memory=memory)
 

@@ -1,0 +1,77 @@
+"""The state of an optimizer, held against it and taken over exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .cells import Names
+from .hyperparameters import validate
+
+
+class Loading(Protocol):
+    """What is asked of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @property
+    def names(self) -> Names: ...
+    @property
+    def ranges(self) -> Mapping[str, Any]: ...
+    def like_state(self, param: Tensor) -> Tensor: ...
+
+
+def check(optimizer: Loading, saved: Mapping[str, Any]) -> None:
+    """Refuse what was saved by another optimizer or for another model.
+
+    Raises:
+        ValueError: It does not fit, or a hyper-parameter in it is outside its range.
+    """
+    name, names = type(optimizer).__name__, optimizer.names
+    for index, param, state in _pairs(optimizer, saved):
+        for key, value in state.items():
+            shape = tuple(torch.as_tensor(value).shape)
+            if key != "step" and shape != param.shape:
+                raise ValueError(
+                    f"{name}: {key} of parameter {index} has shape {shape}, the parameter {tuple(param.shape)}: it was saved for "
+                    "another model"
+                )
+    for index, state in saved["state"].items():
+        if set(state) <= {"prior_mean", "prior_precision"}:  # not trained yet
+            continue
+        if "step" not in state or (names.hess is not None and names.hess not in state):
+            raise ValueError(
+                f"{name}: the state of parameter {index} holds {sorted(state)}, not step and {names.hess}: it was saved by another "
+                "optimizer"
+            )
+    for number, group in enumerate(saved["param_groups"]):
+        validate(name, number, group, optimizer.ranges)
+
+
+def restore(optimizer: Loading, saved: Mapping[str, Any]) -> None:
+    """Take the tensors of a state over as they are: torch has cast them to the dtype of the parameters."""
+    for _, param, state in _pairs(optimizer, saved):
+        for key, value in state.items():
+            optimizer.state[param][key] = _taken(optimizer, key, param, torch.as_tensor(value).detach())
+        if param.dtype.itemsize >= 4:  # it holds its mean itself
+            optimizer.state[param].pop(optimizer.names.mean, None)
+
+
+def _taken(optimizer: Loading, key: str, param: Tensor, value: Tensor) -> Tensor:
+    if key == "step":
+        return value.clone()
+    if key == optimizer.names.memory and value.dtype.itemsize < 4:
+        return value.to(param.device, copy=True)
+    return optimizer.like_state(param).copy_(value)
+
+
+def _pairs(optimizer: Loading, saved: Mapping[str, Any]) -> Iterator[tuple[int, Tensor, Mapping[str, Any]]]:
+    """Every parameter, with the number and the state that were saved for it."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [i for group in saved["param_groups"] for i in group["params"]]
+    for param, index in zip(params, indices, strict=False):
+        yield index, param, saved["state"].get(index, {})

@@ -1,0 +1,31 @@
+"""How much of the noise of a draw is left when parameters hold it rounded."""
+
+from __future__ import annotations
+
+import torch
+
+from ..rounding import place
+from .learned import Learner, marginal
+
+
+@torch.no_grad()
+def noise_visibility(optimizer: Learner, dtype: torch.dtype | None, below: int = 8) -> dict[str, float]:
+    """The fraction of each parameter's elements whose spread is at least half a place of the mean.
+
+    Args:
+        optimizer: One that draws.
+        dtype: In which parameters are held; None is their own.
+        below: Only parameters whose dtype has fewer bytes are looked at.
+    """
+    found: dict[str, float] = {}
+    number = 0
+    for group in optimizer.param_groups:
+        draws = optimizer.rule(group).expectation.draws
+        names = group.get("param_names") or [str(number + i) for i in range(len(group["params"]))]
+        number += len(names)
+        for name, p in zip(names, group["params"], strict=True):
+            held = dtype or p.dtype
+            if draws and p.requires_grad and p.numel() and held.itemsize <= below:
+                mean, precision, *_ = marginal(optimizer, group, p)
+                found[name] = float((precision.rsqrt() >= place(mean, held) / 2).float().mean())
+    return found
