@@ -87,11 +87,10 @@ def pairs(bucket: Bucket, starts: Sequence[int]) -> tuple[int, list[int] | None]
         The number of the first pair; and, unless all follow from there, the number of every block's first pair, counted from
         that one.
     """
-    first = (starts[bucket.stretches[0].tensor] + bucket.stretches[0].start) // 2
-    blocks: list[int] = []
-    for s in bucket.stretches:
-        begin = (starts[s.tensor] + s.start) // 2 - first
-        blocks += range(begin, begin + whole_blocks(s.count) // 2, _HALF)
+    begins = [(starts[s.tensor] + s.start) // BLOCK * _HALF for s in bucket.stretches]
+    first, blocks = begins[0], list[int]()
+    for s, begin in zip(bucket.stretches, begins, strict=True):
+        blocks += range(begin - first, begin - first + whole_blocks(s.at % BLOCK + s.count) // 2, _HALF)
     blocks += [blocks[-1] + _HALF] * (whole_blocks(bucket.size) // BLOCK - len(blocks))
     return first, None if blocks == list(range(0, len(blocks) * _HALF, _HALF)) else blocks
 

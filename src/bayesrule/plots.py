@@ -18,6 +18,7 @@ from torch import Tensor
 from .lowering import Scratch
 from .noise import Noise, Where, pairs
 from .rounding import followed, stochastic
+from .shards import beginning, here, shared_out
 from .vector import BLOCK, Bucket, buckets, whole_blocks
 
 
@@ -29,7 +30,7 @@ class Plot:
     """
 
     params: list[Tensor]
-    starts: tuple[int, ...]  # of each parameter, in the space of noise addresses
+    starts: tuple[int, ...]  # of what lies here of each parameter, in the space of noise addresses
     bucket: Bucket
     dtype: torch.dtype
     scratch: Scratch
@@ -54,9 +55,14 @@ class Plot:
         return self._where
 
     @property
+    def local(self) -> list[Tensor]:
+        """What lies here of the parameters."""
+        return [here(p) for p in self.params]
+
+    @property
     def own(self) -> Tensor | None:
         """The parameters as one flat view of their memory, where there is one."""
-        p = self.params[0]
+        p = here(self.params[0])
         place = p.data_ptr(), p.dtype, p.shape, p.is_contiguous()  # somebody may have given the parameter other memory
         if self._own is None or self._own[0] != place:
             within = self.bucket.within(p) if p.dtype == self.dtype else None
@@ -65,7 +71,7 @@ class Plot:
 
     def sees(self, tensors: Sequence[Tensor]) -> bool:
         """Whether :meth:`read` gives a view of these tensors."""
-        return tensors[0].dtype == self.dtype and self.bucket.within(tensors[0]) is not None
+        return tensors[0].dtype == self.dtype and self.bucket.within(here(tensors[0])) is not None
 
     def blank(self) -> Tensor:
         """Where to write what is to be :meth:`put`: whatever stands in it."""
@@ -113,6 +119,7 @@ class Plot:
 
     def read(self, tensors: Sequence[Tensor], name: str) -> Tensor:
         """One flat tensor, shape (size,), out of one for each parameter: a view of it, or a copy in the scratch of that name."""
+        tensors = [here(t) for t in tensors]
         within = self.bucket.within(tensors[0]) if tensors[0].dtype == self.dtype else None
         if within is not None:
             return within
@@ -129,18 +136,19 @@ class Plot:
             only: The numbers of those to be written; None is all.
             name: Under which the cut of this tensor is remembered.
         """
-        pieces, views = self.bucket.pieces(tensors), self._cut(name, flat)
+        pieces, views = self.bucket.pieces([here(t) for t in tensors]), self._cut(name, flat)
         if only is not None:
             pieces, views = [pieces[i] for i in sorted(only)], [views[i] for i in sorted(only)]
         torch._foreach_copy_(pieces, views)
 
     def holds(self, flat: Tensor, tensors: Sequence[Tensor]) -> bool:
         """Whether a flat tensor is equal to one tensor for each parameter, element by element."""
+        tensors = [here(t) for t in tensors]
         return all(map(torch.equal, self.bucket.views(flat, tensors), (t.to(self.dtype) for t in self.bucket.pieces(tensors))))
 
     def dot(self, a: Tensor, b: Tensor) -> float:
         """The inner product of two flat tensors over what belongs to parameters."""
-        pieces = zip(self.bucket.views(a, self.params), self.bucket.views(b, self.params), strict=True)
+        pieces = zip(self.views(a), self.views(b), strict=True)
         return float(sum(x.reshape(-1).dot(y.reshape(-1)) for x, y in pieces))
 
     def keep(self, flat: Tensor, block: Tensor, only: frozenset[int] | None) -> None:
@@ -148,21 +156,25 @@ class Plot:
         if only is None:
             block.copy_(flat)
         else:
-            new, old = self.bucket.views(flat, self.params), self.bucket.views(block, self.params)
+            new, old = self.views(flat), self.views(block)
             for i in only:
                 old[i].copy_(new[i])
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """A flat tensor, shape (size,), cut into what belongs to each parameter."""
+        return self.bucket.views(flat, self.local)
 
     def _cut(self, name: str, flat: Tensor) -> list[Tensor]:
         known = self._views.get(name)
         if known is None or known[0].data_ptr() != flat.data_ptr():
-            known = self._views[name] = flat, self.bucket.views(flat, self.params)
+            known = self._views[name] = flat, self.views(flat)
         return known[1]
 
     def flat(self, name: str) -> Tensor:
         """A block of the plot's own, shape (size,); zeros at first."""
         if name not in self.flats:
             with torch.inference_mode(False):  # it must outlive an evaluation in inference mode
-                self.flats[name] = self.params[0].new_zeros(self.bucket.size, dtype=self.dtype)
+                self.flats[name] = here(self.params[0]).new_zeros(self.bucket.size, dtype=self.dtype)
         return self.flats[name]
 
     def drop(self, name: str) -> None:
@@ -184,16 +196,20 @@ class Plot:
     @torch.no_grad()
     def _share(self, name: str, states: Sequence[dict[str, Any]], fill: float, dtype: torch.dtype) -> None:
         stretch, param = self.bucket.stretches[0], self.params[0]
-        if stretch.count < param.numel():  # a piece of a large tensor: the tensor owns the memory
-            held = states[0].get(name)
-            if held is None or held.dtype != dtype or held.device != param.device or not held.is_contiguous():
-                fresh = param.new_full(param.shape, fill, dtype=dtype)
-                states[0][name] = fresh if held is None else fresh.copy_(held)
-            self.flats[name] = states[0][name].view(-1)[stretch.start : stretch.start + stretch.count]
+        local = here(param)
+        if stretch.count < local.numel():  # a piece of a large tensor: the tensor owns the memory, with room before it
+            held = here(states[0][name]) if name in states[0] else None
+            fits = held is not None and held.dtype == dtype and held.device == local.device and held.is_contiguous()
+            if held is None or not fits or held.storage_offset() < stretch.at:
+                fresh = local.new_full((stretch.at + local.numel(),), fill, dtype=dtype)[stretch.at :].view(local.shape)
+                states[0][name] = shared_out(fresh if held is None else fresh.copy_(held), param)
+                held = fresh
+            begin = held.storage_offset() + stretch.start - stretch.at
+            self.flats[name] = held.as_strided((self.bucket.size,), (1,), begin)
         else:
-            flat = param.new_full((self.bucket.size,), fill, dtype=dtype)
-            for state, view in zip(states, self.bucket.views(flat, self.params), strict=True):
-                state[name] = view.copy_(state[name]) if name in state else view
+            flat = local.new_full((self.bucket.size,), fill, dtype=dtype)
+            for p, state, view in zip(self.params, states, self.views(flat), strict=True):
+                state[name] = shared_out(view.copy_(here(state[name])) if name in state else view, p)
             self.flats[name] = flat
         self.owners[name] = [state[name] for state in states]
 
@@ -202,10 +218,10 @@ def plots(params: Sequence[tuple[int, Tensor]], scratch: Scratch, limit: int) ->
     """Deal parameters, each with its noise address, into plots of one dtype and device."""
     kinds: dict[Any, list[tuple[int, Tensor]]] = {}
     for start, p in params:
-        kinds.setdefault((p.dtype, p.device), []).append((start, p))
+        kinds.setdefault((p.dtype, p.device), []).append((start + beginning(p), p))
     made = []
     for (dtype, _), members in kinds.items():
-        for bucket in buckets([p for _, p in members], limit):
+        for bucket in buckets([here(p) for _, p in members], limit, [start % BLOCK for start, _ in members]):
             within = [members[i] for i in bucket.members]
             wide = torch.promote_types(dtype, torch.float32)
             made.append(Plot([p for _, p in within], tuple(n for n, _ in within), bucket, wide, scratch))

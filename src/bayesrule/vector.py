@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -210,8 +211,9 @@ class Stretch:
 class Bucket:
     """A layout: several whole tensors behind one another in one flat tensor, or one piece of a large tensor.
 
-    Every stretch begins at a block, so the noise of :mod:`bayesrule.noise` is the same however tensors are dealt into buckets.
-    What lies between two stretches is idle.
+    Every tensor begins at a block, so the noise of :mod:`bayesrule.noise` is the same however tensors are dealt into buckets. One
+    that is itself the rest of a larger tensor, cut within a block, begins as far behind a block as it did there. What lies
+    between two stretches is idle.
 
     Args:
         members: Which tensors of the list that was dealt have a stretch here.
@@ -223,7 +225,8 @@ class Bucket:
         self.members = tuple(members)
         self.stretches = tuple(stretches)
         last = self.stretches[-1]
-        self.size = last.count if alone else max(2 * BLOCK, last.at + whole_blocks(last.count))
+        end = last.at + last.count
+        self.size = end if alone else max(2 * BLOCK, whole_blocks(end))
 
     def views(self, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """A flat tensor, shape (size,), cut into stretches; one that is a whole tensor has the shape of that in ``like``."""
@@ -251,11 +254,16 @@ def whole_blocks(count: int) -> int:
     return -(-count // BLOCK) * BLOCK
 
 
-def buckets(tensors: Sequence[Tensor], limit: int = BUCKET) -> list[Bucket]:
+def buckets(tensors: Sequence[Tensor], limit: int = BUCKET, leads: Sequence[int] | None = None) -> list[Bucket]:
     """Deal tensors into buckets of at most ``limit`` elements.
 
     Small ones share buckets. A large one is alone, and cut where it is larger than the limit; if it is not contiguous, it
     stays whole.
+
+    Args:
+        tensors: To be dealt, in order.
+        limit: Elements of a bucket.
+        leads: How far behind a block each begins, less than a block; None is 0 for all.
 
     Raises:
         ValueError: The limit is not a multiple of the block, or below two blocks.
@@ -267,15 +275,17 @@ def buckets(tensors: Sequence[Tensor], limit: int = BUCKET) -> list[Bucket]:
     stretches: list[Stretch] = []
     at = 0
     for index, tensor in enumerate(tensors):
-        count = tensor.numel()
+        count, lead = tensor.numel(), leads[index] if leads else 0
         if count >= min(ALONE, limit):
-            length = whole_blocks(-(-count // -(-count // limit))) if tensor.is_contiguous() else count
-            made += [Bucket([index], [Stretch(0, i, min(length, count - i), 0)], alone=True) for i in range(0, count, length)]
+            length = whole_blocks(-(-count // -(-count // limit))) if tensor.is_contiguous() else count + lead
+            cuts = [0, *range(length - lead, count, length), count]
+            pieces = [Stretch(0, i, j - i, 0 if i else lead) for i, j in pairwise(cuts)]
+            made += [Bucket([index], [piece], alone=True) for piece in pieces]
         elif count:
-            if stretches and at + count > limit:
+            if stretches and at + lead + count > limit:
                 made.append(Bucket(members, stretches))
                 members, stretches, at = [], [], 0
             members.append(index)
-            stretches.append(Stretch(len(stretches), 0, count, at))
-            at += whole_blocks(count)
+            stretches.append(Stretch(len(stretches), 0, count, at + lead))
+            at += whole_blocks(lead + count)
     return [*made, Bucket(members, stretches)] if stretches else made

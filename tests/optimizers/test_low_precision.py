@@ -203,7 +203,7 @@ class TestTheMomentum:
         assert optimizer.state[w]["momentum"].dtype == torch.bfloat16
 
     def test_takes_no_other_dtype(self):
-        with pytest.raises(ValueError, match="momentum_dtype must be one of None, torch.bfloat16, got torch.float16"):
+        with pytest.raises(ValueError, match=r"momentum_dtype must be one of None, torch.bfloat16, got torch.float16"):
             small(torch.float32, momentum_dtype=torch.float16)
 
 

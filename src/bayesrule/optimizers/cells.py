@@ -16,6 +16,7 @@ from ..lowering import Scratch
 from ..noise import addresses
 from ..plots import Plot, plots
 from ..rule import BayesRule
+from ..shards import here
 from ..vector import BUCKET
 from .hyperparameters import analyzed, validate
 
@@ -78,7 +79,7 @@ class Layout:
 
     def __init__(self, host: Host, name: str, scratch: Scratch) -> None:
         self.host, self.name, self.scratch, self.limit = host, name, scratch, BUCKET
-        self._plots: dict[int, tuple[Any, list[Plot]]] = {}  # by group
+        self._plots: dict[int, tuple[Any, list[Plot], list[Tensor]]] = {}  # by group
         self._stale: set[int] = set()  # groups whose plots may be dealt anew
         self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}  # by group: "step" of every parameter, and all in one
         self._valid: dict[int, Any] = {}  # by group: hyper-parameters that were found in their ranges
@@ -123,7 +124,7 @@ class Layout:
         """The cells of a group."""
         group = self.host.param_groups[index]
         dealt = self._plot(index)
-        params = {id(p): p for plot in dealt for p in plot.params}
+        params = {id(p): p for p in self._members(index)}
         states = {key: self.state(group, p) for key, p in params.items()}
         steps = dict(zip(states, self._steps(index, list(states.values())), strict=True))
         rule, seed = self.host.rule(group), int(group.get("seed", 0))
@@ -137,6 +138,19 @@ class Layout:
                 inputs = {**numbers, "done": step, "seed": seed}
                 kept = self._kept(group, rule, plot, within)
                 yield Cell(plot, dict(group), rule, inputs, (*structure, "prior_mean" in kept), kept, step, remembers, only)
+        if rule.momentum.remembers:
+            for key, p in params.items():
+                if not here(p).numel():  # a checkpoint wants the same names from every process
+                    states[key].setdefault(self.host.names.memory, self.host.like_state(p))
+
+    def _members(self, index: int) -> list[Tensor]:
+        """The parameters of a group that were dealt: trainable ones that have elements, if only on other processes."""
+        self._plot(index)
+        return self._plots[index][2]
+
+    def plots(self) -> list[Plot]:
+        """All plots, in an order that is the same on every process."""
+        return [plot for index in range(len(self.host.param_groups)) for plot in self._plot(index)]
 
     def _plot(self, index: int) -> list[Plot]:
         """The plots of a group, dealt anew when its parameters have changed in kind, place or number; never within a step."""
@@ -144,14 +158,15 @@ class Layout:
             return self._plots[index][1]
         self._stale.discard(index)
         params = self.host.param_groups[index]["params"]
-        key = [(id(p), p.data_ptr(), p.shape, p.dtype, p.requires_grad, p.is_contiguous()) for p in params], self.limit
+        kinds = ((p, here(p)) for p in params)
+        key = [(id(p), t.data_ptr(), t.shape, t.dtype, p.requires_grad, t.is_contiguous()) for p, t in kinds], self.limit
         if index not in self._plots or self._plots[index][0] != key:
             every = [p for group in self.host.param_groups for p in group["params"]]
             starts = dict(zip(map(id, every), addresses(p.numel() for p in every), strict=True))
             wanted = [(starts[id(p)], p) for p in params if p.requires_grad]
             for _, p in wanted:
                 self._check(p)
-            self._plots[index] = key, plots(wanted, self.scratch, self.limit)
+            self._plots[index] = key, plots(wanted, self.scratch, self.limit), [p for _, p in wanted if p.numel()]
         return self._plots[index][1]
 
     def _check(self, param: Tensor) -> None:
@@ -179,7 +194,7 @@ class Layout:
         """One step more for parameters."""
         moved = set(map(id, params))
         for index, (_, flat) in self._counters.items():
-            own = [key in moved for key in {id(p): None for plot in self._plots[index][1] for p in plot.params}]
+            own = [id(p) in moved for p in self._members(index)]
             flat.add_(1.0 if all(own) else torch.tensor(own, dtype=flat.dtype))
 
     def _kept(self, group: Mapping[str, Any], rule: BayesRule, plot: Plot, states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

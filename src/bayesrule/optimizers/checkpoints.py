@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..shards import take_over
 from .cells import Names
 from .hyperparameters import validate
 
@@ -65,8 +66,8 @@ def _taken(optimizer: Loading, key: str, param: Tensor, value: Tensor) -> Tensor
     if key == "step":
         return value.clone()
     if key == optimizer.names.memory and value.dtype.itemsize < 4:
-        return value.to(param.device, copy=True)
-    return optimizer.like_state(param).copy_(value)
+        return take_over(torch.empty_like(param, dtype=value.dtype), value)
+    return take_over(optimizer.like_state(param), value)
 
 
 def _pairs(optimizer: Loading, saved: Mapping[str, Any]) -> Iterator[tuple[int, Tensor, Mapping[str, Any]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..posterior import Posterior
 from ..rounding import followed
 from ..rule import BayesRule
+from ..shards import take_over, whole
 from .cells import Layout, Names
 
 
@@ -53,12 +54,15 @@ def learned(optimizer: Learner, model: nn.Module, num_data: int | None) -> Poste
 
 
 @torch.no_grad()
-def marginal(optimizer: Learner, group: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, precision and prior (mean, precision) of one parameter."""
-    state, ess = optimizer.layout.state(group, param), group["ess"]
-    mean = optimizer.like_state(param).copy_(param)
-    if optimizer.names.mean in state and param.dtype.itemsize < mean.dtype.itemsize:
-        mean = followed(state[optimizer.names.mean], param.detach())
+def marginal(
+    optimizer: Learner, group: Mapping[str, Any], param: Tensor, part: Callable[[Tensor], Tensor] = whole
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, precision and prior (mean, precision) of one parameter: of the whole, or of the part that lies here."""
+    state, ess = {name: part(t) for name, t in optimizer.layout.state(group, param).items()}, group["ess"]
+    held = part(param.detach())
+    mean = held.to(torch.promote_types(held.dtype, torch.float32), copy=True)
+    if optimizer.names.mean in state and held.dtype.itemsize < mean.dtype.itemsize:
+        mean = followed(state[optimizer.names.mean], held)
     pull = ess * group["weight_decay"] if group["weight_decay"] else 0.0  # where ess may be infinite
     prior_mean = state.get("prior_mean", mean.new_zeros(()))
     prior_precision = state.get("prior_precision", mean.new_tensor(pull))
@@ -73,8 +77,8 @@ def adopt(optimizer: Learner, prior: Posterior) -> None:
     names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p, (mean, precision) in zip(params, prior.match(names, params), strict=True):
-        optimizer.state[p]["prior_mean"] = optimizer.like_state(p).copy_(mean)
-        optimizer.state[p]["prior_precision"] = optimizer.like_state(p).copy_(precision)
+        optimizer.state[p]["prior_mean"] = take_over(optimizer.like_state(p), mean)
+        optimizer.state[p]["prior_precision"] = take_over(optimizer.like_state(p), precision)
     for group in optimizer.param_groups:
-        total = sum(float(optimizer.state[p]["prior_precision"].sum()) for p in group["params"])
+        total = sum(float(whole(optimizer.state[p]["prior_precision"]).sum()) for p in group["params"])
         group["weight_decay"] = total / sum(p.numel() for p in group["params"]) / group["ess"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..rounding import place
+from ..shards import here
 from .learned import Learner, marginal
 
 
@@ -25,7 +26,7 @@ def noise_visibility(optimizer: Learner, dtype: torch.dtype | None, below: int =
         number += len(names)
         for name, p in zip(names, group["params"], strict=True):
             held = dtype or p.dtype
-            if draws and p.requires_grad and p.numel() and held.itemsize <= below:
-                mean, precision, *_ = marginal(optimizer, group, p)
+            if draws and p.requires_grad and here(p).numel() and held.itemsize <= below:
+                mean, precision, *_ = marginal(optimizer, group, p, here)
                 found[name] = float((precision.rsqrt() >= place(mean, held) / 2).float().mean())
     return found
