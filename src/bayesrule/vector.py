@@ -238,10 +238,12 @@ class Bucket:
 
     def pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The stretches of tensors, shaped like :meth:`views`."""
-        if self.stretches[0].count == tensors[0].numel():
-            return list(tensors)
-        s = self.stretches[0]
-        return [tensors[0].reshape(-1)[s.start : s.start + s.count]]
+        return [self.piece(tensor, i) for i, tensor in enumerate(tensors)]
+
+    def piece(self, tensor: Tensor, member: int) -> Tensor:
+        """The stretch of one tensor."""
+        s = self.stretches[member]
+        return tensor if s.count == tensor.numel() else tensor.reshape(-1)[s.start : s.start + s.count]
 
     def within(self, tensor: Tensor) -> Tensor | None:
         """The one stretch of a tensor as a flat view, where it is all of the bucket and lies in one run of memory."""

@@ -32,10 +32,12 @@ from torch import Tensor
 
 from ..family import Gaussian
 from ..noise import DITHER, EVALUATE, TRAIN, CounterNoise
+from ..shards import here
 from .cells import Cell, Layout
 from .execution import Execution, Flats
 from .injection import Injected, InjectedNoise
 from .looking import Looks, Written
+from .workers import Workers
 
 STASH = "offset"
 
@@ -45,6 +47,7 @@ class Host(Protocol):
 
     execution: Execution
     layout: Layout
+    workers: Workers
     frugal: bool
 
     def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]: ...
@@ -118,12 +121,14 @@ class Draws:
         elif automatic and self.goes_on:
             self.looks.reopen()
             self._write(self._train, TRAIN, self.looks.begun)
+            self.host.workers.listen(fresh=False)
         else:
             self.renew()
             self._strange = self._stranger()
             self._weight, self._automatic = float(weight), automatic
             self._train.block = None if self.host.frugal else STASH
             self._write(self._train, TRAIN, self.looks.begun)
+            self.host.workers.listen(fresh=True)
         self._joinable = joinable or automatic
         return True
 
@@ -178,7 +183,7 @@ class Draws:
 
     def _stranger(self) -> tuple[Tensor, weakref.ref[Tensor]] | None:
         for p in self.host.layout.trainable():
-            if p.grad is not None and p.grad.layout == torch.strided and bool(p.grad.any()):
+            if p.grad is not None and p.grad.layout == torch.strided and bool(here(p.grad).any()):
                 return p, weakref.ref(p.grad)
         return None
 
@@ -188,6 +193,7 @@ class Draws:
     @torch.no_grad()
     def _write(self, written: Written, stream: int, draw: int) -> None:
         params = self.host.layout.trainable()
+        draw = self.host.workers.number(draw) if stream == TRAIN else draw
         if self.injected:
             self.injected.params = params
         written.cells = []
@@ -208,7 +214,7 @@ class Draws:
         flats.pop("memory", None)
         if written.block:
             flats["offset"] = plot.flat(written.block)
-        version = plot.params[0]._version
+        version = here(plot.params[0])._version
         written.cells.append((cell, numbers))
         try:
             if self.injected:
@@ -216,7 +222,7 @@ class Draws:
             else:
                 self.host.execution.run("draw", cell, {**flats, "pairs": plot.where.numbers}, numbers)
         except BaseException:
-            if plot.params[0]._version == version:  # nothing was written, so there is nothing to restore
+            if here(plot.params[0])._version == version:  # nothing was written, so there is nothing to restore
                 written.cells.pop()
             raise
         dither = CounterNoise(cell.inputs["seed"], DITHER, cell.step, 2 * draw + (stream == EVALUATE), plot.where)
@@ -232,6 +238,7 @@ class Draws:
     @torch.no_grad()
     def _restore(self, keep_offset: bool = False) -> None:
         written, self._open = self._open, None
+        self.host.workers.deafen()
         if written is None:
             return
         for cell, numbers in written.cells:

@@ -5,7 +5,7 @@ A step is made of at most four programs, recorded from the slots of the rule whe
 ========  ===================================================================================================
 draw      a sample of q into the parameters, the mean aside
 close     the mean back, the offset of the sample aside
-average   the gradient and curvature of one of several draws into running means
+average   the gradient and curvature of one of several draws into running means; of a gradient without a draw, it alone
 move      the equation itself: by the gradient at hand, by one without a draw (blindly), or by the running means
 ========  ===================================================================================================
 
@@ -202,6 +202,10 @@ class _Recording:
         unseen = {} if look.curvature is None else {"mean_curvature": mean.curvature}
         return {"mean_gradient": mean.gradient, **unseen}
 
+    def average_blindly(self, flats: Flats, numbers: Named) -> Flats:
+        mean = Look(None, flats["mean_gradient"], None).lerp(Look(None, flats["gradient"], None), numbers["weight"])
+        return {"mean_gradient": mean.gradient}
+
     def move(self, flats: Flats, numbers: Named) -> Flats:
         return self._moved(flats, numbers, self._look_at_hand(flats, numbers))
 
@@ -214,7 +218,8 @@ class _Recording:
     def _look_at_hand(self, flats: Flats, numbers: Named) -> Look:
         _, rule, q, prior = self._slots(self.cell, flats, numbers)
         offset = self._offset(flats, numbers) if "pairs" in flats else flats.get("offset")
-        return Look(None, flats["gradient"], rule.curvature(q, prior, offset, Seen(flats["gradient"])))
+        seen = Seen(flats.get("local", flats["gradient"]))  # what belongs to the offset
+        return Look(None, flats["gradient"], rule.curvature(q, prior, offset, seen))
 
     def _moved(self, flats: Flats, numbers: Named, look: Look) -> Flats:
         group, rule, q, prior = self._slots(self.cell, flats, numbers)

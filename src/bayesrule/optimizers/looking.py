@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ..plots import Plot
+from ..shards import here
 from .cells import Cell, Layout
 from .execution import THEN, Execution, Flats
+from .workers import LOCAL, Workers
 
 
 class Host(Protocol):
@@ -26,6 +28,7 @@ class Host(Protocol):
 
     execution: Execution
     layout: Layout
+    workers: Workers
 
 
 @dataclass
@@ -107,7 +110,7 @@ class Looks:
             self._average(fresh)
         clear(fresh)
 
-    def _average(self, fresh: list[Tensor]) -> None:
+    def _average(self, fresh: list[Tensor], kind: str = "average") -> None:
         """A running mean over draws; a parameter without a gradient in one of them had the gradient zero there."""
         self._averaged.update(dict.fromkeys(fresh))
         self._total += self._weight
@@ -116,7 +119,7 @@ class Looks:
             flats, numbers, drawn = self._at_hand(cell)
             flats = {**flats, "mean_gradient": gradient, "mean_curvature": curvature}
             numbers = {**numbers, "weight": self._weight / self._total}
-            if "mean_curvature" in self.host.execution.run("average", cell, flats, numbers, drawn):
+            if "mean_curvature" in self.host.execution.run(kind, cell, flats, numbers, drawn):
                 self._curved.add(id(cell.plot))
 
     def _means(self, plot: Plot) -> tuple[Tensor, Tensor]:
@@ -156,8 +159,7 @@ class Looks:
             gradients = _gradients(cell.plot.params)
             if not cell.plot.holds(before, gradients):
                 changes.append((cell, before, cell.plot.read(gradients, "gradient").clone()))
-        size = sum(cell.plot.dot(before, before) for cell, before, _ in changes)
-        common = sum(cell.plot.dot(before, after) for cell, before, after in changes) / size if size else 1.0
+        common = self._common(changes)
         for cell, before, after in changes:
             gradient, curvature = self._means(cell.plot)
             factor = torch.where(before == 0, common, after / before)
@@ -166,6 +168,13 @@ class Looks:
         finite = not back or self._finite(back)
         clear(back)
         return finite
+
+    def _common(self, changes: Sequence[tuple[Cell, Tensor, Tensor]]) -> float:
+        """The factor between gradients before and after, by least squares."""
+        sizes = sum(cell.plot.dot(before, before) for cell, before, _ in changes)
+        products = sum(cell.plot.dot(before, after) for cell, before, after in changes)
+        size, product = self.host.workers.total([sizes, products])
+        return product / size if size else 1.0
 
     def renew(self) -> bool:
         """Before more draws: take everything into the running means. False if it was not finite, and is forgotten."""
@@ -180,6 +189,10 @@ class Looks:
     @torch.no_grad()
     def take(self) -> tuple[list[Tensor], Callable[[Cell], Flats]] | None:
         """The parameters to move, and what moves a cell of them and returns its flats; None if every draw was dropped."""
+        workers = self.host.workers
+        workers.meet(self._shown)
+        if workers.exchanges and (self.begun or workers.exchanges_gradients):
+            return self._take_together()
         if self._averaged:
             self.read()
             finite = self._settle()
@@ -189,6 +202,64 @@ class Looks:
             clear(fresh)
             return None
         return fresh, self._by_gradient
+
+    def _take_together(self) -> tuple[list[Tensor], Callable[[Cell], Flats]] | None:
+        """The same over all ranks. Whatever this one has seen, if anything, it takes part in the sums."""
+        workers, plots, params = self.host.workers, self.host.layout.plots(), self.host.layout.trainable()
+        alone = self.waiting and not self._averaged and workers.listens  # its gradient may have been rescaled since
+        products, sizes = self._rescaled(plots) if alone else ({}, {})
+        drew = self.begun
+        if not drew and (fresh := self._with_gradient()):  # a step at the mean: it shows no curvature
+            if self._finite(fresh):
+                self._average(fresh, "average_blindly")
+            clear(fresh)
+        self.read()
+        weight = self._total if self._settle() else 0.0
+        seen = [weight * (id(plot) in self._curved) for plot in plots]
+        numbers = [weight, drew, *seen]
+        numbers += [weight * products.get(p, 0.0) for p in params] + [weight * (p in self._averaged) for p in params]
+        curvatures = [_joined(plot, self._means(plot)[1]) * w for plot, w in zip(plots, seen, strict=True)]
+        gradients = [_joined(plot, self._means(plot)[0]) * weight for plot in plots] if workers.exchanges_gradients else []
+        found, *sums = workers.sum([curvatures[0].new_tensor(numbers), *curvatures, *gradients])
+        weight, drew, *rest = found.tolist()
+        if not weight:
+            return None if drew else ([], self._on_average)
+        seen, rest = rest[: len(plots)], rest[len(plots) :]
+        aligned, present = rest[: len(params)], rest[len(params) :]
+        self._averaged = {p: None for p, n in zip(params, present, strict=True) if n}
+        self._curved = {id(plot) for plot, w in zip(plots, seen, strict=True) if w}
+        factors = {p: size * weight / n for (p, size), n in zip(sizes.items(), aligned, strict=False) if n}
+        degrees = {id(cell.plot): cell.rule.curvature.degree for cell in self.host.layout.cells(params)}
+        for plot, w, total in zip(plots, seen, sums[: len(plots)], strict=True):
+            into = plot.views(self._means(plot)[1])
+            for p, view, part in zip(plot.params, into, total.split([v.numel() for v in into]), strict=True):
+                view.copy_(part.view(view.shape) * (factors.get(p, 1.0) ** degrees[id(plot)] / (w or 1.0)))
+        for plot, total in zip(plots, sums[len(plots) :], strict=False):
+            into = plot.views(self._means(plot)[0])
+            for view, part in zip(into, total.split([v.numel() for v in into]), strict=True):
+                view.copy_(part.view(view.shape) / weight)
+        return list(self._averaged), self._on_average
+
+    def _rescaled(self, plots: Sequence[Plot]) -> tuple[dict[Tensor, float], dict[Tensor, float]]:
+        """By parameter: the inner product of this rank's gradient with the one in ``p.grad``, and the square of that.
+
+        If ``p.grad`` is f times the mean over ranks, f is the square over the mean of the products, whoever unscaled or clipped.
+        """
+        products = dict.fromkeys(self.host.layout.trainable(), 0.0)
+        sizes = dict(products)
+        for plot in plots:
+            after = plot.read(_gradients(plot.params), "gradient")
+            for p, a, b in zip(plot.params, plot.views(plot.flat(LOCAL)), plot.views(after), strict=True):
+                products[p] += float(a.reshape(-1).dot(b.reshape(-1)))
+                sizes[p] += float(b.square().sum())
+        self._read = {}
+        return products, sizes
+
+    def _shown(self) -> list[Tensor]:
+        """The gradients of this step, wherever they stand."""
+        if self._averaged and not self.waiting:
+            return [view for plot in self.host.layout.plots() for view in plot.views(self._means(plot)[0])]
+        return [p.grad for p in self.host.layout.trainable() if p.grad is not None]
 
     def _on_average(self, cell: Cell) -> Flats:
         """Move by the mean over the draws that were read."""
@@ -212,6 +283,8 @@ class Looks:
         made = self.written.of(cell)
         if made is None:
             return flats, numbers, None
+        if self.host.workers.listens:
+            flats["local"] = plot.flat(LOCAL)
         if self.written.block:
             return {**flats, "offset": plot.flat(self.written.block)}, numbers, None
         then = {THEN + name: n for name, n in made[1].items()}
@@ -232,7 +305,10 @@ class Looks:
             flat = self._gradient(plot)
             sums.append(flat.dot(flat))
             self._read[plot] = flat
-        finite = math.isfinite(sum(sums)) or all(bool(p.grad.isfinite().all()) for p in params if p.grad is not None)
+        total = self.host.workers.total
+        finite = math.isfinite(*total([float(sum(sums))]))
+        if not finite:
+            finite = not any(total([float(sum(int((~here(p.grad).isfinite()).sum()) for p in params if p.grad is not None))]))
         self.dropped += not finite
         return finite
 
@@ -245,6 +321,11 @@ class Looks:
             self._read = {other: flat for other, flat in self._read.items() if other is not self._copied}
             self._copied = plot
         return plot.read(gradients, "gradient")
+
+
+def _joined(plot: Plot, flat: Tensor) -> Tensor:
+    """What of a flat tensor belongs to parameters."""
+    return torch.cat([view.reshape(-1) for view in plot.views(flat)])
 
 
 def _gradients(params: Sequence[Tensor]) -> list[Tensor]:

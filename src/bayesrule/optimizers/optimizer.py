@@ -31,6 +31,7 @@ from .injection import Injected
 from .learned import adopt, learned
 from .reminders import Reminders
 from .visibility import noise_visibility
+from .workers import Sync, Workers
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -55,6 +56,11 @@ class BayesOptimizer(Optimizer, ABC):
         compile: Whether steps are compiled by ``torch.compile``: False never, True from the first step, "auto" after 50 eager steps
             where there are at least 100,000 parameters and a compiler, and never with ``noise``. The result is the same up to
             rounding.
+        sync: How ranks of ``torch.distributed`` train one model together: "auto" finds out in the first step whether gradients are
+            averaged already (DistributedDataParallel, FSDP2) and averages them itself if not; True insists on other ranks; False
+            leaves each rank alone.
+        noise_per_rank: Whether each rank draws noise of its own, so that R ranks are R draws, for one more all-reduce of the size
+            of the parameters; without, all draw the same at no cost.
         memory: "low" makes the noise of a draw again instead of keeping the mean aside, for parameters of at least 32 bits: the
             memory of Adam, three times the noise. The mean then returns rounded to the last place of the sample; only a draw
             with ``train=False`` still keeps it aside, so that looking changes nothing.
@@ -76,6 +82,8 @@ class BayesOptimizer(Optimizer, ABC):
         noise: Callable[[Tensor], Tensor] | None = None,
         compile: Compile = "auto",
         memory: Literal["default", "low"] = "default",
+        sync: Sync = "auto",
+        noise_per_rank: bool = False,
     ) -> None:
         if memory not in ("default", "low"):
             raise ValueError(f"{type(self).__name__}: memory must be 'default' or 'low', got {memory!r}")
@@ -85,17 +93,23 @@ class BayesOptimizer(Optimizer, ABC):
             raise TypeError(f"{type(self).__name__}: prior must be a Posterior, got {prior!r}")
         if memory == "low" and noise:
             raise ValueError(f"{type(self).__name__}: memory='low' makes its noise again, so it takes no noise=; drop one of them")
+        if memory == "low" and noise_per_rank:
+            raise ValueError(
+                f"{type(self).__name__}: with memory='low' the mean returns rounded by the noise, which noise_per_rank=True makes "
+                "another on every rank; drop one of them"
+            )
         self.frugal = memory == "low"
-        self._prepare(noise, False if noise and compile == "auto" else compile)
+        self._prepare(noise, False if noise and compile == "auto" else compile, sync, noise_per_rank)
         super().__init__(params, defaults)
         if prior is not None:
             adopt(self, prior)
         self.reminders.of_decay(defaults["weight_decay"], [group["weight_decay"] for group in self.param_groups])
 
-    def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile) -> None:
+    def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile, sync: Sync, noise_per_rank: bool) -> None:
         host, name = weakref.proxy(self), type(self).__name__  # no circle keeps a dropped optimizer alive
         self.execution = Execution(host, type(self), compile)
         self.layout = Layout(host, name, self.execution.scratch)
+        self.workers = Workers(host, name, sync, noise_per_rank)
         self.draws = Draws(host, Injected(noise) if noise else None)
         self.reminders = Reminders(type(self).__name__)
         self._ready = False  # whether this step has begun
@@ -260,7 +274,7 @@ class BayesOptimizer(Optimizer, ABC):
         if taken is not None and not taken[0]:
             self.draws.forget()
             raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
-        self.reminders.of_draws(self.wanted_draws(), drawn, self.defaults.get("antithetic", False))
+        self.reminders.of_draws(self.wanted_draws(), drawn, self.defaults.get("antithetic", False), self.workers.size)
         if taken is not None:
             params, how = taken
             cells = self.layout.cells(params)
@@ -361,12 +375,13 @@ class BayesOptimizer(Optimizer, ABC):
             raise RuntimeError(f"{type(self).__name__} cannot be copied between a draw and its step(); copy it after the step")
         self.draws.close()
         kept = {"noise": self.draws.injected and self.draws.injected.function, "compile": self.execution.compile}
-        return {**super().__getstate__(), **kept, "frugal": self.frugal}
+        together = {"sync": self.workers.sync, "noise_per_rank": self.workers.noise_per_rank}
+        return {**super().__getstate__(), **kept, **together, "frugal": self.frugal}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "compile" in state:  # a copy; load_state_dict brings groups and state alone
             self.frugal = state.pop("frugal")
-            self._prepare(state.pop("noise"), state.pop("compile"))
+            self._prepare(*(state.pop(name) for name in ("noise", "compile", "sync", "noise_per_rank")))
         else:
             self.draws.forget()
             self.layout.forget()

@@ -21,13 +21,14 @@ class Reminders:
         self.name = name
         self.given: set[str] = set()
 
-    def of_draws(self, wanted: int, drawn: int, antithetic: bool) -> None:
+    def of_draws(self, wanted: int, drawn: int, antithetic: bool, ranks: int) -> None:
         """Warn about a step without the draws that the algorithm needs.
 
         Args:
             wanted: Draws that make one look; 0 for an algorithm that does not draw.
             drawn: Draws that this step had.
             antithetic: Whether draws come in pairs.
+            ranks: How many ranks had draws of their own.
         """
         if wanted and not drawn:
             self._warn(
@@ -40,7 +41,7 @@ class Reminders:
                 f"mc_samples={wanted} acts in step(closure); this step had {drawn} draw{'s' * (drawn != 1)}: open as many "
                 "sampled_params() contexts as you want draws, or pass a closure"
             )
-        if drawn % 2 and antithetic:
+        if drawn * ranks % 2 and antithetic:
             self._warn(f"antithetic draws come in pairs, but this step had {drawn}: open an even number")
 
     def of_mode(self) -> None:

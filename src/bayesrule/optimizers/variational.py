@@ -22,6 +22,7 @@ from .cells import Names
 from .execution import Compile
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
 from .optimizer import BayesOptimizer
+from .workers import Sync
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -63,6 +64,8 @@ class IVON(BayesOptimizer):
         antithetic: Draws come in mirrored pairs: two contexts, or ``mc_samples=2``. Curvature is far less noisy.
         prior: A Posterior to be the prior instead of N(0, 1 / (ess delta)), by name where ``params`` are named, else in order.
             ``weight_decay`` then becomes its mean precision per unit of ess, which only ``rescale_lr`` uses.
+        sync: Whether and how ranks train together, see :class:`bayesrule.BayesOptimizer`.
+        noise_per_rank: Whether R ranks are R draws, see there.
         memory: "low" needs no more memory than Adam: see :class:`bayesrule.BayesOptimizer`.
         momentum_dtype: torch.bfloat16 keeps the momentum in half the memory, rounded by chance; None is the dtype of the state.
         seed: Seed of the noise; two optimizers with the same seed draw the same.
@@ -127,6 +130,8 @@ class IVON(BayesOptimizer):
         rescale_lr: bool = True,
         antithetic: bool = False,
         prior: Posterior | None = None,
+        sync: Sync = "auto",
+        noise_per_rank: bool = False,
         memory: Literal["default", "low"] = "default",
         momentum_dtype: torch.dtype | None = None,
         seed: int = 0,
@@ -150,7 +155,9 @@ class IVON(BayesOptimizer):
             noise_scale=1,
             momentum_dtype=momentum_dtype,
         )
-        super().__init__(params, defaults, prior=prior, noise=noise, compile=compile, memory=memory)
+        super().__init__(
+            params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
+        )
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         return BayesRule(
