@@ -84,3 +84,12 @@ def take_over(target: Tensor, source: Tensor) -> Tensor:
         )
     into.copy_(given)
     return target
+
+
+def gather_anew() -> None:
+    """Have FSDP2's modules gather their parameters again before they compute: what they hold ready was written since."""
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    for module in list(states):
+        if isinstance(module, kind):
+            module.reshard()

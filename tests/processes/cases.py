@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.functional import softplus
 from torch.nn.parallel import DistributedDataParallel
 
 import bayesrule as br
+from bayesrule.noise import TRAIN, CounterNoise
+from bayesrule.optimizers.workers import Workers
 
 EXAMPLES = 48
 
@@ -41,7 +49,8 @@ class Logistic(nn.Module):
 
 def ivon(model: nn.Module, **hyper: Any) -> br.IVON:
     return br.IVON(
-        model.named_parameters(), **{"lr": 0.05, "ess": 1e4, "hess_init": 0.5, "betas": (0.9, 0.95), "compile": False, "weight_decay": 1e-3, **hyper}
+        model.named_parameters(),
+        **{"lr": 0.05, "ess": 1e4, "hess_init": 0.5, "betas": (0.9, 0.95), "compile": False, "weight_decay": 1e-3, **hyper},
     )
 
 
@@ -83,9 +92,16 @@ def learn(
         optimizer.step()
 
 
-def one(parts: int, draws: int = 1, per_rank: bool = True, **hyper: Any) -> dict[str, Tensor]:
+def split(hyper: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Draws of a step, how to learn, and what is left for the optimizer."""
+    how = {name: value for name, value in hyper.items() if name in ("steps", "scale", "clip")}
+    rest = {name: value for name, value in hyper.items() if name not in (*how, "draws", "wrapped")}
+    return hyper.get("draws", 1), how, rest
+
+
+def one(parts: int, hyper: dict[str, Any], per_rank: bool = True) -> dict[str, Tensor]:
     """One process that does the work of several: draws of each, in the order of their numbers."""
-    how = {name: hyper.pop(name) for name in ("steps", "scale", "clip") if name in hyper}
+    draws, how, hyper = split(hyper)
     model = Logistic()
     optimizer = ivon(model, **hyper)
     if per_rank:
@@ -95,15 +111,38 @@ def one(parts: int, draws: int = 1, per_rank: bool = True, **hyper: Any) -> dict
     return everything(model, optimizer)
 
 
-def ddp(draws: int = 1, wrapped: bool = True, **hyper: Any) -> dict[str, Tensor]:
+def ddp(hyper: dict[str, Any]) -> dict[str, Tensor]:
     """One of several ranks."""
-    how = {name: hyper.pop(name) for name in ("steps", "scale", "clip") if name in hyper}
+    wrapped = hyper.get("wrapped", True)
+    draws, how, hyper = split(hyper)
     model = Logistic()
     optimizer = ivon(model, **hyper)
     rank, size = dist.get_rank(), dist.get_world_size()
     forward = DistributedDataParallel(model) if wrapped else model
     learn(forward, optimizer, lambda step: [[rows_of(step, rank, size)] for _ in range(draws)], **how)
     return everything(model, optimizer)
+
+
+def trapped() -> dict[str, Tensor]:
+    """Noise per rank without listening to the gradient of the rank."""
+    with mock.patch.object(Workers, "listens", False), mock.patch.object(Workers, "exchanges", False):
+        return ddp(dict(noise_per_rank=True, sync="auto"))
+
+
+def saved_in_parts(folder: str, save: bool) -> None:
+    """Each rank saves and loads what it has, in a file of its own."""
+    model = sharded()
+    optimizer = ivon(model)
+    path = Path(folder) / f"{min(dist.get_rank(), 1)}.state"
+    if save:
+        learn(model, optimizer, lambda step: [[rows_of(step, dist.get_rank(), dist.get_world_size())]], 1)
+        state = optimizer.state_dict()
+        state["state"] = {
+            i: {k: t.to_local() if isinstance(t, DTensor) else t for k, t in s.items()} for i, s in state["state"].items()
+        }
+        torch.save(state, path)
+    else:
+        optimizer.load_state_dict(torch.load(path, weights_only=True))
 
 
 def sharded() -> Logistic:
@@ -114,11 +153,182 @@ def sharded() -> Logistic:
     return model
 
 
-def fsdp(draws: int = 1, **hyper: Any) -> dict[str, Tensor]:
+def fsdp(hyper: dict[str, Any]) -> dict[str, Tensor]:
     """One of several ranks that hold parts of the parameters."""
-    how = {name: hyper.pop(name) for name in ("steps", "scale", "clip") if name in hyper}
+    draws, how, hyper = split(hyper)
     model = sharded()
     optimizer = ivon(model, **hyper)
     rank, size = dist.get_rank(), dist.get_world_size()
     learn(model, optimizer, lambda step: [[rows_of(step, rank, size)] for _ in range(draws)], **how)
+    return everything(model, optimizer)
+
+
+def checkpointed(folder: str, steps: int, save: bool) -> dict[str, Tensor]:
+    """Sharded training that saves by torch.distributed.checkpoint, or goes on from what was saved."""
+    model = sharded()
+    optimizer = ivon(model)
+    if not save:
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.load(states, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    learn(model, optimizer, lambda step: [[rows_of(step, dist.get_rank(), dist.get_world_size())]], steps)
+    if save:
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.save(states, checkpoint_id=folder)
+    return everything(model, optimizer)
+
+
+def sharded_after_looks(look: bool) -> Tensor:
+    """The training losses of a sharded model, with evaluations in between or without."""
+    model = sharded()
+    optimizer = ivon(model)
+    losses = []
+    for _ in range(3):
+        if look:
+            with torch.no_grad():
+                model.eval()(torch.arange(16))
+        with optimizer.sampled_params(train=True):
+            loss = model.train()(torch.arange(16))
+            loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+    optimizer.posterior(model)
+    return torch.stack(losses)
+
+
+def sharded_nans() -> list[int]:
+    """A gradient that is not finite in one part of one rank."""
+    model = sharded()
+    optimizer = ivon(model)
+    for step in range(3):
+        with optimizer.sampled_params(train=True):
+            model(torch.arange(16)).backward()
+            if step == 1 and dist.get_rank() == 1:
+                model.wide.grad.to_local()[-1, -1] = float("nan")
+        optimizer.step()
+    return [optimizer.dropped_draws, *(int(optimizer.state[p]["step"]) for p in model.parameters())]
+
+
+def uneven(
+    draws: tuple[int, ...], weights: tuple[float, ...] = (1.0, 1.0), nan: int | None = None, **hyper: Any
+) -> dict[str, Tensor]:
+    """A model without a wrapper: each rank has draws of its own number and weight, and one may have a NaN in its gradient."""
+    model = Logistic()
+    optimizer = ivon(model, noise_per_rank=True, **hyper)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for step in range(3):
+        for _ in range(draws[rank]):
+            with optimizer.sampled_params(train=True, weight=weights[rank]):
+                model(rows_of(step, rank, size)).backward()
+                if rank == nan:
+                    model.wide.grad[0, 0] = float("nan")
+        optimizer.step()
+    return everything(model, optimizer)
+
+
+def uneven_alone(
+    draws: tuple[int, ...], weights: tuple[float, ...] = (1.0, 1.0), without: int | None = None, **hyper: Any
+) -> dict[str, Tensor]:
+    """What one process makes of the same draws, each with the noise of its number among the draws of all ranks."""
+    model, size = Logistic(), len(draws)
+    normals: dict[Tensor, Tensor] = {}
+    optimizer = ivon(model, **hyper, noise=lambda p: normals[p])
+    for step in range(3):
+        for draw in range(max(draws)):
+            for rank in range(size):
+                if draw < draws[rank] and rank != without:
+                    noise = CounterNoise(0, TRAIN, step, draw * size + rank)
+                    normals.update(zip(model.parameters(), noise.normal(br.Vector(list(model.parameters()))), strict=True))
+                    with optimizer.sampled_params(train=True, weight=weights[rank]):
+                        model(rows_of(step, rank, size)).backward()
+        optimizer.step()
+    return everything(model, optimizer)
+
+
+def misused(case: str) -> None:
+    """What trains wrong unless it is refused."""
+    rank, model = dist.get_rank(), Logistic()
+    hyper: dict[str, Any] = {}
+    if case == "weights":
+        with torch.no_grad():
+            model.wide[0, 0] += 1e-6 * (rank == 1)
+    elif case == "settings":
+        hyper["lr"] = 0.1 * (1 + rank)
+    elif case == "seeds":
+        hyper["seed"] = rank
+    elif case == "sharded later":
+        optimizer = ivon(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    elif case == "noise per rank of a sharded model":
+        model, hyper["noise_per_rank"] = sharded(), True
+    elif case == "columns":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model.wide = nn.Parameter(distribute_tensor(model.wide.detach(), mesh, [Shard(1)]))
+    elif case == "FSDP1":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    elif case == "FSDP1 with original parameters":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    if case == "ZeRO":
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # warns where it is imported
+
+        model = DistributedDataParallel(model)
+        zero = ZeroRedundancyOptimizer(model.parameters(), br.IVON, lr=0.1, ess=100.0)
+        model(torch.arange(16)).backward()
+        zero.step()
+        return
+    if case != "sharded later":
+        optimizer = ivon(model, **hyper)
+    with optimizer.sampled_params(train=True):
+        model(torch.arange(16)).backward()
+    optimizer.step()
+
+
+def drifting() -> list[int]:
+    """A rank that goes astray after the first step: the number of the step that notices."""
+    model = Logistic()
+    optimizer = ivon(model)
+    wrapped = DistributedDataParallel(model)
+    for step in range(1, 210):
+        if step == 50 and dist.get_rank() == 1:
+            optimizer.state[model.wide]["hess"][3, 3] *= 1.001
+        with optimizer.sampled_params(train=True):
+            wrapped(torch.arange(4)).backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert "rank 1" in str(error)
+            return [step]
+    return [0]
+
+
+def apart() -> list[float]:
+    """Independent processes."""
+    model = Logistic()
+    optimizer = ivon(model, sync=False, lr=0.01 * (1 + dist.get_rank()))
+    for _ in range(2 + dist.get_rank()):
+        with optimizer.sampled_params(train=True):
+            model(torch.arange(16)).backward()
+        optimizer.step()
+    return [float(optimizer.state[model.wide]["step"])]
+
+
+def resumed(folder: str, steps: int, dies: int | None = None, go_on: bool = False) -> dict[str, Tensor]:
+    """Training that saves after every second step; one rank may be killed at a step, with the other in the midst of it."""
+    model = Logistic()
+    optimizer = ivon(model, noise_per_rank=True)
+    wrapped = DistributedDataParallel(model)
+    path, first = Path(folder) / "last.pt", 0
+    if go_on:
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    for step in range(first, steps):
+        if step == dies and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with optimizer.sampled_params(train=True):
+            wrapped(rows_of(step, dist.get_rank(), dist.get_world_size())).backward()
+        optimizer.step()
+        if step % 2 and dist.get_rank() == 0:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, path)
     return everything(model, optimizer)

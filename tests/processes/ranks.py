@@ -19,10 +19,9 @@ def _one(rank: int, size: int, case: Callable[..., Any], folder: str, arguments:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     try:
         found = case(*arguments)
-    except Exception:
-        found = RuntimeError(traceback.format_exc())
-    torch.save(str(found) if isinstance(found, Exception) else found, f"{folder}/{rank}.pt")
-    Path(f"{folder}/{rank}.done").touch()
+    except Exception as error:
+        found = "".join(traceback.format_exception(error))
+    torch.save(found, f"{folder}/{rank}.pt")
     os._exit(0)  # whether or not the others are there still
 
 
@@ -46,4 +45,5 @@ def run(size: int, folder: Path, case: Callable[..., Any], *arguments: Any, time
     for process in processes:
         process.kill()
     assert not stuck, f"ranks {stuck} did not end"
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    paths = [folder / f"{rank}.pt" for rank in range(size)]
+    return [torch.load(path, weights_only=True) if path.exists() else "killed" for path in paths]

@@ -138,10 +138,17 @@ class Layout:
                 inputs = {**numbers, "done": step, "seed": seed}
                 kept = self._kept(group, rule, plot, within)
                 yield Cell(plot, dict(group), rule, inputs, (*structure, "prior_mean" in kept), kept, step, remembers, only)
-        if rule.momentum.remembers:
-            for key, p in params.items():
-                if not here(p).numel():  # a checkpoint wants the same names from every process
-                    states[key].setdefault(self.host.names.memory, self.host.like_state(p))
+        for key, p in params.items():
+            if not here(p).numel():
+                self._keep_nothing(group, rule, p, states[key])
+
+    def _keep_nothing(self, group: Mapping[str, Any], rule: BayesRule, param: Tensor, state: dict[str, Any]) -> None:
+        """The state of a parameter of which nothing lies here: a checkpoint wants the same names and dtypes on every process."""
+        kept = self.host.like_state(param)
+        if rule.momentum.remembers and self.host.names.memory not in state:
+            state[self.host.names.memory] = kept.to(group.get("momentum_dtype") or kept.dtype)
+        if self.host.names.mean and param.dtype.itemsize < kept.dtype.itemsize:
+            state.setdefault(self.host.names.mean, kept)
 
     def _members(self, index: int) -> list[Tensor]:
         """The parameters of a group that were dealt: trainable ones that have elements, if only on other processes."""

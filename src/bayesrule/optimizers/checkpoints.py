@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..shards import take_over
+from ..shards import is_shared_out, take_over
 from .cells import Names
 from .hyperparameters import validate
 
@@ -37,10 +37,10 @@ def check(optimizer: Loading, saved: Mapping[str, Any]) -> None:
         for key, value in state.items():
             shape = tuple(torch.as_tensor(value).shape)
             if key != "step" and shape != param.shape:
-                raise ValueError(
-                    f"{name}: {key} of parameter {index} has shape {shape}, the parameter {tuple(param.shape)}: it was saved for "
-                    "another model"
-                )
+                why = "it was saved for another model"
+                if is_shared_out(param):
+                    why += " or in parts: save and load sharded parameters with torch.distributed.checkpoint"
+                raise ValueError(f"{name}: {key} of parameter {index} has shape {shape}, the parameter {tuple(param.shape)}: {why}")
     for index, state in saved["state"].items():
         if set(state) <= {"prior_mean", "prior_precision"}:  # not trained yet
             continue

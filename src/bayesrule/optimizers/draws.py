@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..family import Gaussian
 from ..noise import DITHER, EVALUATE, TRAIN, CounterNoise
-from ..shards import here
+from ..shards import gather_anew, here
 from .cells import Cell, Layout
 from .execution import Execution, Flats
 from .injection import Injected, InjectedNoise
@@ -205,7 +205,13 @@ class Draws:
         except BaseException:
             self.discard()
             raise
+        self._written_to()
+
+    def _written_to(self) -> None:
+        """Nobody may compute with what was in the parameters before."""
         torch.clear_autocast_cache()
+        if self.host.workers.sharded:
+            gather_anew()
 
     def _write_cell(self, written: Written, cell: Cell, stream: int, draw: int) -> None:
         plot = cell.plot
@@ -253,7 +259,7 @@ class Draws:
                 kept = {name: block for name, block in cell.kept.items() if name != "memory"}
                 self.host.execution.run("close", cell, {**flats, **kept, "pairs": plot.where.numbers}, numbers)
             plot.put(flats["mean"], cell.only)
-        torch.clear_autocast_cache()
+        self._written_to()
         if written is not self._train:
             for cell, _ in written.cells:
                 if written.block != STASH:

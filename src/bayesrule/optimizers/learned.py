@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..posterior import Posterior
 from ..rounding import followed
 from ..rule import BayesRule
-from ..shards import take_over, whole
+from ..shards import gather_anew, take_over, whole
 from .cells import Layout, Names
 
 
@@ -39,6 +39,7 @@ def learned(optimizer: Learner, model: nn.Module, num_data: int | None) -> Poste
     ess = sorted({float(group["ess"]) for group in optimizer.param_groups})
     if len(ess) > 1:
         raise ValueError(f"{name}: parameter groups differ in ess {ess}; a Posterior has one")
+    gather_anew()  # the model names its sharded parameters only while it does not hold them gathered
     blocks: list[dict[str, Tensor]] = [{}, {}, {}, {}]
     names = {id(p): own for own, p in model.named_parameters()}
     for group in optimizer.param_groups:

@@ -274,7 +274,8 @@ class BayesOptimizer(Optimizer, ABC):
         if taken is not None and not taken[0]:
             self.draws.forget()
             raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
-        self.reminders.of_draws(self.wanted_draws(), drawn, self.defaults.get("antithetic", False), self.workers.size)
+        if any(group["lr"] for group in self.param_groups):  # torch.distributed.checkpoint begins the state by a step of none
+            self.reminders.of_draws(self.wanted_draws(), drawn, self.defaults.get("antithetic", False), self.workers.size)
         if taken is not None:
             params, how = taken
             cells = self.layout.cells(params)
@@ -388,6 +389,9 @@ class BayesOptimizer(Optimizer, ABC):
         super().__setstate__(state)
 
     def _why(self, drawn: int) -> str:
+        late = ""
+        if self.workers.active and not self.workers.sharded:
+            late = "; if the model was sharded (fully_shard) after this optimizer was made, make the optimizer after it"
         if drawn:
-            return "a draw was opened, but backward() did not run in it or reached no parameter of this optimizer"
-        return "call backward() before step(), on a loss that depends on this optimizer's parameters"
+            return f"a draw was opened, but backward() did not run in it or reached no parameter of this optimizer{late}"
+        return f"call backward() before step(), on a loss that depends on this optimizer's parameters{late}"

@@ -87,7 +87,7 @@ class Workers:
     @property
     def sharded(self) -> bool:
         """Whether ranks hold parts of the parameters."""
-        return self.active and any(is_shared_out(p) for p in self.host.layout.trainable())
+        return any(is_shared_out(p) for p in self.host.layout.trainable())
 
     @property
     def listens(self) -> bool:
@@ -168,6 +168,7 @@ class Workers:
                 f"{self.name}: noise_per_rank=True needs whole parameters on every rank, and here they are sharded, so that all "
                 "ranks see one sample; drop it"
             )
+        self.host.layout.cells(params)  # a rank that had no draw has begun no state
         mine = [
             len(params),
             sum(p.numel() for p in params),
@@ -189,7 +190,8 @@ class Workers:
             if rank := _odd(numbers):
                 raise RuntimeError(
                     f"{self.name}: the {what} of rank {rank[0]} differ from those of the other ranks: start all ranks from the "
-                    "same weights and checkpoint, with the same settings, or pass sync=False for independent processes"
+                    "same weights and checkpoint, with the same settings, or pass sync=False for independent processes (of "
+                    "parameters in parts only FSDP2's are supported, not those of ZeRO and FSDP1)"
                 )
         if sharded or (self._averaged is None and any(looks)):
             self._averaged = sharded or len(set(looks)) == 1

@@ -1,0 +1,168 @@
+"""Several ranks train one model, over gloo: what they reach is what one process reaches, and what goes wrong is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.processes import cases, ranks
+from torch import Tensor
+
+pytestmark = pytest.mark.hosts
+
+RESCALED = dict(scale=1024.0, clip=0.05)
+GRADSQ = dict(hess_approx="gradsq", gradsq_scale=30.0)
+
+
+def agree(found: list[Any], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    """All ranks are equal to the bit, and agree with one process: each kind of tensor to the tolerance of its largest number."""
+    for rank in found:
+        assert not isinstance(rank, str), rank
+        assert rank.keys() == wanted.keys()
+        assert all(torch.equal(rank[name], found[0][name]) for name in rank)
+    kinds: dict[str, float] = {}
+    for name, value in wanted.items():
+        kind = name.rpartition(".")[2]
+        kinds[kind] = max(kinds.get(kind, 0.0), value.abs().max().item())
+    for name, value in wanted.items():
+        gap, size = (found[0][name].double() - value.double()).abs().max().item(), kinds[name.rpartition(".")[2]]
+        assert gap <= tolerance * size, f"{name}: {gap:.3g} apart, of {size:.3g}"
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., list[Any]]:
+    def start(size: int, case: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
+        number = len(list(tmp_path.iterdir()))
+        folder = tmp_path / f"launch{number}"
+        folder.mkdir()
+        return ranks.run(size, folder, case, *arguments, **named)
+
+    return start
+
+
+class TestDataParallel:
+    @pytest.mark.parametrize(
+        "hyper", [{}, RESCALED, GRADSQ, dict(draws=2, **RESCALED), dict(memory="low"), dict(momentum_dtype=torch.bfloat16)], ids=str
+    )
+    def test_of_one_noise_is_one_process(self, launch, hyper):
+        agree(launch(2, cases.ddp, hyper), cases.one(2, hyper, per_rank=False))
+
+    @pytest.mark.parametrize(
+        "hyper",
+        [
+            {},
+            RESCALED,
+            GRADSQ,
+            dict(**RESCALED, **GRADSQ),
+            dict(draws=2),
+            dict(draws=2, **RESCALED),
+            dict(antithetic=True),
+            dict(compile=True, steps=3, ess=100.0),
+        ],
+        ids=str,
+    )
+    def test_of_noise_per_rank_is_one_process_with_as_many_draws(self, launch, hyper):
+        agree(launch(2, cases.ddp, dict(noise_per_rank=True, **hyper)), cases.one(2, hyper))
+
+    def test_of_three_ranks(self, launch):
+        found = launch(3, cases.ddp, dict(noise_per_rank=True))
+        agree(found, cases.one(3, {}))
+
+    @pytest.mark.parametrize("hyper", [{}, dict(draws=2), GRADSQ], ids=str)
+    def test_without_a_wrapper_the_optimizer_averages(self, launch, hyper):
+        agree(launch(2, cases.ddp, dict(noise_per_rank=True, wrapped=False, **hyper)), cases.one(2, hyper))
+
+    def test_without_a_wrapper_of_one_noise(self, launch):
+        agree(launch(2, cases.ddp, dict(wrapped=False)), cases.one(2, {}, per_rank=False))
+
+    def test_the_noise_of_one_rank_times_the_mean_gradient_would_be_half_the_curvature(self, launch):
+        """The trap: what makes the tests above worth something."""
+        (found, _), wanted = launch(2, cases.trapped), cases.one(2, {})
+        gap = (found["wide.hess"] - wanted["wide.hess"]).abs().max() / wanted["wide.hess"].abs().max()
+        assert gap > 1e-4
+
+    @pytest.mark.parametrize(
+        ("draws", "weights", "nan"),
+        [((1, 1), (1.0, 3.0), None), ((2, 1), (1.0, 1.0), None), ((1, 0), (1.0, 1.0), None), ((1, 1), (1.0, 1.0), 1)],
+        ids=["weights", "draws", "nothing", "nan"],
+    )
+    def test_ranks_count_by_their_draws(self, launch, draws, weights, nan):
+        found = launch(2, cases.uneven, draws, weights, nan)
+        agree(found, cases.uneven_alone(draws, weights, nan))
+
+
+class TestSharded:
+    @pytest.mark.parametrize(
+        "hyper", [{}, RESCALED, GRADSQ, dict(draws=2, **RESCALED), dict(memory="low"), dict(momentum_dtype=torch.bfloat16)], ids=str
+    )
+    def test_is_one_process_with_the_same_noise(self, launch, hyper):
+        agree(launch(2, cases.fsdp, hyper), cases.one(2, hyper, per_rank=False))
+
+    def test_is_one_process_where_parts_are_uneven_or_empty(self, launch):
+        agree(launch(4, cases.fsdp, {}), cases.one(4, {}, per_rank=False))
+
+    def test_sees_the_draw_after_an_evaluation(self, launch):
+        looked, plain = launch(2, cases.sharded_after_looks, True)[0], launch(2, cases.sharded_after_looks, False)[0]
+        assert torch.equal(looked, plain), looked
+
+    def test_drops_a_draw_everywhere_or_nowhere(self, launch):
+        assert launch(2, cases.sharded_nans) == [[1, 2, 2, 2, 2, 2]] * 2
+
+    def test_goes_on_from_a_distributed_checkpoint_bit_by_bit(self, launch, tmp_path):
+        whole = launch(2, cases.fsdp, dict(steps=6))
+        folder = str(tmp_path / "saved")
+        launch(2, cases.checkpointed, folder, 3, True)
+        found = launch(2, cases.checkpointed, folder, 3, False)
+        agree(found, whole[0], 0.0)
+
+    @pytest.mark.parametrize("size", [1, 4])
+    def test_goes_on_with_another_number_of_processes(self, launch, tmp_path, size):
+        wanted = launch(2, cases.fsdp, dict(steps=6))[0]
+        folder = str(tmp_path / "saved")
+        launch(2, cases.checkpointed, folder, 3, True)
+        agree(launch(size, cases.checkpointed, folder, 3, False), wanted)
+
+    def test_state_of_other_parts_is_refused(self, launch, tmp_path):
+        folder = str(tmp_path)
+        launch(2, cases.saved_in_parts, folder, True)
+        for error in launch(3, cases.saved_in_parts, folder, False):
+            assert "torch.distributed.checkpoint" in error.splitlines()[-1]
+
+
+MISUSES = {
+    "weights": "the parameters or state of rank 1 differ",
+    "settings": "the hyper-parameters of rank 1 differ",
+    "seeds": "the hyper-parameters of rank 1 differ",
+    "sharded later": r"if the model was sharded \(fully_shard\) after this optimizer was made",
+    "noise per rank of a sharded model": "noise_per_rank=True needs whole parameters",
+    "columns": r"supported are Replicate and one Shard\(0\)",
+    "FSDP1": "FSDP1",
+    "FSDP1 with original parameters": "FSDP1",
+    "ZeRO": "ZeRO",
+}
+
+
+class TestMisuse:
+    @pytest.mark.parametrize(("case", "message"), MISUSES.items())
+    def test_is_refused_on_every_rank(self, launch, case, message):
+        for found in launch(2, cases.misused, case):
+            assert isinstance(found, str)
+            assert re.search(message, found.strip().splitlines()[-1])
+
+    def test_a_rank_that_goes_astray_is_found_at_the_next_check(self, launch):
+        assert launch(2, cases.drifting) == [[101], [101]]
+
+    def test_independent_processes_are_left_alone(self, launch):
+        assert launch(2, cases.apart) == [[2.0], [3.0]]
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_and_nothing_else(launch, tmp_path):
+    whole = launch(2, cases.resumed, str(tmp_path), 7)
+    found = launch(2, cases.resumed, str(tmp_path), 7, 5, timeout=60.0)
+    assert found[1] == "killed" and isinstance(found[0], str)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 4
+    agree(launch(2, cases.resumed, str(tmp_path), 7, None, True), whole[0], 0.0)
