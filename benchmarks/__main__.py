@@ -24,6 +24,8 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "inference": "inference",
     "growth": "growth",
     "loading": "loading",
+    "bindings": "bindings",
+    "processes": "processes",
 }
 
 

@@ -83,4 +83,11 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("memory, folder", "peak memory for a folder of 10 GB, in GB", 1.5),
     Target("report", "seconds of a report on 50,000 test images", 20),
+    *(
+        Target(f"binding, {workload}: {name}", f"{name} / context: {workload}", 1.02)
+        for workload in ("ResNet-20, batch 32", "perceptron 0.64M, batch 32")
+        for name in ("closure", "train and step", "attach")
+    ),
+    Target("traffic: IVON, same noise", "traffic of two processes / AdamW: same noise", 1.01),
+    Target("traffic: IVON, noise per rank", "traffic of two processes / AdamW: noise per rank", 2.0),
 )
