@@ -164,6 +164,16 @@ class Plot:
         """A flat tensor, shape (size,), cut into what belongs to each parameter."""
         return self.bucket.views(flat, self.local)
 
+    def joined(self, flat: Tensor) -> Tensor:
+        """A copy of what of a flat tensor belongs to parameters, without anything idle."""
+        return torch.cat([view.reshape(-1) for view in self.views(flat)])
+
+    def scatter(self, joined: Tensor, flat: Tensor, scales: Sequence[float]) -> None:
+        """Put what :meth:`joined` gave back into a flat tensor, times a factor for each parameter."""
+        views = self.views(flat)
+        for view, part, scale in zip(views, joined.split([view.numel() for view in views]), scales, strict=True):
+            torch.mul(part.view(view.shape), scale, out=view)
+
     def _cut(self, name: str, flat: Tensor) -> list[Tensor]:
         known = self._views.get(name)
         if known is None or known[0].data_ptr() != flat.data_ptr():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,8 @@ class Attached:
 
     def __init__(self, optimizer: Drawing | None = None, model: nn.Module | None = None) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        self._model = None if model is None else weakref.ref(model)
+        self._root = None if model is None else weakref.ref(model)
+        self._models = weakref.WeakSet[nn.Module]([] if model is None else model.modules())
         self._handles: list[Any] = []
 
     def __reduce__(self) -> tuple[type[Attached], tuple[()]]:
@@ -38,27 +40,33 @@ class Attached:
 
     def hook(self, model: nn.Module) -> None:
         """Put the hooks in place, before all others."""
-        self._handles = [
-            model.register_forward_pre_hook(self.before_forward, prepend=True),
-            model.register_state_dict_pre_hook(self.before_saving),
-        ]
+        self._handles = [each.register_forward_pre_hook(self.before_forward, prepend=True) for each in _called(model)]
+        for each in model.modules():  # whichever of them is saved or loaded
+            self._handles.append(each.register_state_dict_pre_hook(self.before_saving))
+            self._handles.append(each.register_load_state_dict_pre_hook(self.before_loading))
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away; the mean returns."""
+        optimizer = self._optimizer() if self._optimizer else None
+        if optimizer is not None and self._handles:
+            optimizer.draws.pause()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _serves(self, model: nn.Module) -> Drawing | None:
-        if self._optimizer is None or self._model is None or self._model() is not model:
-            return None
-        return self._optimizer()
+    def is_at(self, optimizer: Drawing, model: nn.Module) -> bool:
+        """Whether these are the hooks of just these two."""
+        return self.serves(model) is optimizer and self._root is not None and self._root() is model
+
+    def serves(self, model: nn.Module) -> Drawing | None:
+        """The optimizer, where the model is attached and no copy."""
+        return self._optimizer() if self._optimizer is not None and model in self._models else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_forward(self, model: nn.Module, _: Any) -> None:
         """Open the draw of the step for training, and close it for a while for anything else."""
-        optimizer = self._serves(model)
-        if optimizer is None:
+        optimizer = self.serves(model)
+        if optimizer is None or torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has weights of its own
             return
         if not model.training:
             optimizer.draws.pause()
@@ -76,9 +84,26 @@ class Attached:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_saving(self, model: nn.Module, *_: Any) -> None:
         """A checkpoint holds the mean."""
-        optimizer = self._serves(model)
+        optimizer = self.serves(model)
         if optimizer is not None:
             optimizer.draws.pause()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before_loading(self, model: nn.Module, *_: Any) -> None:
+        """What is loaded stays: it takes the place of the mean, and an open draw is lost."""
+        optimizer = self.serves(model)
+        if optimizer is not None and optimizer.draws.is_automatic:
+            optimizer.draws.discard()
+
+
+def _called(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what it wraps if it is a wrapper; not what is compiled in a wrapper."""
+    while True:
+        yield model
+        inner = list(model.children())
+        if type(model).__name__ == "OptimizedModule" or len(inner) != 1 or next(iter(model._parameters), None) is not None:
+            return
+        (model,) = inner
 
 
 def attach(optimizer: Drawing, model: nn.Module) -> Attached:
@@ -92,7 +117,7 @@ def attach(optimizer: Drawing, model: nn.Module) -> Attached:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}.attach: expected a torch.nn.Module, got {model!r}")
     hooks = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
-    if any(isinstance(hook, Attached) and hook._serves(model) is optimizer for hook in hooks):
+    if any(isinstance(hook, Attached) and hook.is_at(optimizer, model) for hook in hooks):
         raise ValueError(f"{name}.attach: the model is attached already; remove() what the first attach() returned")
     own: set[Tensor] = {p for group in optimizer.param_groups for p in group["params"]}
     if own.isdisjoint(model.parameters()):

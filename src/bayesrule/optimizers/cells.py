@@ -155,6 +155,11 @@ class Layout:
         self._plot(index)
         return self._plots[index][2]
 
+    def left_out(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Those that were dealt into no plot: they became trainable within a step."""
+        dealt = {id(p) for index in range(len(self.host.param_groups)) for p in self._members(index)}
+        return [p for p in params if id(p) not in dealt and p.numel()]
+
     def plots(self) -> list[Plot]:
         """All plots, in an order that is the same on every process."""
         return [plot for index in range(len(self.host.param_groups)) for plot in self._plot(index)]

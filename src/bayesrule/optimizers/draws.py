@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, Protocol
 
@@ -62,7 +62,8 @@ class Draws:
         self._open: Written | None = None
         self._joinable = self._automatic = False
         self._weight = 1.0
-        self._strange: tuple[Tensor, weakref.ref[Tensor]] | None = None  # a gradient that was there before the draw
+        self._strangers = Strangers()
+        self._will: weakref.finalize[Any, Any] | None = None
         self._train = Written(STASH)
         self.looks = Looks(host, self._train)
 
@@ -120,11 +121,11 @@ class Draws:
             self._looked += 1
         elif automatic and self.goes_on:
             self.looks.reopen()
-            self._write(self._train, TRAIN, self.looks.begun)
+            self._write(self._train, TRAIN, self.looks.begun, again=True)
             self.host.workers.listen(fresh=False)
         else:
             self.renew()
-            self._strange = self._stranger()
+            self._strangers = Strangers(self.host.layout.trainable())
             self._weight, self._automatic = float(weight), automatic
             self._train.block = None if self.host.frugal else STASH
             self._write(self._train, TRAIN, self.looks.begun)
@@ -140,16 +141,13 @@ class Draws:
         """
         train = self.is_training
         self._restore(keep_offset=train)
-        if train and self._strange is not None:
-            param, gradient = self._strange
-            if param.grad is not None and gradient() is param.grad:
-                self.looks.lose()
-                raise RuntimeError(
-                    "gradients from before this draw stood in p.grad and were added to: they belong to other weights, and are "
-                    "cleared; open the draw before the first backward() of the step, or call zero_grad() when it is open"
-                )
+        if train and self._strangers.are_in_the_way():
+            self.looks.lose()
+            raise RuntimeError(
+                "gradients from before this draw stood in p.grad and were added to: they belong to other weights, and are cleared; "
+                "open the draw before the first backward() of the step, or call zero_grad() before backward()"
+            )
         if train:
-            self._strange = None
             self.looks.add(self._weight)
 
     def discard(self) -> None:
@@ -171,41 +169,43 @@ class Draws:
 
     def cleared(self) -> None:
         """Somebody clears the gradients: what a closed draw left there is read first, and not lost."""
-        if self.is_training:
-            self._strange = None
-        else:
+        if not self.is_training:
             self.renew()
+            self.looks.give_up()
 
     def renew(self) -> None:
         """Before more draws."""
         if not self.looks.renew():
             self.forget()
 
-    def _stranger(self) -> tuple[Tensor, weakref.ref[Tensor]] | None:
-        for p in self.host.layout.trainable():
-            if p.grad is not None and p.grad.layout == torch.strided and bool(here(p.grad).any()):
-                return p, weakref.ref(p.grad)
-        return None
-
     # Writing
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _write(self, written: Written, stream: int, draw: int) -> None:
+    def _write(self, written: Written, stream: int, draw: int, again: bool = False) -> None:
         params = self.host.layout.trainable()
         draw = self.host.workers.number(draw) if stream == TRAIN else draw
         if self.injected:
             self.injected.params = params
+        if again:  # from the numbers that made it, whatever has become of them
+            cells = written.cells
+        else:
+            cells = [(cell, self._numbers(cell, stream, draw)) for cell in self.host.layout.cells(params) if cell.draws]
         written.cells = []
         self._open = written
         try:
-            for cell in self.host.layout.cells(params):
-                if cell.draws:
-                    self._write_cell(written, cell, stream, draw)
+            for cell, numbers in cells:
+                self._write_cell(written, cell, numbers)
         except BaseException:
             self.discard()
             raise
         self._written_to()
+        if written is self._train and written.block:  # an optimizer that is dropped leaves the mean behind
+            self._will = weakref.finalize(self, _put_back, written)
+            self._will.atexit = False
+
+    def _numbers(self, cell: Cell, stream: int, draw: int) -> dict[str, Any]:
+        return {**cell.inputs, "stream": stream, "draw": draw, "first": cell.plot.where.first}
 
     def _written_to(self) -> None:
         """Nobody may compute with what was in the parameters before."""
@@ -213,9 +213,8 @@ class Draws:
         if self.host.workers.sharded:
             gather_anew()
 
-    def _write_cell(self, written: Written, cell: Cell, stream: int, draw: int) -> None:
-        plot = cell.plot
-        numbers = {**cell.inputs, "stream": stream, "draw": draw, "first": plot.where.first}
+    def _write_cell(self, written: Written, cell: Cell, numbers: Mapping[str, Any]) -> None:
+        plot, stream, draw = cell.plot, numbers["stream"], numbers["draw"]
         flats: Flats = {"mean": plot.mean(), **cell.kept}
         flats.pop("memory", None)
         if written.block:
@@ -245,6 +244,8 @@ class Draws:
     def _restore(self, keep_offset: bool = False) -> None:
         written, self._open = self._open, None
         self.host.workers.deafen()
+        if self._will is not None:
+            self._will.detach()
         if written is None:
             return
         for cell, numbers in written.cells:
@@ -264,3 +265,46 @@ class Draws:
             for cell, _ in written.cells:
                 if written.block != STASH:
                     cell.plot.drop(written.block or "")
+
+
+def _put_back(written: Written) -> None:
+    """The mean, into the parameters."""
+    with torch.inference_mode(False), torch.no_grad():
+        for cell, _ in written.cells:
+            cell.plot.put(cell.plot.flat(STASH), cell.only, STASH)
+
+
+class Strangers:
+    """Gradients that are older than a draw: whoever adds to them would learn from other weights.
+
+    Args:
+        params: Those that are drawn.
+    """
+
+    def __init__(self, params: Sequence[Tensor] = ()) -> None:
+        self._old = {p: p.grad for p in params if _stands(p)}
+        self._stood: dict[Tensor, bool] = {}  # whether it did just before the first gradient came
+        self._mixed = False
+        before = [p.register_hook(lambda _, p=p: self._comes(p)) for p in self._old]
+        after = [p.register_post_accumulate_grad_hook(self._added) for p in self._old]
+        self._hooks = [*before, *after]
+
+    def _comes(self, param: Tensor) -> None:
+        if param in self._old:
+            self._stood[param] = _stands(param)
+
+    def _added(self, param: Tensor) -> None:
+        if self._old.pop(param, None) is not None:
+            self._mixed |= self._stood[param]
+
+    def are_in_the_way(self) -> bool:
+        """Whether one of them was added to, or stands there still."""
+        for hook in self._hooks:
+            hook.remove()
+        return self._mixed or any(p.grad is gradient and _stands(p) for p, gradient in self._old.items())
+
+
+def _stands(param: Tensor) -> bool:
+    """Whether a parameter has a gradient that is not zero."""
+    gradient = param.grad
+    return gradient is not None and gradient.layout == torch.strided and bool(here(gradient).any())

@@ -20,7 +20,7 @@ from ..plots import Plot
 from ..shards import here
 from .cells import Cell, Layout
 from .execution import THEN, Execution, Flats
-from .workers import LOCAL, Workers
+from .workers import LOCAL, Share, Workers
 
 
 class Host(Protocol):
@@ -66,6 +66,7 @@ class Looks:
         """Start a new step: no draws yet."""
         self.begun = 0
         self.waiting = False
+        self._lost = False  # whether all draws until now were thrown away
         self._weight, self._total = 1.0, 0.0
         self._averaged: dict[Tensor, None] = {}  # parameters that have running means
         self._begun_means: set[int] = set()  # plots whose running means belong to this step
@@ -109,6 +110,11 @@ class Looks:
         elif self._finite(fresh):
             self._average(fresh)
         clear(fresh)
+
+    def give_up(self) -> None:
+        """If every draw until now was thrown away: the same noise is drawn again."""
+        if self.begun and not self.waiting and not self._averaged:
+            self.begun, self._lost = 0, True
 
     def _average(self, fresh: list[Tensor], kind: str = "average") -> None:
         """A running mean over draws; a parameter without a gradient in one of them had the gradient zero there."""
@@ -198,6 +204,8 @@ class Looks:
             finite = self._settle()
             return (list(self._averaged), self._on_average) if finite else None
         fresh = self._with_gradient()
+        if self._lost and not fresh:
+            return None
         if self.begun and (not self.waiting or (fresh and not self._finite(fresh))):
             clear(fresh)
             return None
@@ -208,6 +216,23 @@ class Looks:
         workers, plots, params = self.host.workers, self.host.layout.plots(), self.host.layout.trainable()
         alone = self.waiting and not self._averaged and workers.listens  # its gradient may have been rescaled since
         products, sizes = self._rescaled(plots) if alone else ({}, {})
+        mine = self._share(products, params, plots)
+        every = mine.summed(workers)
+        if not every.weight:
+            return None if every.drew else ([], self._on_average)
+        self._averaged = {p: None for p, weight in zip(params, every.present, strict=True) if weight}
+        self._curved = {id(plot) for plot, weight in zip(plots, every.seen, strict=True) if weight}
+        factors = {p: sizes[p] * every.weight / n for p, n in zip(params, every.aligned, strict=True) if sizes and n}
+        degrees = {id(cell.plot): cell.rule.curvature.degree for cell in self.host.layout.cells(params)}
+        for plot, weight, total in zip(plots, every.seen, every.curvatures, strict=True):
+            scales = [factors.get(p, 1.0) ** degrees[id(plot)] / (weight or 1.0) for p in plot.params]
+            plot.scatter(total, self._means(plot)[1], scales)
+        for plot, total in zip(plots, every.gradients, strict=bool(every.gradients)):
+            plot.scatter(total, self._means(plot)[0], [1 / every.weight] * len(plot.params))
+        return list(self._averaged), self._on_average
+
+    def _share(self, products: Mapping[Tensor, float], params: Sequence[Tensor], plots: Sequence[Plot]) -> Share:
+        """What this rank brings, all times the weight of its draws."""
         drew = self.begun
         if not drew and (fresh := self._with_gradient()):  # a step at the mean: it shows no curvature
             if self._finite(fresh):
@@ -216,29 +241,16 @@ class Looks:
         self.read()
         weight = self._total if self._settle() else 0.0
         seen = [weight * (id(plot) in self._curved) for plot in plots]
-        numbers = [weight, drew, *seen]
-        numbers += [weight * products.get(p, 0.0) for p in params] + [weight * (p in self._averaged) for p in params]
-        curvatures = [_joined(plot, self._means(plot)[1]) * w for plot, w in zip(plots, seen, strict=True)]
-        gradients = [_joined(plot, self._means(plot)[0]) * weight for plot in plots] if workers.exchanges_gradients else []
-        found, *sums = workers.sum([curvatures[0].new_tensor(numbers), *curvatures, *gradients])
-        weight, drew, *rest = found.tolist()
-        if not weight:
-            return None if drew else ([], self._on_average)
-        seen, rest = rest[: len(plots)], rest[len(plots) :]
-        aligned, present = rest[: len(params)], rest[len(params) :]
-        self._averaged = {p: None for p, n in zip(params, present, strict=True) if n}
-        self._curved = {id(plot) for plot, w in zip(plots, seen, strict=True) if w}
-        factors = {p: size * weight / n for (p, size), n in zip(sizes.items(), aligned, strict=False) if n}
-        degrees = {id(cell.plot): cell.rule.curvature.degree for cell in self.host.layout.cells(params)}
-        for plot, w, total in zip(plots, seen, sums[: len(plots)], strict=True):
-            into = plot.views(self._means(plot)[1])
-            for p, view, part in zip(plot.params, into, total.split([v.numel() for v in into]), strict=True):
-                view.copy_(part.view(view.shape) * (factors.get(p, 1.0) ** degrees[id(plot)] / (w or 1.0)))
-        for plot, total in zip(plots, sums[len(plots) :], strict=False):
-            into = plot.views(self._means(plot)[0])
-            for view, part in zip(into, total.split([v.numel() for v in into]), strict=True):
-                view.copy_(part.view(view.shape) / weight)
-        return list(self._averaged), self._on_average
+        given = plots if self.host.workers.exchanges_gradients else []
+        return Share(
+            weight,
+            drew,
+            seen,
+            [weight * products.get(p, 0.0) for p in params],
+            [weight * (p in self._averaged) for p in params],
+            [plot.joined(self._means(plot)[1]).mul_(w) for plot, w in zip(plots, seen, strict=True)],
+            [plot.joined(self._means(plot)[0]).mul_(weight) for plot in given],
+        )
 
     def _rescaled(self, plots: Sequence[Plot]) -> tuple[dict[Tensor, float], dict[Tensor, float]]:
         """By parameter: the inner product of this rank's gradient with the one in ``p.grad``, and the square of that.
@@ -321,11 +333,6 @@ class Looks:
             self._read = {other: flat for other, flat in self._read.items() if other is not self._copied}
             self._copied = plot
         return plot.read(gradients, "gradient")
-
-
-def _joined(plot: Plot, flat: Tensor) -> Tensor:
-    """What of a flat tensor belongs to parameters."""
-    return torch.cat([view.reshape(-1) for view in plot.views(flat)])
 
 
 def _gradients(params: Sequence[Tensor]) -> list[Tensor]:

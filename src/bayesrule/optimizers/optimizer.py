@@ -193,7 +193,7 @@ class BayesOptimizer(Optimizer, ABC):
             >>> (w - 1).abs().max().item() < 0.1
             True
         """
-        if not self.draws.is_training and self.wanted_draws():
+        if not self.draws.is_training and self.wanted_draws() and self.layout.trainable():
             self._renew()
             self.draws.begin(train=True, automatic=True)
 
@@ -285,6 +285,7 @@ class BayesOptimizer(Optimizer, ABC):
             self.layout.count(params)
             torch.clear_autocast_cache()
             if drawn:
+                self.reminders.of_thawed(len(self.layout.left_out(params)))
                 for p in params:
                     p.grad = None
                 if self.execution.steps % CHECK_EVERY == 1:
@@ -292,6 +293,12 @@ class BayesOptimizer(Optimizer, ABC):
         self.draws.forget()
         self._ready = False
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """A GradScaler asks before it decides whether to skip the step: either way the draw is over, and the mean returns."""
+        self.draws.pause()
+        return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; what a closed draw left there is read first, and not lost."""
@@ -372,7 +379,7 @@ class BayesOptimizer(Optimizer, ABC):
         self.execution.resume(max((int(state["step"]) for state in self.state.values() if "step" in state), default=0))
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.draws.looks.begun:
+        if self.draws.looks.begun or self.draws.is_training:
             raise RuntimeError(f"{type(self).__name__} cannot be copied between a draw and its step(); copy it after the step")
         self.draws.close()
         kept = {"noise": self.draws.injected and self.draws.injected.function, "compile": self.execution.compile}

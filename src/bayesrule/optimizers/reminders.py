@@ -6,8 +6,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 
 import torch
+import torch.utils.checkpoint
 
 
 class Reminders:
@@ -45,11 +47,25 @@ class Reminders:
             self._warn(f"antithetic draws come in pairs, but this step had {drawn}: open an even number")
 
     def of_mode(self) -> None:
-        """Warn about an evaluation under a draw."""
+        """Warn about an evaluation under a draw, unless it is a forward that backward() will repeat."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+                return
+            frame = frame.f_back
         self._warn(
             "a forward without gradients in training mode sees the draw that is open, not the mean; call model.eval() before an "
             "evaluation"
         )
+
+    def of_thawed(self, count: int) -> None:
+        """Warn about parameters that no draw knew."""
+        if count:
+            self._warn(
+                f"{count} parameter{'s' * (count > 1)} became trainable while a draw was open, and stayed out of this "
+                "step; unfreeze between step() and the next draw",
+                "thawed",
+            )
 
     def of_decay(self, default: float, groups: Sequence[float]) -> None:
         """Warn where every group overrides the weight decay of the constructor by zero."""

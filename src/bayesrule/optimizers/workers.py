@@ -19,7 +19,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from itertools import accumulate, pairwise
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -142,6 +143,19 @@ class Workers:
     def _device(self) -> torch.device:
         return self.host.layout.trainable()[0].device
 
+    def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over the ranks, in one all-reduce for each dtype and device."""
+        sums: list[Tensor] = list(parts)
+        kinds: dict[Any, list[int]] = {}
+        for i, part in enumerate(parts):
+            kinds.setdefault((part.dtype, part.device), []).append(i)
+        for members in kinds.values():
+            fused = torch.cat([parts[i].reshape(-1) for i in members])
+            dist.all_reduce(fused)
+            for i, part in zip(members, fused.split([parts[i].numel() for i in members]), strict=True):
+                sums[i] = part.view(parts[i].shape)
+        return sums
+
     @torch.no_grad()
     def meet(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
         """Before a step: compare the ranks when it is time, and see in the first step whether gradients are averaged.
@@ -204,20 +218,27 @@ class Workers:
         groups = self.host.param_groups
         return [{name: _plain(group[name]) for name in sorted(group) if name not in ("params", "param_names")} for group in groups]
 
-    # Averaging
 
-    def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over the ranks, in one all-reduce for each dtype and device."""
-        sums: list[Tensor] = list(parts)
-        kinds: dict[Any, list[int]] = {}
-        for i, part in enumerate(parts):
-            kinds.setdefault((part.dtype, part.device), []).append(i)
-        for members in kinds.values():
-            fused = torch.cat([parts[i].reshape(-1) for i in members])
-            dist.all_reduce(fused)
-            for i, part in zip(members, fused.split([parts[i].numel() for i in members]), strict=True):
-                sums[i] = part.view(parts[i].shape)
-        return sums
+class Share(NamedTuple):
+    """What the draws of a step have shown: of one rank, times the weight of its draws; or summed over all."""
+
+    weight: float
+    drew: float  # how many draws there were
+    seen: list[float]  # by plot: the weight of the draws that showed curvature
+    aligned: list[float]  # by parameter: the inner product of this rank's gradient with the one in p.grad
+    present: list[float]  # by parameter: the weight of the draws that gave a gradient
+    curvatures: list[Tensor]  # by plot
+    gradients: list[Tensor]  # by plot, where nobody else averages them
+
+    def summed(self, workers: Workers) -> Share:
+        """The sum over all ranks: one all-reduce for each dtype and device."""
+        lists = (self.seen, self.aligned, self.present)
+        numbers = [self.weight, self.drew, *(n for each in lists for n in each)]
+        first, *blocks = workers.sum([self.curvatures[0].new_tensor(numbers), *self.curvatures, *self.gradients])
+        weight, drew, *rest = first.tolist()
+        cuts = list(accumulate(map(len, lists), initial=0))
+        seen, aligned, present = (rest[i:j] for i, j in pairwise(cuts))
+        return Share(weight, drew, seen, aligned, present, blocks[: len(seen)], blocks[len(seen) :])
 
 
 def _adder(targets: list[tuple[Tensor, Plot, int]]) -> Callable[[Tensor], None]:
