@@ -4,8 +4,9 @@ PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null 
 BIN := .venv/bin
 READY := .venv/.ready
 RIVALS := .venv/.rivals
+HOSTS := .venv/.hosts
 
-.PHONY: demo help test slow lint format doctest check bench clean
+.PHONY: demo help test slow lint format doctest check integrations bench clean
 .DELETE_ON_ERROR:
 
 demo: runs/demo/report.html ## install, then train AdamW, SGD and IVON side by side (the default)
@@ -37,9 +38,17 @@ format: $(READY) ## rewrite the files in the house format
 	$(BIN)/ruff check --fix .
 
 doctest: $(READY) ## the examples in the docstrings
-	$(BIN)/pytest --doctest-modules src
+	$(BIN)/pytest --doctest-modules src --ignore=src/bayesrule/integrations/lightning.py --ignore=src/bayesrule/integrations/transformers.py
 
 check: lint test doctest ## everything a change must pass
+
+$(HOSTS): $(READY)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[hf,lightning]"
+	touch $@
+
+integrations: $(HOSTS) ## train in every host framework and write the matrix into docs/integrations.md
+	$(BIN)/pytest -n 2 -m hosts --matrix docs/integrations.md
+	$(BIN)/pytest --doctest-modules src/bayesrule/integrations/lightning.py src/bayesrule/integrations/transformers.py
 
 $(RIVALS): $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
+from tests.integrations.noise import HOSTS_OWN
 
 FOLDER = Path(__file__).parents[1] / "examples"
 PICTURES = {
@@ -14,6 +15,8 @@ PICTURES = {
     "gp_classification": "gp_classification.png",
     "training_loop": "training_loop.png",
 }
+WITHOUT = {"attach": (), "lightning_digits": ("lightning",), "accelerate_loop": ("accelerate",)}  # a picture, and what they need
+WITHOUT |= dict.fromkeys(("hf_trainer", "peft_lora"), ("transformers", "accelerate", "peft"))
 
 
 @pytest.fixture
@@ -33,6 +36,30 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
+@pytest.fixture
+def show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs an example that draws no picture in an empty folder, which it leaves empty, and returns what it printed."""
+
+    def show(name: str) -> str:
+        for framework in WITHOUT[name]:
+            pytest.importorskip(framework, reason=f"{framework} is not installed: make integrations installs it")
+        if "accelerate" in WITHOUT[name]:  # one precision for a process, which other tests may have chosen
+            importlib.import_module("accelerate.state").AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.chdir(tmp_path)
+        importlib.import_module(f"examples.{name}").main()
+        assert not list(tmp_path.iterdir())
+        return capsys.readouterr().out
+
+    return show
+
+
+def hosted(test):
+    """A test that needs the framework of an example, and lets that warn about its own affairs."""
+    for ignored in HOSTS_OWN:
+        test = pytest.mark.filterwarnings(ignored)(test)
+    return pytest.mark.hosts(test)
+
+
 def number(text: str, line: str, place: int = 0) -> float:
     """A number of the line that begins with some words."""
     found = next(each.strip().removeprefix(line) for each in text.splitlines() if each.strip().startswith(line))
@@ -40,7 +67,7 @@ def number(text: str, line: str, place: int = 0) -> float:
 
 
 def test_every_example_is_tested_and_short():
-    assert {path.stem for path in FOLDER.glob("*.py")} == set(PICTURES)
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*PICTURES, *WITHOUT}
     assert all(len(path.read_text().splitlines()) <= 100 for path in FOLDER.glob("*.py"))
 
 
@@ -80,3 +107,40 @@ def test_the_training_loop_is_that_of_the_readme(run):
     assert number(text, "right where it is sure") > number(text, "right") > 0.9
     known, noise = (number(text, "entropy, digits and noise", place) for place in (0, 1))
     assert noise > 2 * known
+
+
+def test_attach(show):
+    text = show("attach")
+    assert number(text, "IVON, the mean") > 0.93 and number(text, "IVON, the posterior") > 0.93
+    assert number(text, "IVON, the posterior", 1) < number(text, "AdamW", 1)
+    assert number(text, "mistakes", 1) > 0.8 * number(text, "mistakes")
+
+
+@hosted
+def test_lightning(show):
+    text = show("lightning_digits")
+    assert number(text, "right in validation, at the mean") > 0.9
+    assert number(text, "mistakes where it is surest") < 0.6 * number(text, "mistakes of the posterior")
+
+
+@hosted
+def test_hf_trainer(show):
+    text = show("hf_trainer")
+    assert number(text, "nats a letter, over the posterior") < number(text, "nats a letter, by how common it is") - 0.7
+    assert number(text, "spread of the samples, Python backwards") > 1.2 * number(text, "spread of the samples, Python")
+
+
+@hosted
+def test_accelerate(show):
+    text = show("accelerate_loop")
+    assert number(text, "right, over the posterior") > 0.88
+    assert number(text, "mistakes", 1) > 0.3 * number(text, "mistakes")
+    assert "the same bits after a stop  True" in text
+
+
+@hosted
+def test_peft(show):
+    text = show("peft_lora")
+    assert number(text, "nats a letter of English", 1) < number(text, "nats a letter of English") - 0.2
+    assert "the model itself is unchanged True" in text
+    assert "adapter_model.safetensors, posterior.safetensors" in text

@@ -6,13 +6,13 @@ line on stderr and exit code 2. Anything else is a mistake of ours and keeps its
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
-import warnings
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields
 from io import StringIO
 from pathlib import Path
@@ -27,16 +27,17 @@ try:
     import bayesrule as br
     from bayesrule.recipes import demo, folder, repeats, runs
     from bayesrule.recipes.comparison import compare
-    from bayesrule.recipes.data import Data
+    from bayesrule.recipes.data import Data, quiet
     from bayesrule.recipes.describing import describe
+    from bayesrule.recipes.endings import outcome, say
     from bayesrule.recipes.formats.named import NAMES
     from bayesrule.recipes.optimizers import assignments
-    from bayesrule.recipes.results import going_on
     from bayesrule.recipes.settings import Settings, read_toml, settings_within, types
     from bayesrule.recipes.tensorboard import watching
     from bayesrule.recipes.terminal import print_data, print_json, print_results, print_rows, progress
+    from bayesrule.recipes.workers import Workers, join
     from bayesrule.storage import write_text
-    from bayesrule.uses.report import render
+    from bayesrule.uses.report import Report, render
 except ModuleNotFoundError as error:
     if not error.name or error.name.startswith("bayesrule"):
         raise
@@ -176,7 +177,7 @@ class Train(Settings):
     def __post_init__(self) -> None:
         """Settings are checked when all of them are known."""
 
-    def train(self, kind: str) -> None:
+    def train(self, kind: str, workers: Workers) -> None:
         """Train, then print the results on the test data."""
         given = {name: value for name in SHORT if (value := getattr(self, name)) is not None}
         more = assignments(self.set)
@@ -186,11 +187,16 @@ class Train(Settings):
         if Path(self.data).exists() and self.data not in NAMES:
             plain["data"] = str(Path(self.data).resolve())  # the run may be looked at from elsewhere
         settings = Settings(**{**plain, "hyperparameters": {**self.hyperparameters, **given, **more}})
-        with watching(self.out) if self.tensorboard else nullcontext() as watch, progress() as bars, saying(self.out, kind):
-            repeats.train_seeds(
-                settings, self.out, self.seeds, resume=self.resume, kind=kind, started=_notes, bars=bars, watch=watch
-            )
-            report = compare([self.out], bars=bars)
+        reports: list[Report] = []
+        watched = watching(self.out) if self.tensorboard else nullcontext()
+        with watched as watch, progress() if workers.is_first else nullcontext(quiet) as bars, runs.saying(self.out, kind):
+            told: dict[str, Any] = {"started": _notes, "bars": bars, "watch": watch if workers.is_first else None}
+            repeats.train_seeds(settings, self.out, self.seeds, resume=self.resume, kind=kind, workers=workers, **told)
+            workers.first(lambda: reports.append(compare([self.out], bars=bars)))
+        workers.first(lambda: self.show(*reports))
+
+    def show(self, report: Report) -> None:
+        """Write and print the results."""
         write_text(self.out / "report.html", render(report))
         print_results(report, self.json)
         if not self.json:
@@ -200,18 +206,7 @@ class Train(Settings):
 def _notes(data: Data) -> None:
     """What was noticed in the data, before time is spent on them."""
     for note in data.notes:
-        _say(f"note: {note}")
-
-
-@contextmanager
-def saying(out: Path, kind: str) -> Iterator[None]:
-    """Whatever interrupts, what was kept is not called lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (out / "run.json").exists():
-            raise
-        raise runs.Paused(f"interrupted; what was saved is kept; go on with: {going_on(kind, out)}") from None
+        say(f"note: {note}")
 
 
 SHORT = ("lr", "weight_decay", "beta2", "ess", "hess_init")  # settings of optimizers with a flag of their own
@@ -221,9 +216,9 @@ SHORT = ("lr", "weight_decay", "beta2", "ess", "hess_init")  # settings of optim
 class TrainImage(Train):
     """Train a classifier of images."""
 
-    def run(self) -> None:
+    def run(self, workers: Workers) -> None:
         """Do it."""
-        self.train("image")
+        self.train("image", workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,9 +227,9 @@ class TrainTabular(Train):
 
     model: str = "mlp"
 
-    def run(self) -> None:
+    def run(self, workers: Workers) -> None:
         """Do it."""
-        self.train("row")
+        self.train("row", workers)
 
 
 @dataclass(frozen=True)
@@ -377,33 +372,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:]
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` leaves as little behind as Ctrl-C
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-            parse(list(arguments)).run()
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone, as after `| head`
-        return 0
-    except OSError as error:
-        return _refuse(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        workers = join()
     except ValueError as error:
         return _refuse(str(error))
-    except MemoryError:
-        return _refuse("there is not enough memory; take a smaller --batch-size, --size or --model")
-    except (KeyboardInterrupt, runs.Paused) as stop:
-        _say(str(stop) or "interrupted; nothing was kept")
-        return 130
-    return 0
+    with (
+        open(os.devnull, "w", encoding=sys.stdout.encoding) as nothing,
+        redirect_stdout(sys.stdout if workers.is_first else nothing),
+        workers,
+    ):
+        code = outcome(lambda: run(arguments, workers), workers)
+        if workers.size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another has failed; this one ends by itself
+        return code
+
+
+def run(arguments: Sequence[str], workers: Workers) -> None:
+    """Do what the arguments ask for."""
+    command = parse(list(arguments))
+    if isinstance(command, TrainImage | TrainTabular):
+        command.run(workers)
+    elif workers.size > 1:
+        raise ValueError(f"only bayesrule train runs in several processes, and these are {workers.size}; start this one alone")
+    else:
+        command.run()
 
 
 def _refuse(reason: str) -> int:
-    _say(reason)
+    print("bayesrule:", reason, file=sys.stderr)
     return 2
-
-
-def _say(words: str) -> None:
-    """One line to stderr."""
-    print("bayesrule:", " ".join(words.split()), file=sys.stderr)
 
 
 if __name__ == "__main__":

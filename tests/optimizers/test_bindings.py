@@ -1233,12 +1233,13 @@ class TestStaleGradients:
         with pytest.raises(RuntimeError, match=STALE):
             optimizer.step()
 
-    @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
     def test_that_are_added_to_out_of_place_raise(self):
         model, optimizer = pair()
         self.leave(model)
         optimizer.train()
-        model.loss(1).backward(create_graph=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
+            model.loss(1).backward(create_graph=True)
         with pytest.raises(RuntimeError, match=STALE):
             optimizer.step()
 

@@ -16,7 +16,9 @@ from bayesrule.recipes.formats.pieces import nearest
 from bayesrule.recipes.names import lookup
 
 # Arguments that no run file can hold, or that the recipe fills.
-RESERVED = frozenset(["params", "betas", "seed", "noise", "prior", "foreach", "fused", "maximize", "capturable", "differentiable"])
+RESERVED = frozenset(
+    ["params", "betas", "seed", "noise", "prior", "momentum_dtype", "foreach", "fused", "maximize", "capturable", "differentiable"]
+)
 
 
 @dataclass(frozen=True)

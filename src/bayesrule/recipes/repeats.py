@@ -9,6 +9,7 @@ from bayesrule.recipes.data import Bars, Data, quiet
 from bayesrule.recipes.folder import claim, read_record, write_record
 from bayesrule.recipes.runs import Paused, Watch, train
 from bayesrule.recipes.settings import Settings, settings_within
+from bayesrule.recipes.workers import ALONE, Workers
 
 MANY = "seeds"  # the kind of a folder of such runs
 
@@ -23,6 +24,7 @@ def train_seeds(
     started: Callable[[Data], object] = lambda data: None,
     bars: Bars = quiet,
     watch: Watch | None = None,
+    workers: Workers = ALONE,
 ) -> None:
     """Train with ``count`` seeds from ``settings.seed`` on, one after another, each into a folder of ``out``.
 
@@ -32,22 +34,24 @@ def train_seeds(
     if count < 1:
         raise ValueError(f"seeds must be at least 1, got {count}")
     if count == 1:
-        train(settings, out, resume=resume, kind=kind, started=started, bars=bars, watch=watch)
+        train(settings, out, resume=resume, kind=kind, started=started, bars=bars, watch=watch, workers=workers)
         return
     names = [f"seed-{settings.seed + i}" for i in range(count)]
     record = {"kind": MANY, "runs": names, "settings": settings.plain()}
-    if resume and (out / "run.json").exists():
-        began = read_record(out)
-        theirs = settings_within(out, began)
-        if began["kind"] != MANY or began.get("runs") != names:
-            raise ValueError(f"{out} began with other seeds; give the same, or --resume and --out alone")
-        if other := [
-            *settings.differ(theirs),
-            *["settings of the optimizer"] * (settings.hyperparameters != theirs.hyperparameters),
-        ]:
-            raise ValueError(f"{out} began with other {other[0]}; give the same, or --resume and --out alone")
-    elif not resume or (out.is_dir() and {path.name for path in out.iterdir()} - {*names}):
-        claim(out)
+
+    def look() -> None:
+        if resume and (out / "run.json").exists():
+            began = read_record(out)
+            theirs = settings_within(out, began)
+            if began["kind"] != MANY or began.get("runs") != names:
+                raise ValueError(f"{out} began with other seeds; give the same, or --resume and --out alone")
+            if other := [
+                *settings.differ(theirs),
+                *["settings of the optimizer"] * (settings.hyperparameters != theirs.hyperparameters),
+            ]:
+                raise ValueError(f"{out} began with other {other[0]}; give the same, or --resume and --out alone")
+        elif not resume or (out.is_dir() and {path.name for path in out.iterdir()} - {*names}):
+            claim(out)
 
     def gather() -> None:
         if not (out / "run.json").exists():
@@ -57,11 +61,13 @@ def train_seeds(
         gather()
         started(data)
 
+    workers.first(look)
     for i, name in enumerate(names):
         one = replace(settings, seed=settings.seed + i)
         try:
-            train(one, out / name, resume=resume, kind=kind, started=first if name == names[0] else _again, bars=bars, watch=watch)
-            gather()  # a finished run starts nothing
+            saying = first if name == names[0] else _again
+            train(one, out / name, resume=resume, kind=kind, started=saying, bars=bars, watch=watch, workers=workers)
+            workers.first(gather)  # a finished run starts nothing
         except Paused as stop:
             raise Paused(str(stop).replace(shlex.quote(str(out / name)), shlex.quote(str(out)))) from None
 

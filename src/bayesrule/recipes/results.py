@@ -43,6 +43,7 @@ class Record:
         failed: Why it cannot go on, if so.
         versions: Of what made it.
         threads: Of torch when it began: sums are rounded otherwise on another number.
+        processes: That trained it together when it began.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Record:
     failed: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     threads: int | None = None
+    processes: int = 1
 
     def load(self, memo: dict[Any, Data] | None = None) -> Data:
         """The data of the run, as they were.
@@ -116,12 +118,13 @@ def record_of(folder: Path) -> Record:
             found.get("failed"),
             {str(name): str(version) for name, version in dict(found.get("versions", {})).items()},
             found.get("threads"),
+            int(found.get("processes", 1)),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'run.json'} is damaged: {type(error).__name__}: {error}") from error
 
 
-def describe(settings: Settings, data: Data) -> dict[str, Any]:
+def describe(settings: Settings, data: Data, processes: int = 1) -> dict[str, Any]:
     """What ``run.json`` says of a run that begins."""
     found = {
         "name": data.name,
@@ -134,7 +137,8 @@ def describe(settings: Settings, data: Data) -> dict[str, Any]:
         "fingerprint": data.fingerprint,
         "notes": data.notes,
     }
-    return {"kind": data.kind, "settings": settings.plain(), "data": found, "threads": torch.get_num_threads()}
+    alike = {"threads": torch.get_num_threads(), "processes": processes}
+    return {"kind": data.kind, "settings": settings.plain(), "data": found, **alike}
 
 
 def place(device: str) -> torch.device:

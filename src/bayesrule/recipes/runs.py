@@ -8,22 +8,23 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bayesrule.recipes.data import Bars, Data, quiet
+from bayesrule.recipes.data import Bars, Data, Scale, quiet
 from bayesrule.recipes.folder import claim, locked, restore, save, write_lines, write_record
 from bayesrule.recipes.models import MODELS, build
 from bayesrule.recipes.names import lookup
 from bayesrule.recipes.optimizers import OPTIMIZERS, settle
 from bayesrule.recipes.residual import NORMS
-from bayesrule.recipes.results import COMMANDS, Record, Run, describe, load_for, place, record_of
+from bayesrule.recipes.results import COMMANDS, Record, Run, describe, going_on, load_for, place, record_of
 from bayesrule.recipes.settings import Settings
 from bayesrule.recipes.training import Diverged, Training
+from bayesrule.recipes.workers import ALONE, Elsewhere, Workers, is_loss
 from bayesrule.storage import write_tensors
 
 EVERY = 2.0  # seconds between checkpoints, at least
@@ -37,7 +38,7 @@ class Paused(Exception):
     """A run was stopped and saved; the message says how to go on."""
 
 
-def begin(settings: Settings, data: Data) -> tuple[Settings, Training]:
+def begin(settings: Settings, data: Data, workers: Workers = ALONE) -> tuple[Settings, Training]:
     """Model and optimizer, ready for the first epoch, and the settings with all defaults filled in.
 
     Raises:
@@ -59,6 +60,7 @@ def begin(settings: Settings, data: Data) -> tuple[Settings, Training]:
         augment=settings.augment,
         bf16=settings.precision == "bf16",
         patience=settings.patience,
+        workers=workers,
     )
     return replace(settings, hyperparameters=hyperparameters), training
 
@@ -85,6 +87,7 @@ def train(
     started: Callable[[Data], object] = lambda data: None,
     bars: Bars = quiet,
     watch: Watch | None = None,
+    workers: Workers = ALONE,
 ) -> None:
     """Train and leave a complete run folder at ``out``.
 
@@ -99,51 +102,38 @@ def train(
         started: Called with the data when nothing is wrong with them or the settings, and the folder is ours.
         bars: Progress.
         watch: Told every line of the metrics.
+        workers: The processes that train together; the first one writes, and is told and asked what is told and asked here.
 
     Raises:
         FileExistsError: If ``out`` holds something already and it is not to be resumed.
         ValueError: If a setting is wrong, the data cannot be learned from, training diverges, or ``out`` holds another run.
         Paused: If a signal came; everything is saved.
+        Elsewhere: If another process failed.
     """
-    record = record_of(out) if resume and (out / "run.json").exists() else None
-    if record is None:
-        check(settings)
-        claim(out)
-        data = load_for(settings, bars=bars)
-    else:
-        for name in settings.differ(record.settings):
-            raise _other(record, name, getattr(settings, name), getattr(record.settings, name))
-        check(settings)
-        if record.threads not in (None, torch.get_num_threads()) and not record.finished:
-            warnings.warn(
-                f"{out} began with {record.threads} threads and goes on with {torch.get_num_threads()}: it will end like one that "
-                "was not stopped only up to rounding; set OMP_NUM_THREADS for more",
-                stacklevel=2,
-            )
-        record = replace(record, settings=replace(record.settings, data=settings.data))  # they may have moved
-        data = record.load()
-    if kind not in (None, data.kind):
-        raise ValueError(f"{data.name} holds {data.kind}s, not {kind}s; take: bayesrule train {COMMANDS[data.kind]}")
-    complete, training = begin(settings, data)
-    if record is not None:
-        mine, theirs = complete.hyperparameters, record.settings.hyperparameters
-        for name in sorted({*mine, *theirs}):
-            if mine.get(name) != theirs.get(name):
-                raise _other(record, name, mine.get(name), theirs.get(name))
-        if record.failed:
-            raise ValueError(f"{out} cannot go on: {record.failed}; train into another --out")
-    with locked(out):
-        if record is None:
-            claim(out)
-        if record is None or not record_of(out).finished:
+    there = workers.first(lambda: resume and (out / "run.json").exists())
+    record = workers.together(lambda: _look(settings, out, there, workers))
+    data = _data(settings, record, bars, workers)
+    complete, training = workers.together(lambda: _ready(settings, record, data, kind, workers))
+    with ExitStack() as stack:
+
+        def enter() -> bool:
+            """Take the folder; whether there is something to do."""
+            stack.enter_context(locked(out))
+            if record is None:
+                claim(out)
+            elif record_of(out).finished:
+                return False
             started(data)
             if record is None:
-                write_record(out / "run.json", describe(complete, data))
-            else:
-                _go_on(out, complete, training)
+                write_record(out / "run.json", describe(complete, data, workers.size))
+            return True
+
+        if workers.first(enter):
+            if workers.first(lambda: record is not None and (out / CHECKPOINT).exists()):
+                workers.together(lambda: _go_on(out, complete, training))
             try:
                 _learn(complete, training, out, bars, watch)
-                finish(complete, training, out, bars)
+                workers.first(lambda: finish(complete, training, out, bars))
             except OSError as error:
                 if error.errno is None:
                     raise
@@ -151,7 +141,74 @@ def train(
                 raise OSError(error.errno, words, error.filename) from error
             except KeyboardInterrupt:
                 raise Paused(f"stopped at once; go on from the last checkpoint with: {record_of(out).command}") from None
-        (out / CHECKPOINT).unlink(missing_ok=True)
+        workers.first(lambda: (out / CHECKPOINT).unlink(missing_ok=True))
+
+
+def _look(settings: Settings, out: Path, there: bool, workers: Workers) -> Record | None:
+    """What is in the folder to go on with; refuse what is wrong before the data are read."""
+    if not there:
+        check(settings)
+        workers.check(place(settings.device))
+        if workers.is_first:
+            claim(out)
+        return None
+    record = record_of(out)
+    for name in settings.differ(record.settings):
+        raise _other(record, name, getattr(settings, name), getattr(record.settings, name))
+    check(settings)
+    workers.check(place(settings.device))
+    if record.finished:
+        return record
+    if record.threads not in (None, torch.get_num_threads()):
+        warnings.warn(
+            f"{out} began with {record.threads} threads and goes on with {torch.get_num_threads()}: it will end like one that "
+            "was not stopped only up to rounding; set OMP_NUM_THREADS for more",
+            stacklevel=3,
+        )
+    if record.processes != workers.size:
+        warnings.warn(
+            f"{out} began in {record.processes} processes and goes on in {workers.size}: it will not end bit-equal to one that was "
+            f"not stopped; for that, start {record.processes}",
+            stacklevel=3,
+        )
+    return record
+
+
+def _data(settings: Settings, record: Record | None, bars: Bars, workers: Workers) -> Data:
+    """The data; of several processes the first one looks through them."""
+    if record is not None:
+        moved = replace(record, settings=replace(record.settings, data=settings.data))
+        return workers.together(moved.load)
+    loaded: list[Data] = []
+
+    def survey() -> tuple[str, Any, Any]:
+        loaded.append(load_for(settings, bars=bars))
+        return loaded[0].fingerprint, loaded[0].scale.center, loaded[0].scale.spread
+
+    fingerprint, center, spread = workers.first(survey)
+
+    def same() -> Data:
+        data = loaded[0] if loaded else load_for(settings, Scale(tuple(center), tuple(spread)))
+        if data.fingerprint != fingerprint:
+            raise ValueError(f"process {workers.rank} finds other data in {data.name} than the first; give all processes the same")
+        return data
+
+    return workers.together(same)
+
+
+def _ready(settings: Settings, record: Record | None, data: Data, kind: str | None, workers: Workers) -> tuple[Settings, Training]:
+    """All that is needed to begin, unless it does not fit the data or what was begun."""
+    if kind not in (None, data.kind):
+        raise ValueError(f"{data.name} holds {data.kind}s, not {kind}s; take: bayesrule train {COMMANDS[data.kind]}")
+    complete, training = begin(settings, data, workers)
+    if record is not None:
+        mine, theirs = complete.hyperparameters, record.settings.hyperparameters
+        for name in sorted({*mine, *theirs}):
+            if mine.get(name) != theirs.get(name):
+                raise _other(record, name, mine.get(name), theirs.get(name))
+        if record.failed:
+            raise ValueError(f"{record.folder} cannot go on: {record.failed}; train into another --out")
+    return complete, training
 
 
 def _other(record: Record, name: str, mine: Any, theirs: Any) -> ValueError:
@@ -168,21 +225,21 @@ def identity(settings: Settings, data: Data) -> str:
 
 
 def _go_on(out: Path, settings: Settings, training: Training) -> None:
-    """Bring back the last checkpoint, if there is one; without one the run starts anew."""
+    """Bring back the last checkpoint."""
     path = out / CHECKPOINT
-    if path.exists():
-        try:
-            tensors, numbers = restore(path)
-            if numbers["run"] != identity(settings, training.data):
-                raise ValueError("its settings or data are others")
-            training.load_state(tensors, numbers)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            why = " ".join(str(error).split())
-            raise ValueError(f"{path} is damaged or of another run: {why}; delete it to start anew") from error
+    try:
+        tensors, numbers = restore(path)
+        if numbers["run"] != identity(settings, training.data):
+            raise ValueError("its settings or data are others")
+        training.load_state(tensors, numbers)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged or of another run: {why}; delete it to start anew") from error
 
 
 def _learn(settings: Settings, training: Training, out: Path, bars: Bars, watch: Watch | None) -> None:
     """All epochs that are left, with a checkpoint now and then."""
+    workers = training.workers
     advance = bars(OPTIMIZERS[settings.optimizer].title, settings.epochs * training.steps)
     for _ in range(training.done):
         advance()
@@ -190,6 +247,8 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Bars, watch:
 
     def keep() -> None:
         nonlocal due
+        if not workers.is_first:
+            return
         began = time.monotonic()
         tensors, numbers = training.state()
         save(out / CHECKPOINT, tensors, {**numbers, "run": whose})
@@ -199,8 +258,8 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Bars, watch:
 
         def tick() -> None:
             advance()
-            if stop.is_set():
-                keep()
+            if workers.any(stop.is_set()):
+                workers.first(keep)
                 raise Paused(
                     f"stopped after step {training.done:,} of {settings.epochs * training.steps:,} and saved; "
                     f"go on with: {record_of(out).command}"
@@ -217,15 +276,18 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Bars, watch:
                 try:
                     training.epoch(tick)
                 finally:
-                    if len(training.history) > known:
+                    if len(training.history) > known and workers.is_first:
                         write_lines(out / "metrics.jsonl", training.history)
                         if watch:
                             watch(settings.seed, training.history[-1])
             keep()
         except Diverged as error:
-            write_record(out / "run.json", {**describe(settings, training.data), "failed": str(error)})
+            failed = {**describe(settings, training.data, workers.size), "failed": str(error)}
+            workers.first(lambda: write_record(out / "run.json", failed))
             raise
         except Exception as error:
+            if workers.size > 1 and is_loss(error):
+                raise Elsewhere(f"another process of the run has ended; go on with: {record_of(out).command}") from error
             if training.between_steps and isinstance(error, ValueError):  # of the data
                 with contextlib.suppress(OSError):
                     keep()  # what was learned until then
@@ -258,6 +320,17 @@ def stopping() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def saying(out: Path, kind: str) -> Iterator[None]:
+    """Whatever interrupts, what was kept is not called lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (out / "run.json").exists():
+            raise
+        raise Paused(f"interrupted; what was saved is kept; go on with: {going_on(kind, out)}") from None
+
+
 def finish(settings: Settings, training: Training, out: Path, bars: Bars = quiet) -> None:
     """Write what a finished run leaves; ``run.json`` says last that it is finished."""
     training.keep_best()
@@ -268,7 +341,7 @@ def finish(settings: Settings, training: Training, out: Path, bars: Bars = quiet
         posterior.save(out / "posterior.safetensors")
     write_lines(out / "metrics.jsonl", training.history)
     seconds = {"seconds": training.seconds, "best_epoch": training.best_epoch if settings.patience else None}
-    record = describe(settings, training.data) | seconds
+    record = describe(settings, training.data, training.workers.size) | seconds
     write_record(out / "run.json", record)
     Run(out, settings, training.data, model, posterior, training.history, record_of(out)).predictions(bars=bars)
     write_record(out / "run.json", record | {"finished": True})

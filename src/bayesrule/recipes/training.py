@@ -3,7 +3,8 @@
 One loop serves every optimizer: a variational one opens its draw inside ``step(closure)``, so that nothing here knows
 whether the gradient was taken at the weights or at a sample of them. An epoch is the unit of work because runs that
 are compared for speed must be interleaved. Whatever is random is a function of the seed and the number of the step,
-or kept with the state, so a run that goes on from a saved state ends where it would have ended.
+or kept with the state, so a run that goes on from a saved state ends where it would have ended. Several processes take
+their share of every batch and of the validation data, and agree on what came out.
 """
 
 import math
@@ -23,6 +24,7 @@ from bayesrule.recipes.augmentation import augmentation
 from bayesrule.recipes.data import FORWARD, Data, Part, fitting
 from bayesrule.recipes.models import has_batch_norm
 from bayesrule.recipes.schedules import SCHEDULES
+from bayesrule.recipes.workers import ALONE, Workers
 
 BATCH = 1024  # inputs of a forward without gradient
 ANCHOR = 2048  # training examples that running statistics of batch norm are estimated from
@@ -49,6 +51,7 @@ class Training:
         augment: Names of changes of training images.
         bf16: Compute forward passes of training in bfloat16 where autocast does.
         patience: Keep the epoch with the smallest validation NLL and stop after so many without a smaller one; None keeps the last.
+        workers: The processes that train together.
     """
 
     def __init__(
@@ -64,12 +67,13 @@ class Training:
         augment: Sequence[str] = (),
         bf16: bool = False,
         patience: int | None = None,
+        workers: Workers = ALONE,
     ) -> None:
         self.model, self.optimizer, self.data = model, optimizer, data
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
         self.steps = -(-len(data.train) // batch_size)  # an epoch
         self.schedule, self.augment = SCHEDULES[schedule], augmentation(augment)
-        self.bf16, self.patience = bf16, patience
+        self.bf16, self.patience, self.workers = bf16, patience, workers
         self.device = next(model.parameters()).device
         self.variational = "ess" in optimizer.defaults
         self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -110,8 +114,9 @@ class Training:
         self.model.train()
         with self._randomness():
             began = time.perf_counter()
-            for batch, stored in zip(batches, self.data.train.stream(batches), strict=True):
-                self._total += self._step(stored, self.data.train.labels[batch]) * len(batch)
+            shares = [batch[self.workers.share(len(batch))[0]] for batch in batches]
+            for batch, mine, stored in zip(batches, shares, self.data.train.stream(shares), strict=True):
+                self._total += self._step(stored, self.data.train.labels[mine], len(batch)) * len(batch)
                 self.done += 1
                 self._elapsed += time.perf_counter() - began
                 self._random = self._generators()
@@ -120,24 +125,31 @@ class Training:
                 began = time.perf_counter()
         return self._close(rate, tick)
 
-    def _step(self, stored: Tensor, labels: Tensor) -> float:
+    def _step(self, stored: Tensor, labels: Tensor, count: int) -> float:
+        """Learn from this process's share of a batch of so many; the mean loss of the whole batch."""
         self.between_steps = False
+        share, weight = self.workers.share(count)
         inputs, labels = self.data.scale(stored.to(self.device, non_blocking=True)), labels.to(self.device)
-        inputs = self.augment(inputs, self._generator(self.done, 1))
+        inputs = self.augment(inputs, self._generator(self.done, 1), (count, share))
         factor = self.schedule(self.done / (self.epochs * self.steps))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+        self.workers.spread(self.model.buffers())
+        if not self.workers.is_first:  # which draws as if it were alone
+            torch.manual_seed(self.workers.seed(self.seed, self.done))
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 loss = F.cross_entropy(self.model(inputs), labels)
+            loss = loss if weight == 1 else loss * weight
             loss.backward()
+            self.workers.average(self.model.parameters())
             return loss
 
         loss: Tensor = self.optimizer.step(closure)  # type: ignore[arg-type,assignment]  # torch says float, any will do
         self.between_steps = True
-        return loss.item()
+        return self.workers.total(loss.item())[0] / self.workers.size
 
     def _close(self, rate: float, tick: Callable[[], object]) -> dict[str, Any]:
         """Measure what the epoch came to."""
@@ -188,15 +200,19 @@ class Training:
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float]:
+        self.workers.spread(self.model.buffers())
         if self.variational and has_batch_norm(self.model):
-            update_bn(self.anchor(), self.model)  # what was gathered belongs to samples of the weights
+            with torch.random.fork_rng(self._devices()):
+                torch.manual_seed(ALONE.seed(self.seed, len(self.history), 1))  # for dropout: the same in all processes
+                update_bn(self.anchor(), self.model)  # what was gathered belongs to samples of the weights
         self.model.eval()
         nll = right = 0.0
         part = self.data.validation
-        for inputs, labels in batches_of(part, self.data, self.device):
+        for inputs, labels in batches_of(part, self.data, self.device, self.workers):
             logits = self.model(inputs).float()
             nll += F.cross_entropy(logits, labels, reduction="sum").item()
             right += (logits.argmax(1) == labels).sum().item()
+        nll, right = self.workers.total(nll, right)
         return nll / len(part), right / len(part)
 
     # State
@@ -265,9 +281,9 @@ class Training:
             yield
 
 
-def batches_of(part: Part, data: Data, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """A part in its order, as inputs of a model and their labels."""
-    batches = torch.arange(len(part)).split(fitting(data.shape, BATCH, FORWARD))
+def batches_of(part: Part, data: Data, device: torch.device, workers: Workers = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+    """A part in its order, as inputs of a model and their labels; of several processes each has its share of the batches."""
+    batches = torch.arange(len(part)).split(fitting(data.shape, BATCH, FORWARD))[workers.rank :: workers.size]
     for batch, stored in zip(batches, part.stream(batches), strict=True):
         yield data.scale(stored.to(device)), part.labels[batch].to(device)
 

@@ -1,0 +1,1 @@
+"""Frameworks that host the training: what they need beyond the optimizer itself."""

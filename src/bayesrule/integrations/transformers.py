@@ -1,0 +1,102 @@
+"""Hugging Face's Trainer: a callback that saves the posterior beside the model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..optimizers.attaching import Attached
+from ..optimizers.optimizer import BayesOptimizer
+
+FILE = "posterior.safetensors"
+
+
+class PosteriorCallback(TrainerCallback):
+    """Writes ``posterior.safetensors`` into every checkpoint, and into ``output_dir`` when training ends.
+
+    The Trainer trains under draws and evaluates at the mean without it: it calls ``optimizer.train()`` and ``optimizer.eval()``
+    itself. What is saved is at the mean after every finished step; with the callback also in the middle of a step
+    (``enable_jit_checkpoint``) and after a step that a gradient scaler skipped (``fp16``).
+
+    With PEFT the posterior is over the adapters alone and lies beside them. With ``load_best_model_at_end`` the one in
+    ``output_dir`` is the best checkpoint's.
+
+    Args:
+        num_data: Number of training examples, kept with the posterior; None is the length of the training set where it has one.
+
+    Raises:
+        TypeError: The Trainer's optimizer is not one of this library.
+
+    Example:
+        >>> import bayesrule as br
+        >>> arguments = dict(
+        ...     optimizer_cls_and_kwargs=(br.IVON, {"lr": 0.1, "ess": 10_000}),
+        ...     callbacks=[PosteriorCallback(num_data=10_000)],
+        ... )  # for Trainer(model, args, train_dataset=..., **arguments)
+    """
+
+    def __init__(self, num_data: int | None = None) -> None:
+        self.num_data = num_data
+        self._attached: Attached | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        self._detach()
+        self._attached = _own(optimizer).attach(model)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state, **kwargs)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        best = Path(state.best_model_checkpoint or "") / FILE
+        if args.load_best_model_at_end and state.best_model_checkpoint and best.exists():
+            if state.is_world_process_zero:
+                shutil.copyfile(best, Path(args.output_dir) / FILE)
+        else:
+            self._write(Path(args.output_dir), state, **kwargs)
+        self._detach()
+
+    def _write(
+        self, folder: Path, state: TrainerState, *, model: nn.Module, optimizer: Any = None, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        posterior = _own(optimizer).posterior(model, num_data=self.num_data or _examples(train_dataloader))
+        if state.is_world_process_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            posterior.save(folder / FILE)
+
+    def _detach(self) -> None:
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+
+
+def _own(optimizer: Any) -> BayesOptimizer:
+    """The optimizer itself, out of what Accelerate wraps it in."""
+    inner = optimizer
+    while not isinstance(inner, BayesOptimizer):
+        if not hasattr(inner, "optimizer"):
+            raise TypeError(
+                f"PosteriorCallback: the Trainer's optimizer is {type(optimizer).__name__}, which learns no posterior; pass "
+                "optimizer_cls_and_kwargs=(bayesrule.IVON, {...})"
+            )
+        inner = inner.optimizer
+    return inner
+
+
+def _examples(train_dataloader: Any) -> int | None:
+    try:
+        return len(train_dataloader.dataset)
+    except (AttributeError, TypeError):
+        return None
