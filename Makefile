@@ -47,7 +47,7 @@ $(HOSTS): $(READY)
 	touch $@
 
 integrations: $(HOSTS) ## train in every host framework and write the matrix into docs/integrations.md
-	$(BIN)/pytest -n 2 -m hosts --matrix docs/integrations.md
+	$(BIN)/pytest -n 2 -m hosts tests/integrations tests/processes tests/test_examples.py --matrix docs/integrations.md
 	$(BIN)/pytest --doctest-modules src/bayesrule/integrations/lightning.py src/bayesrule/integrations/transformers.py
 
 $(RIVALS): $(READY)
