@@ -33,6 +33,11 @@ def check(optimizer: Loading, saved: Mapping[str, Any]) -> None:
         ValueError: It does not fit, or a hyper-parameter in it is outside its range.
     """
     name, names = type(optimizer).__name__, optimizer.names
+    if is_of_ivon_opt(saved):
+        raise ValueError(
+            f"{name}: this state was saved by the package ivon-opt; load it with bayesrule.integrations.ivon_opt.load_ivon_opt, "
+            "which wants the number of steps, too"
+        )
     for index, param, state in _pairs(optimizer, saved):
         for key, value in state.items():
             shape = tuple(torch.as_tensor(value).shape)
@@ -51,6 +56,13 @@ def check(optimizer: Loading, saved: Mapping[str, Any]) -> None:
             )
     for number, group in enumerate(saved["param_groups"]):
         validate(name, number, group, optimizer.ranges)
+
+
+def is_of_ivon_opt(saved: Mapping[str, Any]) -> bool:
+    """Whether a state comes from the published package: flat tensors and two betas in its groups."""
+    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    flat = ("momentum", "hess", "beta1", "beta2")
+    return bool(groups) and all(isinstance(group, Mapping) and set(flat) <= set(group) for group in groups or ())
 
 
 def restore(optimizer: Loading, saved: Mapping[str, Any]) -> None:
