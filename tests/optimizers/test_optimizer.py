@@ -150,6 +150,7 @@ class TestLearning:
         train(net, optimizer, 2)
         assert calls == ["before", "after"] * 2
 
+    @pytest.mark.filterwarnings("ignore:.*no gradient arrived in a draw")
     @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
     def test_a_step_without_any_gradient_raises(self, algorithm):
         net = Network()

@@ -6,6 +6,7 @@ Of the rules, `train()`, `eval()`, `attach` and `noise_per_rank` belong to what 
 import contextlib
 import copy
 import io
+import itertools
 import math
 import pickle
 import warnings
@@ -105,6 +106,7 @@ class TestOpening:
 class TestClosing:
     """Rule 2."""
 
+    @pytest.mark.filterwarnings("ignore:.*no gradient arrived in a draw")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("training", [True, False])
     def test_the_mean_returns_bit_by_bit(self, training, dtype):
@@ -116,6 +118,28 @@ class TestClosing:
             with optimizer.sampled_params(train=training):
                 assert not torch.equal(w, mean)
             assert torch.equal(w.view(torch.uint8), mean.view(torch.uint8))
+
+    def test_draws_that_show_nothing_warn_once(self):
+        _, optimizer = pair()
+        with optimizer.sampled_params():
+            pass
+        with (
+            pytest.warns(UserWarning, match="no gradient arrived in a draw that is to be learned from"),
+            optimizer.sampled_params(),
+        ):
+            pass
+        with optimizer.sampled_params():
+            pass
+
+    def test_only_looks_where_gradients_are_disabled(self):
+        """As an evaluation does that forgets to say so: each look is another sample."""
+        problem, optimizer = pair()
+        seen = []
+        with torch.no_grad():
+            for _ in range(3):
+                with optimizer.sampled_params():
+                    seen.append(flat(problem.parameters()))
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
 
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -37,6 +37,7 @@ from .cells import Cell, Layout
 from .execution import Execution, Flats
 from .injection import Injected, InjectedNoise
 from .looking import Looks, Written
+from .reminders import Reminders
 from .workers import Workers
 
 STASH = "offset"
@@ -48,6 +49,7 @@ class Host(Protocol):
     execution: Execution
     layout: Layout
     workers: Workers
+    reminders: Reminders
     frugal: bool
 
     def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]: ...
@@ -124,6 +126,8 @@ class Draws:
             self._write(self._train, TRAIN, self.looks.begun, again=True)
             self.host.workers.listen(fresh=False)
         else:
+            if self.looks.waiting and self.looks.is_empty and not self._automatic:
+                self.host.reminders.of_backward()
             self.renew()
             self._strangers = Strangers(self.host.layout.trainable())
             self._weight, self._automatic = float(weight), automatic

@@ -76,6 +76,11 @@ class Looks:
         self._copied: Plot | None = None  # whose gradient stands in scratch
         self.written.cells = []
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been shown yet."""
+        return not self._averaged and all(p.grad is None for p in self.host.layout.trainable())
+
     def add(self, weight: float) -> None:
         """One more draw is closed; what backpropagation left in ``p.grad`` waits to be read."""
         self.begun += 1

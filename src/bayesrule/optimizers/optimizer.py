@@ -135,14 +135,14 @@ class BayesOptimizer(Optimizer, ABC):
     # Looking
 
     @contextmanager
-    def sampled_params(self, train: bool = True, weight: float = 1.0) -> Iterator[None]:
+    def sampled_params(self, train: bool | None = None, weight: float = 1.0) -> Iterator[None]:
         """Put a draw of q into the parameters; leaving the context brings the mean back, bit by bit.
 
         With ``memory="low"`` the mean that returns from a draw with ``train=True`` is rounded to the last place of the sample.
 
         Args:
             train: Learn from the gradient that the context leaves in ``p.grad``; forward *and* backward belong inside. With
-                False the draw only looks: it has noise of its own and touches no gradient.
+                False the draw only looks: it has noise of its own and touches no gradient. None: learn if gradients are enabled.
             weight: Weight of this draw among the draws of the step, for batches of unequal size.
 
         Raises:
@@ -160,6 +160,7 @@ class BayesOptimizer(Optimizer, ABC):
             True
         """
         self._renew()
+        train = torch.is_grad_enabled() if train is None else train
         opened = self.draws.begin(train=train, weight=weight)
         try:
             yield

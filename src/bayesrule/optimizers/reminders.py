@@ -46,6 +46,13 @@ class Reminders:
         if drawn * ranks % 2 and antithetic:
             self._warn(f"antithetic draws come in pairs, but this step had {drawn}: open an even number")
 
+    def of_backward(self) -> None:
+        """Warn about a draw that shows nothing."""
+        self._warn(
+            "no gradient arrived in a draw that is to be learned from; run backward() inside the context, or pass train=False to only "
+            "look"
+        )
+
     def of_mode(self) -> None:
         """Warn about an evaluation under a draw, unless it is a forward that backward() will repeat."""
         frame: FrameType | None = sys._getframe()
