@@ -12,7 +12,7 @@ from tests.integrations.matrix import CLIP, EPOCH, HYPER, STEPS, Cell, Net, Trac
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import bayesrule as br
@@ -225,6 +225,62 @@ class TestAverages:
         average = AveragedModel(model)
         assert torch.equal(flat(average.module), start)
         copy.deepcopy(average)
+
+
+class Normed(nn.Module):
+    """Keeps averages of its activations, of samples where samples pass through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class TestBatchNorm:
+    def test_update_bn_of_an_average_passes_the_average_and_leaves_the_draw_alone(self):
+        model = Normed()
+        optimizer = br.IVON(trained(model), **HYPER)
+        optimizer.attach(model)
+        average = AveragedModel(model, use_buffers=False)
+        for step in range(3):
+            backward(model, ONE, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update_parameters(model)
+        batches = [x for step in range(3) for x, _ in micro_batches(FOUR, step)]
+        backward(model, ONE, 3)  # a draw is open
+        sample = flat(model)
+        update_bn(batches, average)
+        assert optimizer.draws.is_open and torch.equal(flat(model), sample)
+        hidden = average.module.layers[0](torch.cat(batches))
+        torch.testing.assert_close(average.module.layers[1].running_mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
+
+    def test_update_bn_after_training_passes_the_mean(self):
+        model = Normed()
+        optimizer = br.IVON(trained(model), **HYPER)
+        optimizer.attach(model)
+        for step in range(3):
+            backward(model, ONE, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        batches = [x for step in range(3) for x, _ in micro_batches(FOUR, step)]
+        mean = flat(model)
+        model.train()
+        update_bn(batches, model)
+        assert not optimizer.draws.is_open and torch.equal(flat(model), mean)
+        hidden = model.layers[0](torch.cat(batches))
+        torch.testing.assert_close(model.layers[1].running_mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
+
+    def test_update_bn_under_a_draw_passes_the_sample_and_says_so(self):
+        model = Normed()
+        optimizer = br.IVON(trained(model), **HYPER)
+        optimizer.attach(model)
+        backward(model, ONE, 0)
+        with pytest.warns(UserWarning, match="sees the draw that is open, not the mean"):
+            update_bn([x for x, _ in micro_batches(FOUR, 0)], model)
 
 
 class Rechecked(nn.Module):

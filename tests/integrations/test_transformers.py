@@ -1,10 +1,11 @@
 """Hugging Face's Trainer beyond the matrix: the posterior beside the model, the weight-decay trap, checkpoints in a draw."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
-from tests.integrations.matrix import HYPER, SAVED, STEPS, Cell, Killed, Spy, flat, watched
+from tests.integrations.matrix import HYPER, SAVED, STEPS, Cell, Killed, Spy, flat, trained, watched
 
 import bayesrule as br
 
@@ -12,6 +13,7 @@ pytestmark = pytest.mark.hosts
 for framework in ("transformers", "accelerate", "peft"):
     pytest.importorskip(framework, reason=f"{framework} is not installed: make integrations installs it")
 
+import peft  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tests.integrations.host_transformers import Begun, HuggingFace, adapted, llama, texts, trainer  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
@@ -187,6 +189,99 @@ class TestCheckpointsInADraw:
                 assert all(torch.equal(posterior.mean[name], saved[name]) for name in saved)
         again = [seen for step, seen in spy.training if step == 1]
         assert len(again) == skipped + 1 and all(torch.equal(seen, again[0]) for seen in again)
+
+
+class TestAStopInADraw:
+    """Training that ends between two micro-batches leaves their sample in the weights, until somebody asks for the mean."""
+
+    @staticmethod
+    def fit(folder: Path, callbacks, error: type[BaseException] | None):
+        class Stops(TrainerCallback):
+            def on_substep_end(self, args, state, control, **kwargs):
+                if state.global_step == 1:
+                    if error is not None:
+                        raise error
+                    control.should_training_stop = True
+
+        model = llama()
+        with watched(model, FOUR, False, None) as spy:
+            made = trainer(model, folder, FOUR, [Begun(spy), Stops(), *callbacks], eval_strategy="no")
+            with contextlib.nullcontext() if error is None else pytest.raises(error):
+                made.train()
+        return made, spy.means[-1]
+
+    @pytest.mark.parametrize("error", [None, KeyboardInterrupt], ids=["stopped", "interrupted"])
+    def test_the_callback_saves_the_mean(self, error, tmp_path):
+        made, mean = self.fit(tmp_path, [PosteriorCallback()], error)
+        made.save_model(str(tmp_path / "after"))
+        assert torch.equal(weights(tmp_path / "after" / "model.safetensors", made.model), mean)
+
+    @pytest.mark.parametrize("error", [None, KeyboardInterrupt], ids=["stopped", "interrupted"])
+    @pytest.mark.parametrize("ask", [lambda made: made.optimizer.eval(), lambda made: made.evaluate()], ids=["eval", "evaluate"])
+    def test_alone_one_must_ask(self, ask, error, tmp_path):
+        made, mean = self.fit(tmp_path, [], error)
+        ask(made)
+        made.save_model(str(tmp_path / "after"))
+        assert torch.equal(weights(tmp_path / "after" / "model.safetensors", made.model), mean)
+
+
+class TestAdapters:
+    """PEFT in a loop of one's own."""
+
+    def batches(self):
+        return [torch.stack([text["input_ids"] for text in texts(FOUR)[i : i + 4]]) for i in range(0, 48, 4)]
+
+    def test_are_saved_in_a_draw_at_the_mean_and_merged_at_the_mean(self, tmp_path):
+        model = adapted()
+        optimizer = br.IVON(trained(model), **HYPER)
+        optimizer.attach(model)
+        for words in self.batches():
+            model.train()
+            model(input_ids=words, labels=words).loss.backward()
+            optimizer.step()
+        mean = flat(model)
+        model(input_ids=words)
+        assert optimizer.draws.is_open
+        model.save_pretrained(tmp_path)
+        state = load_file(tmp_path / "adapter_model.safetensors")
+        names = [name.replace(".default", "") for name, p in model.named_parameters() if p.requires_grad]
+        assert torch.equal(torch.cat([state[name].reshape(-1) for name in names]), mean)
+
+        loaded = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+        wanted = loaded(input_ids=words).logits
+        assert torch.equal(model.eval()(input_ids=words).logits, wanted)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=words).logits, wanted)
+
+    def test_that_are_switched_off_leave_the_base_model(self):
+        model = adapted()
+        optimizer = br.IVON(trained(model), **HYPER)
+        optimizer.attach(model)
+        words = self.batches()[0]
+        model.train()
+        model(input_ids=words, labels=words).loss.backward()
+        with model.disable_adapter():
+            off = model(input_ids=words).logits
+        assert torch.equal(off, llama()(input_ids=words).logits)
+        optimizer.step()
+
+    def test_that_are_added_later_are_trained_by_an_optimizer_of_their_own(self):
+        model = adapted()
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+        optimizers = []
+        for name in ("default", "second"):
+            model.set_adapter(name)
+            optimizers.append((name, br.IVON(trained(model), **HYPER)))
+        for name, optimizer in optimizers:
+            model.set_adapter(name)
+            hooks = optimizer.attach(model)
+            others = {key: p.clone() for key, p in model.named_parameters() if name not in key}
+            words = self.batches()[0]
+            model.train()
+            model(input_ids=words, labels=words).loss.backward()
+            optimizer.step()
+            hooks.remove()
+            assert all(torch.equal(p, others[key]) for key, p in model.named_parameters() if key in others)
 
 
 class TestTrainer:

@@ -1019,6 +1019,27 @@ class TestHosts:
         model.eval()
         assert torch.equal(model(model.x), mean)
 
+    def test_what_a_wrapper_wraps_in_eval_mode_trains_under_the_draw_of_the_wrapper(self):
+        """As a network with frozen normalization does within a module in training mode."""
+        model, optimizer = pair()
+        wrapper = Wrapper(model)
+        optimizer.attach(wrapper)
+        model.eval()
+        for batch in range(3):
+            rows = slice(batch * 16, batch * 16 + 16)
+            nn.functional.cross_entropy(wrapper(model.x[rows]), model.y[rows]).backward()
+            optimizer.step()
+        same_bits(optimizer, by_context())
+
+    def test_an_attached_model_trained_in_eval_mode_is_told_to_call_train(self, warned):
+        model, optimizer = pair()
+        optimizer.attach(model)
+        model.eval()
+        ordinary(model, optimizer, [0])
+        messages = [str(warning.message) for warning in warned]
+        warned.clear()
+        assert len(messages) == 1 and "model.train()" in messages[0]
+
     def test_remove_under_a_draw_brings_the_mean_back(self):
         model, optimizer = pair()
         mean = flat(model.parameters())

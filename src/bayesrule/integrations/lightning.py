@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
-from ..optimizers.attaching import Attached
+from ..optimizers.attaching import Attached, SavesMean
 from ..optimizers.optimizer import BayesOptimizer
 
 
@@ -17,6 +20,12 @@ class DrawCallback(Callback):
     micro-batches of an accumulation bypass the optimizer's ``step``, so that it cannot draw for them. One step has one draw, also
     when a validation or a checkpoint comes between two of its micro-batches. Optimizers of others are left alone.
 
+    In manual optimization a training step may hold several optimizer steps, of several optimizers. Each of them has a draw of its
+    own, which opens in front of whatever part of the module (``self.encoder(x)``) is called with gradients.
+
+    The Trainer says what is training, not the mode of a module: what it leaves in eval mode, as pretrained networks come, is
+    trained under draws like the rest.
+
     Raises:
         TypeError: No optimizer is one of this library.
 
@@ -26,7 +35,8 @@ class DrawCallback(Callback):
     """
 
     def __init__(self) -> None:
-        self._attached: list[Attached] = []
+        self._attached: list[SavesMean] = []
+        self.trains = False  # whether a batch is under way
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizers = _drawing(trainer)
@@ -37,11 +47,17 @@ class DrawCallback(Callback):
                 "from it, or leave the callback out"
             )
         self._detach()
-        self._attached = [optimizer.attach(pl_module) for optimizer in optimizers]
+        self._attached = [SavesMean(optimizer, pl_module) for optimizer in optimizers]
+        if not pl_module.automatic_optimization:
+            self._attached += [Opens(self, optimizer, part) for optimizer in optimizers for part in _parts(pl_module, optimizer)]
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.trains = True
         for optimizer in _drawing(trainer):
             optimizer.train()
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        self.trains = False
 
     def on_validation_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         _to_mean(trainer)
@@ -59,6 +75,7 @@ class DrawCallback(Callback):
         self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:
+        self.trains = False
         _to_mean(trainer)
         self._detach()
 
@@ -68,8 +85,34 @@ class DrawCallback(Callback):
         self._attached = []
 
 
+class Opens(Attached):
+    """Opens the draw of a step in front of a part of the module, in whatever mode it is."""
+
+    def __init__(self, callback: DrawCallback, optimizer: BayesOptimizer, part: nn.Module) -> None:
+        self._callback = callback
+        super().__init__(optimizer, part)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before_forward(self, model: nn.Module, _: Any) -> None:
+        optimizer = self.serves(model)
+        if self._callback.trains and optimizer is not None and torch.is_grad_enabled() and not optimizer.draws.is_open:
+            optimizer.train()
+
+
 def _drawing(trainer: Trainer) -> list[BayesOptimizer]:
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, BayesOptimizer)]
+
+
+def _parts(module: nn.Module, optimizer: BayesOptimizer) -> Iterator[nn.Module]:
+    """What a module calls that holds parameters of an optimizer; lists of modules are not called themselves."""
+    own = {p for group in optimizer.param_groups for p in group["params"]}
+    for child in module.children():
+        if own.isdisjoint(child.parameters()):
+            continue
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _parts(child, optimizer)
+        else:
+            yield child
 
 
 def _to_mean(trainer: Trainer) -> None:

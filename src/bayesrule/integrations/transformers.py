@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..optimizers.attaching import Attached
+from ..optimizers.attaching import SavesMean
 from ..optimizers.optimizer import BayesOptimizer
 
 FILE = "posterior.safetensors"
@@ -19,8 +19,8 @@ class PosteriorCallback(TrainerCallback):
     """Writes ``posterior.safetensors`` into every checkpoint, and into ``output_dir`` when training ends.
 
     The Trainer trains under draws and evaluates at the mean without it: it calls ``optimizer.train()`` and ``optimizer.eval()``
-    itself. What is saved is at the mean after every finished step; with the callback also in the middle of a step
-    (``enable_jit_checkpoint``) and after a step that a gradient scaler skipped (``fp16``).
+    itself. What is saved after a step is at the mean; with the callback also what is saved in the middle of one
+    (``enable_jit_checkpoint``, or ``save_model()`` after an interruption).
 
     With PEFT the posterior is over the adapters alone and lies beside them. With ``load_best_model_at_end`` the one in
     ``output_dir`` is the best checkpoint's.
@@ -41,7 +41,7 @@ class PosteriorCallback(TrainerCallback):
 
     def __init__(self, num_data: int | None = None) -> None:
         self.num_data = num_data
-        self._attached: Attached | None = None
+        self._attached: SavesMean | None = None
 
     def on_train_begin(
         self,
@@ -54,7 +54,7 @@ class PosteriorCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         self._detach()
-        self._attached = _own(optimizer).attach(model)
+        self._attached = SavesMean(_own(optimizer), model)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state, **kwargs)

@@ -23,27 +23,26 @@ class Drawing(Protocol):
     def train(self) -> None: ...
 
 
-class Attached:
-    """The hooks of one model for one optimizer. A copy of the model, pickled or deep, has hooks that do nothing.
+class SavesMean:
+    """The hooks of one model for one optimizer by which whatever is saved of the model is at the mean.
 
-    Neither is kept alive by them.
+    A copy of the model, pickled or deep, has hooks that do nothing. Neither model nor optimizer is kept alive by them.
     """
 
     def __init__(self, optimizer: Drawing | None = None, model: nn.Module | None = None) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._root = None if model is None else weakref.ref(model)
         self._models = weakref.WeakSet[nn.Module]([] if model is None else model.modules())
-        self._handles: list[Any] = []
+        self._handles: list[Any] = [] if model is None else list(self.hooks(model))
 
-    def __reduce__(self) -> tuple[type[Attached], tuple[()]]:
-        return Attached, ()
+    def __reduce__(self) -> tuple[type[SavesMean], tuple[()]]:
+        return SavesMean, ()
 
-    def hook(self, model: nn.Module) -> None:
-        """Put the hooks in place, before all others."""
-        self._handles = [each.register_forward_pre_hook(self.before_forward, prepend=True) for each in _called(model)]
+    def hooks(self, model: nn.Module) -> Iterator[Any]:
+        """Put the hooks in place; their handles."""
         for each in model.modules():  # whichever of them is saved or loaded
-            self._handles.append(each.register_state_dict_pre_hook(self.before_saving))
-            self._handles.append(each.register_load_state_dict_pre_hook(self.before_loading))
+            yield each.register_state_dict_pre_hook(self.before_saving)
+            yield each.register_load_state_dict_pre_hook(self.before_loading)
 
     def remove(self) -> None:
         """Take the hooks away; the mean returns."""
@@ -54,32 +53,13 @@ class Attached:
             handle.remove()
         self._handles = []
 
-    def is_at(self, optimizer: Drawing, model: nn.Module) -> bool:
-        """Whether these are the hooks of just these two."""
-        return self.serves(model) is optimizer and self._root is not None and self._root() is model
-
     def serves(self, model: nn.Module) -> Drawing | None:
         """The optimizer, where the model is attached and no copy."""
         return self._optimizer() if self._optimizer is not None and model in self._models else None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def before_forward(self, model: nn.Module, _: Any) -> None:
-        """Open the draw of the step for training, and close it for a while for anything else."""
-        optimizer = self.serves(model)
-        if optimizer is None or torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has weights of its own
-            return
-        if not model.training:
-            optimizer.draws.pause()
-        elif not torch.is_grad_enabled():
-            if optimizer.draws.is_automatic:
-                optimizer.reminders.of_mode()
-        elif not optimizer.draws.is_open:
-            if torch._C._current_graph_task_id() != -1:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__}: a model computed again in backward() (reentrant checkpointing) wants a draw, "
-                    "which must be open before its first forward: call opt.train() there, or pass use_reentrant=False"
-                )
-            optimizer.train()
+    def is_root(self, model: nn.Module) -> bool:
+        """Whether it is the model itself, and no part of it."""
+        return self._root is not None and self._root() is model
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_saving(self, model: nn.Module, *_: Any) -> None:
@@ -94,6 +74,51 @@ class Attached:
         optimizer = self.serves(model)
         if optimizer is not None and optimizer.draws.is_automatic:
             optimizer.draws.discard()
+
+
+class Attached(SavesMean):
+    """Beside these, the hooks that open the draw of a step in front of a training forward, and close it for any other."""
+
+    _running = False  # whether the model itself is in a training forward: what it calls is part of that, in whatever mode
+
+    def __reduce__(self) -> tuple[type[SavesMean], tuple[()]]:
+        return Attached, ()
+
+    def hooks(self, model: nn.Module) -> Iterator[Any]:
+        for each in _called(model):
+            yield each.register_forward_pre_hook(self.before_forward, prepend=True)
+        yield model.register_forward_hook(self.after_forward, always_call=True)
+        yield from super().hooks(model)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before_forward(self, model: nn.Module, _: Any) -> None:
+        """Open the draw of the step for training, and close it for a while for anything else."""
+        optimizer = self.serves(model)
+        if optimizer is None or torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has weights of its own
+            return
+        if self.is_root(model):
+            self._running = model.training
+        elif self._running:
+            return
+        if not model.training:
+            optimizer.draws.pause()
+            optimizer.reminders.trained_in_eval_mode = torch.is_grad_enabled()
+        elif not torch.is_grad_enabled():
+            if optimizer.draws.is_automatic:
+                optimizer.reminders.of_mode()
+        elif not optimizer.draws.is_open:
+            if torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}: a model computed again in backward() (reentrant checkpointing) wants a draw, "
+                    "which must be open before its first forward: call opt.train() there, or pass use_reentrant=False"
+                )
+            optimizer.train()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def after_forward(self, model: nn.Module, *_: Any) -> None:
+        """The forward is over, whatever ended it."""
+        if self.is_root(model):
+            self._running = False
 
 
 def _called(model: nn.Module) -> Iterator[nn.Module]:
@@ -117,11 +142,9 @@ def attach(optimizer: Drawing, model: nn.Module) -> Attached:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}.attach: expected a torch.nn.Module, got {model!r}")
     hooks = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
-    if any(isinstance(hook, Attached) and hook.is_at(optimizer, model) for hook in hooks):
+    if any(isinstance(hook, Attached) and hook.is_root(model) and hook.serves(model) is optimizer for hook in hooks):
         raise ValueError(f"{name}.attach: the model is attached already; remove() what the first attach() returned")
     own: set[Tensor] = {p for group in optimizer.param_groups for p in group["params"]}
     if own.isdisjoint(model.parameters()):
         raise ValueError(f"{name}.attach: it trains no parameter of this {type(model).__name__}; attach the model that it trains")
-    attached = Attached(optimizer, model)
-    attached.hook(model)
-    return attached
+    return Attached(optimizer, model)

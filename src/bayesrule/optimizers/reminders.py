@@ -22,6 +22,7 @@ class Reminders:
     def __init__(self, name: str) -> None:
         self.name = name
         self.given: set[str] = set()
+        self.trained_in_eval_mode = False  # whether an attached model's last forward could have been a training one but for that
 
     def of_draws(self, wanted: int, drawn: int, antithetic: bool, ranks: int) -> None:
         """Warn about a step without the draws that the algorithm needs.
@@ -32,7 +33,12 @@ class Reminders:
             antithetic: Whether draws come in pairs.
             ranks: How many ranks had draws of their own.
         """
-        if wanted and not drawn:
+        if wanted and not drawn and self.trained_in_eval_mode:
+            self._warn(
+                "a step without a draw: the attached model is in eval mode, so that its forward sees the mean; call model.train(), "
+                "or opt.train() before every forward"
+            )
+        elif wanted and not drawn:
             self._warn(
                 "a step without a draw: it is taken at the mean and the curvature stays as it is; call opt.attach(model) once, or "
                 "opt.train() before every forward, or step(closure), or run forward and backward inside "
@@ -49,8 +55,8 @@ class Reminders:
     def of_backward(self) -> None:
         """Warn about a draw that shows nothing."""
         self._warn(
-            "no gradient arrived in a draw that is to be learned from; run backward() inside the context, or pass train=False to only "
-            "look"
+            "no gradient arrived in a draw that is to be learned from; run backward() inside the context, or pass "
+            "train=False to only look"
         )
 
     def of_mode(self) -> None:
