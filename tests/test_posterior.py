@@ -145,6 +145,7 @@ class TestGaussian:
             torch.testing.assert_close(unit, ahead, rtol=0, atol=1e-9)
             torch.testing.assert_close(drawn["w"], behind, rtol=1e-12, atol=1e-12)
 
+    @pytest.mark.slow
     def test_samples_have_the_mean_and_the_variance(self):
         post, count = gaussian(), 1500
         draws = torch.stack([flat(post.sample(seed).values()) for seed in range(count)])

@@ -339,7 +339,8 @@ class FamilyContract(ABC):
 
         rows = torch.stack([self.numbers(member.natural()) for member in members])
         for whole, pieces in zip(torch.func.vmap(outputs)(rows), zip(*map(outputs, rows), strict=True), strict=True):
-            close(whole, torch.stack(pieces), 1e-10, size_of(torch.stack(pieces)))
+            pieces = torch.stack(pieces)  # a divergence of zero is what rounding leaves of terms of order one
+            close(whole, pieces, 1e-10, max(size_of(pieces), 1e-5))
 
     @each_dtype
     def test_a_batch_of_none_is_allowed(self, dtype: torch.dtype) -> None:

@@ -292,6 +292,7 @@ class TestCurvature:
         torch.testing.assert_close(offsets[2], -offsets[3], rtol=1e-13, atol=1e-15)
         assert (offsets[0] - offsets[2]).abs().min() > 0
 
+    @pytest.mark.slow
     def test_antithetic_pairs_make_the_curvature_far_less_noisy(self):
         def spread(antithetic: bool) -> Tensor:
             problem = Quadratic()
