@@ -228,6 +228,7 @@ class Looks:
         self._averaged = {p: None for p, weight in zip(params, every.present, strict=True) if weight}
         self._curved = {id(plot) for plot, weight in zip(plots, every.seen, strict=True) if weight}
         factors = {p: sizes[p] * every.weight / n for p, n in zip(params, every.aligned, strict=True) if sizes and n}
+        factors = {p: factor for p, factor in factors.items() if abs(factor - 1) > 1e-5}  # else it is 1, but for rounding
         degrees = {id(cell.plot): cell.rule.curvature.degree for cell in self.host.layout.cells(params)}
         for plot, weight, total in zip(plots, every.seen, every.curvatures, strict=True):
             scales = [factors.get(p, 1.0) ** degrees[id(plot)] / (weight or 1.0) for p in plot.params]
