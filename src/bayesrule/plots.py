@@ -18,7 +18,7 @@ from torch import Tensor
 from .lowering import Scratch
 from .noise import Noise, Where, pairs
 from .rounding import followed, stochastic
-from .shards import beginning, here, shared_out
+from .shards import beginning, here, is_shared_out, shared_out
 from .vector import BLOCK, Bucket, buckets, whole_blocks
 
 
@@ -34,6 +34,7 @@ class Plot:
     bucket: Bucket
     dtype: torch.dtype
     scratch: Scratch
+    shared_out: bool = False  # whether the parameters lie on several processes
     flats: dict[str, Tensor] = field(default_factory=dict)
     owners: dict[str, list[Tensor]] = field(default_factory=dict)
     _views: dict[str, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
@@ -55,14 +56,17 @@ class Plot:
         return self._where
 
     @property
-    def local(self) -> list[Tensor]:
+    def local(self) -> Sequence[Tensor]:
         """What lies here of the parameters."""
-        return [here(p) for p in self.params]
+        return self._here(self.params)
+
+    def _here(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [here(t) for t in tensors] if self.shared_out else tensors
 
     @property
     def own(self) -> Tensor | None:
         """The parameters as one flat view of their memory, where there is one."""
-        p = here(self.params[0])
+        (p,) = self._here(self.params[:1])
         place = p.data_ptr(), p.dtype, p.shape, p.is_contiguous()  # somebody may have given the parameter other memory
         if self._own is None or self._own[0] != place:
             within = self.bucket.within(p) if p.dtype == self.dtype else None
@@ -71,7 +75,7 @@ class Plot:
 
     def sees(self, tensors: Sequence[Tensor]) -> bool:
         """Whether :meth:`read` gives a view of these tensors."""
-        return tensors[0].dtype == self.dtype and self.bucket.within(here(tensors[0])) is not None
+        return tensors[0].dtype == self.dtype and self.bucket.within(self._here(tensors[:1])[0]) is not None
 
     def blank(self) -> Tensor:
         """Where to write what is to be :meth:`put`: whatever stands in it."""
@@ -119,7 +123,7 @@ class Plot:
 
     def read(self, tensors: Sequence[Tensor], name: str) -> Tensor:
         """One flat tensor, shape (size,), out of one for each parameter: a view of it, or a copy in the scratch of that name."""
-        tensors = [here(t) for t in tensors]
+        tensors = self._here(tensors)
         within = self.bucket.within(tensors[0]) if tensors[0].dtype == self.dtype else None
         if within is not None:
             return within
@@ -136,14 +140,14 @@ class Plot:
             only: The numbers of those to be written; None is all.
             name: Under which the cut of this tensor is remembered.
         """
-        pieces, views = self.bucket.pieces([here(t) for t in tensors]), self._cut(name, flat)
+        pieces, views = self.bucket.pieces(self._here(tensors)), self._cut(name, flat)
         if only is not None:
             pieces, views = [pieces[i] for i in sorted(only)], [views[i] for i in sorted(only)]
         torch._foreach_copy_(pieces, views)
 
     def holds(self, flat: Tensor, tensors: Sequence[Tensor]) -> bool:
         """Whether a flat tensor is equal to one tensor for each parameter, element by element."""
-        tensors = [here(t) for t in tensors]
+        tensors = self._here(tensors)
         return all(map(torch.equal, self.bucket.views(flat, tensors), (t.to(self.dtype) for t in self.bucket.pieces(tensors))))
 
     def dot(self, a: Tensor, b: Tensor) -> float:
@@ -234,5 +238,6 @@ def plots(params: Sequence[tuple[int, Tensor]], scratch: Scratch, limit: int) ->
         for bucket in buckets([here(p) for _, p in members], limit, [start % BLOCK for start, _ in members]):
             within = [members[i] for i in bucket.members]
             wide = torch.promote_types(dtype, torch.float32)
-            made.append(Plot([p for _, p in within], tuple(n for n, _ in within), bucket, wide, scratch))
+            cut = any(is_shared_out(p) for _, p in within)
+            made.append(Plot([p for _, p in within], tuple(n for n, _ in within), bucket, wide, scratch, cut))
     return made

@@ -14,6 +14,8 @@ from torch import Tensor
 
 def is_shared_out(tensor: Tensor) -> bool:
     """Whether a tensor lies on several processes. Asking imports nothing: without the module there are none."""
+    if type(tensor) is Tensor:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

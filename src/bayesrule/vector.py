@@ -238,7 +238,9 @@ class Bucket:
 
     def pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The stretches of tensors, shaped like :meth:`views`."""
-        return [self.piece(tensor, i) for i, tensor in enumerate(tensors)]
+        if self.stretches[0].count == tensors[0].numel():
+            return list(tensors)
+        return [self.piece(tensors[0], 0)]
 
     def piece(self, tensor: Tensor, member: int) -> Tensor:
         """The stretch of one tensor."""

@@ -12,7 +12,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -1422,3 +1422,161 @@ class TestMisuse:
         for duplicate in (copy.deepcopy, pickle.dumps):
             with pytest.raises(RuntimeError, match="copy it after the step"):
                 duplicate(optimizer)
+
+
+class TestInterruptions:
+    """A draw that is closed before its time, by whoever, learns from nothing that comes at the mean."""
+
+    CLOSERS: ClassVar = {
+        "state_dict": lambda model, optimizer: optimizer.state_dict(),
+        "eval": lambda model, optimizer: optimizer.eval(),
+        "posterior": lambda model, optimizer: optimizer.posterior(model),
+    }
+
+    @pytest.mark.parametrize("close", CLOSERS.values(), ids=CLOSERS)
+    def test_a_backward_after_a_close_within_a_context_raises(self, close):
+        model, optimizer = pair()
+        with pytest.raises(RuntimeError, match=r"backward\(\) ran at the mean"), optimizer.sampled_params(train=True):
+            close(model, optimizer)
+            backward(model, 0)
+        assert all(p.grad is None for p in model.parameters())
+
+    @pytest.mark.parametrize("close", CLOSERS.values(), ids=CLOSERS)
+    def test_a_close_after_the_backward_of_a_context_does_no_harm(self, close):
+        model, optimizer = pair()
+        with optimizer.sampled_params(train=True):
+            backward(model, 0)
+            close(model, optimizer)
+        optimizer.step()
+        same_bits(optimizer, by_context(steps=1))
+
+    def test_a_backward_in_eval_mode_between_micro_batches_raises(self):
+        model, optimizer = pair()
+        optimizer.attach(model)
+        backward(model, 0, 0.5)
+        model.eval()
+        model.loss(0).backward()
+        model.train()
+        with pytest.raises(RuntimeError, match=r"backward\(\) ran at the mean"):
+            backward(model, 1, 0.5)
+        backward(model, 0)  # the step begins anew
+        optimizer.step()
+        same_bits(optimizer, by_context(steps=1))
+
+    def test_gradients_by_autograd_grad_in_eval_mode_are_no_harm(self):
+        model, optimizer = pair()
+        optimizer.attach(model)
+        backward(model, 0)
+        model.eval()
+        torch.autograd.grad(model.loss(0), list(model.parameters()))
+        model.train()
+        optimizer.step()
+        same_bits(optimizer, by_context(steps=1))
+
+    def test_a_forward_after_the_contexts_of_a_step_opens_nothing(self):
+        model, optimizer = pair()
+        optimizer.attach(model)
+        with optimizer.sampled_params(train=True):
+            backward(model, 0)
+        model.loss(0)
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        same_bits(optimizer, by_context(steps=1))
+
+
+class TestTwoOptimizers:
+    """Over the same parameters, one after the other: the first one's draw is over before the second one's begins."""
+
+    @pytest.mark.parametrize("second", [br.IVON, br.SGD], ids=["draws", "does not"])
+    def test_the_draw_of_another_is_no_mean(self, second):
+        model, first = pair()
+        mean = flat(model.parameters())
+        first.attach(model)
+        backward(model, 0)
+        other = second(model.parameters(), lr=0.0, **({"ess": 10.0} if second is br.IVON else {}))
+        model.zero_grad()
+        model.loss(0).backward() if second is br.SGD else other.step(lambda: model.loss(0).backward())
+        if second is br.SGD:
+            other.step()
+        assert torch.equal(flat(model.parameters()), mean)
+
+    def test_two_cannot_be_attached(self):
+        model, first = pair()
+        hooks = first.attach(model)
+        second = br.IVON(model.parameters(), lr=0.1, ess=10.0)
+        with pytest.raises(ValueError, match="another optimizer of the same parameters is attached"):
+            second.attach(model)
+        hooks.remove()
+        second.attach(model)
+
+    def test_an_old_one_that_is_collected_leaves_what_was_learned_since(self):
+        model, first = pair()
+        hooks = first.attach(model)
+        backward(model, 0)
+        hooks.remove()
+        first.train()
+        second = torch.optim.SGD(model.parameters(), lr=0.5)
+        second.step()
+        learned = flat(model.parameters())
+        del first
+        gc.collect()
+        assert torch.equal(flat(model.parameters()), learned)
+
+    def test_a_context_of_another_is_refused(self):
+        model, first = pair()
+        second = br.IVON(model.parameters(), lr=0.1, ess=10.0)
+        with (
+            first.sampled_params(train=True),
+            pytest.raises(RuntimeError, match="another optimizer has a draw open in these parameters"),
+            second.sampled_params(train=True),
+        ):
+            pass
+
+
+class TestHooks:
+    def test_of_dropped_optimizers_do_not_pile_up(self):
+        model, _ = pair()
+        for _ in range(5):
+            br.IVON(model.parameters(), lr=0.1, ess=10.0).attach(model)
+            gc.collect()
+        assert not model._forward_pre_hooks and not model._forward_hooks and not model._state_dict_pre_hooks
+        assert not any(part._forward_pre_hooks for part in model.modules())
+
+    def test_on_stale_gradients_go_with_a_discarded_draw(self):
+        model, optimizer = pair()
+        for _ in range(3):
+            backward(model, 0)
+            with contextlib.suppress(KeyError), optimizer.sampled_params(train=True):
+                raise KeyError
+        assert not any(p._backward_hooks for p in model.parameters())
+
+    def test_a_part_that_is_called_first_is_under_the_draw(self):
+        """As of a model whose loss calls methods of its own before its forward."""
+        model, optimizer = pair()
+        optimizer.attach(model)
+        model.inner(model.x[:2])
+        assert optimizer.draws.is_automatic
+        optimizer.eval()
+
+
+class TestLoadingRefuses:
+    def test_another_order_of_the_same_names(self):
+        a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        saved = br.IVON([("a", a), ("b", b)], lr=0.1, ess=10.0).state_dict()
+        with pytest.raises(ValueError, match="in group 0 'a' was saved where 'b' stands"):
+            br.IVON([("b", b), ("a", a)], lr=0.1, ess=10.0).load_state_dict(saved)
+
+    def test_a_state_without_the_prior(self):
+        w = nn.Parameter(torch.ones(3))
+        plain = br.IVON([("w", w)], lr=0.1, ess=10.0)
+        plain.step(lambda: w.square().sum().backward())
+        prior = br.Posterior({"w": torch.zeros(3)}, {"w": torch.ones(3)})
+        with pytest.raises(ValueError, match="saved without a posterior as the prior"):
+            br.IVON([("w", w)], lr=0.1, ess=10.0, prior=prior).load_state_dict(plain.state_dict())
+
+
+def test_ten_steps_that_change_nothing_are_told(warned):
+    model, optimizer = pair()
+    for _ in range(12):
+        optimizer.step(lambda: backward(model, 0, float("nan")))
+    assert "ten steps in a row changed nothing" in only(warned)

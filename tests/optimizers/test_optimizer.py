@@ -156,7 +156,18 @@ class TestLearning:
         net = Network()
         optimizer = algorithm(net.parameters())
         with pytest.raises(RuntimeError, match=f"{algorithm.make.__name__}.step\\(\\): no parameter has a gradient"):
-            optimizer.step(lambda: None)
+            optimizer.step(lambda: 1.0)
+
+    @pytest.mark.filterwarnings("ignore:.*no gradient arrived in a draw")
+    @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
+    def test_a_closure_that_skips_its_batch_changes_nothing_and_is_told_once(self, algorithm):
+        net = Network()
+        optimizer = algorithm(net.parameters())
+        before = [p.detach().clone() for p in net.parameters()]
+        with pytest.warns(UserWarning, match="whose closure returned None and left no gradient"):
+            assert optimizer.step(lambda: None) is None
+        optimizer.step(lambda: None)
+        assert all(map(torch.equal, net.parameters(), before))
 
 
 class TestLoading:

@@ -34,6 +34,8 @@ class SavesMean:
         self._root = None if model is None else weakref.ref(model)
         self._models = weakref.WeakSet[nn.Module]([] if model is None else model.modules())
         self._handles: list[Any] = [] if model is None else list(self.hooks(model))
+        if optimizer is not None:
+            weakref.finalize(optimizer, _remove, self._handles).atexit = False
 
     def __reduce__(self) -> tuple[type[SavesMean], tuple[()]]:
         return SavesMean, ()
@@ -49,9 +51,7 @@ class SavesMean:
         optimizer = self._optimizer() if self._optimizer else None
         if optimizer is not None and self._handles:
             optimizer.draws.pause()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        _remove(self._handles)
 
     def serves(self, model: nn.Module) -> Drawing | None:
         """The optimizer, where the model is attached and no copy."""
@@ -85,8 +85,10 @@ class Attached(SavesMean):
         return Attached, ()
 
     def hooks(self, model: nn.Module) -> Iterator[Any]:
-        for each in _called(model):
-            yield each.register_forward_pre_hook(self.before_forward, prepend=True)
+        yield model.register_forward_pre_hook(self.before_forward, prepend=True)
+        own = {p for group in optimizer.param_groups for p in group["params"]} if (optimizer := self.serves(model)) else set()
+        for each in _parts(model, own):
+            yield each.register_forward_pre_hook(self.before_part, prepend=True)
         yield model.register_forward_hook(self.after_forward, always_call=True)
         yield from super().hooks(model)
 
@@ -98,21 +100,29 @@ class Attached(SavesMean):
             return
         if self.is_root(model):
             self._running = model.training
-        elif self._running:
-            return
         if not model.training:
             optimizer.draws.pause()
             optimizer.reminders.trained_in_eval_mode = torch.is_grad_enabled()
         elif not torch.is_grad_enabled():
             if optimizer.draws.is_automatic:
                 optimizer.reminders.of_mode()
-        elif not optimizer.draws.is_open:
+        elif optimizer.draws.is_open or optimizer.draws.rivals():
+            return
+        elif optimizer.draws.goes_on or not optimizer.draws.looks.begun:  # else the step has its contexts
             if torch._C._current_graph_task_id() != -1:
                 raise RuntimeError(
                     f"{type(optimizer).__name__}: a model computed again in backward() (reentrant checkpointing) wants a draw, "
                     "which must be open before its first forward: call opt.train() there, or pass use_reentrant=False"
                 )
             optimizer.train()
+
+    def before_part(self, part: nn.Module, args: Any) -> None:
+        """A part that is called by itself is a forward like the model's own."""
+        if torch.compiler.is_compiling():
+            return
+        root = self._root() if self._root is not None else None
+        if root is not None and not (self._running and root.training):
+            self.before_forward(part, args)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_forward(self, model: nn.Module, *_: Any) -> None:
@@ -121,14 +131,22 @@ class Attached(SavesMean):
             self._running = False
 
 
-def _called(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, and what it wraps if it is a wrapper; not what is compiled in a wrapper."""
-    while True:
-        yield model
-        inner = list(model.children())
-        if type(model).__name__ == "OptimizedModule" or len(inner) != 1 or next(iter(model._parameters), None) is not None:
-            return
-        (model,) = inner
+def _parts(model: nn.Module, own: set[Tensor]) -> Iterator[nn.Module]:
+    """What of a model holds parameters of an optimizer, and what it merely wraps; nothing compiled within it."""
+    if type(model).__name__ == "OptimizedModule":
+        return
+    children = list(model.children())
+    for child in children:
+        compiled = type(child).__name__ == "OptimizedModule"
+        if len(children) == 1 or compiled or not own.isdisjoint(child._parameters.values()):
+            yield child
+        yield from _parts(child, own)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def attach(optimizer: Drawing, model: nn.Module) -> Attached:
@@ -141,10 +159,15 @@ def attach(optimizer: Drawing, model: nn.Module) -> Attached:
     name = type(optimizer).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}.attach: expected a torch.nn.Module, got {model!r}")
-    hooks = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
-    if any(isinstance(hook, Attached) and hook.is_root(model) and hook.serves(model) is optimizer for hook in hooks):
-        raise ValueError(f"{name}.attach: the model is attached already; remove() what the first attach() returned")
     own: set[Tensor] = {p for group in optimizer.param_groups for p in group["params"]}
+    for hook in (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()):
+        other = hook.serves(model) if isinstance(hook, Attached) and hook.is_root(model) else None
+        if other is optimizer:
+            raise ValueError(f"{name}.attach: the model is attached already; remove() what the first attach() returned")
+        if other is not None and not own.isdisjoint(p for group in other.param_groups for p in group["params"]):
+            raise ValueError(
+                f"{name}.attach: another optimizer of the same parameters is attached to this model; remove() what its attach() gave"
+            )
     if own.isdisjoint(model.parameters()):
         raise ValueError(f"{name}.attach: it trains no parameter of this {type(model).__name__}; attach the model that it trains")
     return Attached(optimizer, model)

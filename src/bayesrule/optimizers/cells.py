@@ -16,7 +16,7 @@ from ..lowering import Scratch
 from ..noise import addresses
 from ..plots import Plot, plots
 from ..rule import BayesRule
-from ..shards import here
+from ..shards import here, is_shared_out
 from ..vector import BUCKET
 from .hyperparameters import analyzed, validate
 
@@ -83,6 +83,7 @@ class Layout:
         self._stale: set[int] = set()  # groups whose plots may be dealt anew
         self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}  # by group: "step" of every parameter, and all in one
         self._valid: dict[int, Any] = {}  # by group: hyper-parameters that were found in their ranges
+        self.sharded = False  # whether parameters lie on several processes
         self._plan: tuple[Any, list[Cell]] | None = None  # what was dealt last (parameters, hyper-parameters), and the cells
 
     def renew(self, limit: int) -> None:
@@ -155,6 +156,11 @@ class Layout:
         self._plot(index)
         return self._plots[index][2]
 
+    def follow(self) -> None:
+        """Whoever wrote into parameters that are held rounded is obeyed."""
+        for plot in self.plots():
+            plot.follow()
+
     def left_out(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Those that were dealt into no plot: they became trainable within a step."""
         dealt = {id(p) for index in range(len(self.host.param_groups)) for p in self._members(index)}
@@ -178,10 +184,13 @@ class Layout:
             wanted = [(starts[id(p)], p) for p in params if p.requires_grad]
             for _, p in wanted:
                 self._check(p)
+            self.sharded = any(is_shared_out(p) for p in every)
             self._plots[index] = key, plots(wanted, self.scratch, self.limit), [p for _, p in wanted if p.numel()]
         return self._plots[index][1]
 
     def _check(self, param: Tensor) -> None:
+        if param.dtype.itemsize >= 4 and param in self.host.state:  # it holds its mean itself
+            self.host.state[param].pop(self.host.names.mean, None)
         for name, tensor in self.host.state.get(param, {}).items():
             if name != "step" and tensor.shape != param.shape:
                 raise ValueError(

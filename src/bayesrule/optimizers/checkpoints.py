@@ -38,7 +38,19 @@ def check(optimizer: Loading, saved: Mapping[str, Any]) -> None:
             f"{name}: this state was saved by the package ivon-opt; load it with bayesrule.integrations.ivon_opt.load_ivon_opt, "
             "which wants the number of steps, too"
         )
+    for number, (mine, theirs) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=False)):
+        names_of = mine.get("param_names", ()), theirs.get("param_names", ())
+        if names_of[0] != names_of[1] and sorted(names_of[0]) == sorted(names_of[1]):  # else a wrapper may have renamed them
+            here, there = next((a, b) for a, b in zip(*names_of, strict=True) if a != b)
+            raise ValueError(
+                f"{name}: in group {number} {there!r} was saved where {here!r} stands; give the parameters in the order in which "
+                "they were"
+            )
     for index, param, state in _pairs(optimizer, saved):
+        if state and "prior_mean" in optimizer.state.get(param, {}) and "prior_mean" not in state:
+            raise ValueError(
+                f"{name}: the state was saved without a posterior as the prior, and this optimizer has one; make it without prior="
+            )
         for key, value in state.items():
             shape = tuple(torch.as_tensor(value).shape)
             if key != "step" and shape != param.shape:

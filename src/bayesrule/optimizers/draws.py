@@ -28,7 +28,6 @@ from numbers import Real
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ..family import Gaussian
 from ..noise import DITHER, EVALUATE, TRAIN, CounterNoise
@@ -38,9 +37,13 @@ from .execution import Execution, Flats
 from .injection import Injected, InjectedNoise
 from .looking import Looks, Written
 from .reminders import Reminders
+from .watching import Strangers, Watch
 from .workers import Workers
 
 STASH = "offset"
+
+OPEN: weakref.WeakSet[Draws] = weakref.WeakSet()
+"""All that have a draw open, of all optimizers."""
 
 
 class Host(Protocol):
@@ -65,6 +68,8 @@ class Draws:
         self._joinable = self._automatic = False
         self._weight = 1.0
         self._strangers = Strangers()
+        self._watch = Watch()
+        self._left: list[tuple[Cell, Mapping[str, Any]]] = []  # cells of the open draw that hold a sample
         self._will: weakref.finalize[Any, Any] | None = None
         self._train = Written(STASH)
         self.looks = Looks(host, self._train)
@@ -110,13 +115,16 @@ class Draws:
         if not isinstance(weight, Real) or not 0 < weight < math.inf:
             raise ValueError(f"the weight of a draw must be a number in (0, inf), got {weight!r}")
         if self.is_automatic and not train:
-            self.end()
+            self.pause()
         if self._open is not None:
             if not (train and self._joinable):
                 raise RuntimeError("a draw is open already: leave its sampled_params() context before another one opens")
             if weight != 1.0:
                 raise RuntimeError(f"a draw of weight {weight} cannot join the draw that is open; call opt.eval() before it")
             return False
+        self.be_alone()
+        if train:
+            self.check()
         if not train:
             # the stash is free unless a closed draw still waits in it
             self._write(Written("looked" if self.looks.waiting or self.host.frugal else STASH), EVALUATE, self._looked)
@@ -149,7 +157,8 @@ class Draws:
             self.looks.lose()
             raise RuntimeError(
                 "gradients from before this draw stood in p.grad and were added to: they belong to other weights, and are cleared; "
-                "open the draw before the first backward() of the step, or call zero_grad() before backward()"
+                "open the draw before the first backward() of the step (in Lightning by DrawCallback), or call zero_grad() before "
+                "backward()"
             )
         if train:
             self.looks.add(self._weight)
@@ -159,6 +168,7 @@ class Draws:
         train = self.is_training
         self._restore()
         if train:
+            self._strangers.are_in_the_way()
             self.looks.lose()
 
     def close(self) -> None:
@@ -166,14 +176,57 @@ class Draws:
         if self._open is not None:
             self.end()
 
+    def interrupt(self) -> None:
+        """End a draw if one is open, before its time: gradients that come from here on are not its."""
+        train = self.is_training
+        self.close()
+        if train:
+            self._watch = Watch(self.host.layout.trainable())
+
     def pause(self) -> None:
-        """End an automatic draw if one is open."""
+        """Interrupt an automatic draw if one is open."""
         if self.is_automatic:
-            self.end()
+            self.interrupt()
+
+    def check(self) -> None:
+        """Before a draw that was interrupted goes on or is read.
+
+        Raises:
+            RuntimeError: Gradients came meanwhile; the draw is lost.
+        """
+        watch, self._watch = self._watch, Watch()
+        if watch.has_seen() and self.looks.waiting:
+            self.looks.reopen()
+            self.looks.lose()
+            self._automatic = False
+            raise RuntimeError(
+                "backward() ran at the mean while the draw of this step was interrupted (by opt.eval(), state_dict(), posterior() "
+                "or a forward in eval mode), and added to its gradients: they belong to other weights, and are cleared; run it "
+                "before the draw opens or after step(), or take its gradients by torch.autograd.grad"
+            )
+
+    def be_alone(self) -> None:
+        """Draws of other optimizers over the same parameters: automatic ones are interrupted.
+
+        Raises:
+            RuntimeError: One is open in a context.
+        """
+        for other in self.rivals():
+            if not other.is_automatic:
+                raise RuntimeError("another optimizer has a draw open in these parameters; leave its context first")
+            other.pause()
+
+    def rivals(self) -> list[Draws]:
+        """Those of other optimizers that are open in the same parameters."""
+        others = [other for other in OPEN if other is not self]
+        mine = set(map(id, self.host.layout.trainable())) if others else set()
+        return [other for other in others if any(id(p) in mine for cell, _ in other._left for p in cell.plot.params)]
 
     def cleared(self) -> None:
         """Somebody clears the gradients: what a closed draw left there is read first, and not lost."""
         if not self.is_training:
+            self._watch.has_seen()
+            self._watch = Watch()
             self.renew()
             self.looks.give_up()
 
@@ -195,8 +248,9 @@ class Draws:
             cells = written.cells
         else:
             cells = [(cell, self._numbers(cell, stream, draw)) for cell in self.host.layout.cells(params) if cell.draws]
-        written.cells = []
+        written.cells, self._left = [], []
         self._open = written
+        OPEN.add(self)
         try:
             for cell, numbers in cells:
                 self._write_cell(written, cell, numbers)
@@ -204,8 +258,8 @@ class Draws:
             self.discard()
             raise
         self._written_to()
-        if written is self._train and written.block:  # an optimizer that is dropped leaves the mean behind
-            self._will = weakref.finalize(self, _put_back, written)
+        if self.is_automatic and written.block:  # an optimizer that is dropped leaves the mean behind
+            self._will = weakref.finalize(self, _put_back, [(cell, _versions(cell)) for cell, _ in written.cells])
             self._will.atexit = False
 
     def _numbers(self, cell: Cell, stream: int, draw: int) -> dict[str, Any]:
@@ -225,6 +279,7 @@ class Draws:
             flats["offset"] = plot.flat(written.block)
         version = here(plot.params[0])._version
         written.cells.append((cell, numbers))
+        self._left.append((cell, numbers))
         try:
             if self.injected:
                 self._write_injected(self.injected, cell, flats, stream, draw)
@@ -233,6 +288,7 @@ class Draws:
         except BaseException:
             if here(plot.params[0])._version == version:  # nothing was written, so there is nothing to restore
                 written.cells.pop()
+                self._left.pop()
             raise
         dither = CounterNoise(cell.inputs["seed"], DITHER, cell.step, 2 * draw + (stream == EVALUATE), plot.where)
         plot.put(flats["mean"], cell.only, dither=dither)
@@ -246,69 +302,45 @@ class Draws:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _restore(self, keep_offset: bool = False) -> None:
-        written, self._open = self._open, None
+        """The mean, cell by cell: called again after an interruption it goes on with those that are left."""
+        written = self._open
         self.host.workers.deafen()
-        if self._will is not None:
-            self._will.detach()
         if written is None:
             return
-        for cell, numbers in written.cells:
-            plot = cell.plot
-            if written.block and not keep_offset:
-                plot.put(plot.flat(written.block), cell.only, written.block)
-                continue
-            flats = {"mean": plot.mean()}
-            if written.block:
-                self.host.execution.run("close", cell, {**flats, "offset": plot.flat(written.block)}, {})
-            else:
-                kept = {name: block for name, block in cell.kept.items() if name != "memory"}
-                self.host.execution.run("close", cell, {**flats, **kept, "pairs": plot.where.numbers}, numbers)
-            plot.put(flats["mean"], cell.only)
+        while self._left:
+            self._restore_cell(written, *self._left[-1], keep_offset)
+            self._left.pop()
+        self._open = None
+        OPEN.discard(self)
+        if self._will is not None:
+            self._will.detach()
         self._written_to()
         if written is not self._train:
             for cell, _ in written.cells:
                 if written.block != STASH:
                     cell.plot.drop(written.block or "")
 
+    def _restore_cell(self, written: Written, cell: Cell, numbers: Mapping[str, Any], keep_offset: bool) -> None:
+        plot = cell.plot
+        if written.block and not keep_offset:
+            plot.put(plot.flat(written.block), cell.only, written.block)
+            return
+        flats = {"mean": plot.mean()}
+        if written.block:
+            self.host.execution.run("close", cell, {**flats, "offset": plot.flat(written.block)}, {})
+        else:
+            kept = {name: block for name, block in cell.kept.items() if name != "memory"}
+            self.host.execution.run("close", cell, {**flats, **kept, "pairs": plot.where.numbers}, numbers)
+        plot.put(flats["mean"], cell.only)
 
-def _put_back(written: Written) -> None:
-    """The mean, into the parameters."""
+
+def _versions(cell: Cell) -> list[int]:
+    return [t._version for t in cell.plot.local]
+
+
+def _put_back(written: Sequence[tuple[Cell, list[int]]]) -> None:
+    """The mean, into parameters that nobody has written into since."""
     with torch.inference_mode(False), torch.no_grad():
-        for cell, _ in written.cells:
-            cell.plot.put(cell.plot.flat(STASH), cell.only, STASH)
-
-
-class Strangers:
-    """Gradients that are older than a draw: whoever adds to them would learn from other weights.
-
-    Args:
-        params: Those that are drawn.
-    """
-
-    def __init__(self, params: Sequence[Tensor] = ()) -> None:
-        self._old = {p: p.grad for p in params if _stands(p)}
-        self._stood: dict[Tensor, bool] = {}  # whether it did just before the first gradient came
-        self._mixed = False
-        before = [p.register_hook(lambda _, p=p: self._comes(p)) for p in self._old]
-        after = [p.register_post_accumulate_grad_hook(self._added) for p in self._old]
-        self._hooks = [*before, *after]
-
-    def _comes(self, param: Tensor) -> None:
-        if param in self._old:
-            self._stood[param] = _stands(param)
-
-    def _added(self, param: Tensor) -> None:
-        if self._old.pop(param, None) is not None:
-            self._mixed |= self._stood[param]
-
-    def are_in_the_way(self) -> bool:
-        """Whether one of them was added to, or stands there still."""
-        for hook in self._hooks:
-            hook.remove()
-        return self._mixed or any(p.grad is gradient and _stands(p) for p, gradient in self._old.items())
-
-
-def _stands(param: Tensor) -> bool:
-    """Whether a parameter has a gradient that is not zero."""
-    gradient = param.grad
-    return gradient is not None and gradient.layout == torch.strided and bool(here(gradient).any())
+        for cell, versions in written:
+            if _versions(cell) == versions:
+                cell.plot.put(cell.plot.flat(STASH), cell.only, STASH)

@@ -115,6 +115,8 @@ def analyzed(group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> tuple[d
     structure: list[Any] = []
     for name, allowed in ranges.items():
         value = group[name]
+        if name == "seed":  # an input of its own
+            continue
         for index, number in enumerate(value) if isinstance(value, list | tuple) else ((None, value),):
             if is_numeric(allowed) and number is not None and (name == "lr" or float(number) not in (0.0, math.inf)):
                 numbers[name if index is None else f"{name}[{index}]"] = float(number)

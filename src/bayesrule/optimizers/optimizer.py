@@ -140,6 +140,9 @@ class BayesOptimizer(Optimizer, ABC):
 
         With ``memory="low"`` the mean that returns from a draw with ``train=True`` is rounded to the last place of the sample.
 
+        The contexts of a step are averaged, so their losses are not divided by the number of contexts; several ``backward()``
+        in one context add up, so there they are.
+
         Args:
             train: Learn from the gradient that the context leaves in ``p.grad``; forward *and* backward belong inside. With
                 False the draw only looks: it has noise of its own and touches no gradient. None: learn if gradients are enabled.
@@ -170,6 +173,7 @@ class BayesOptimizer(Optimizer, ABC):
             raise
         if opened:
             self.draws.close()
+            self.draws.check()
 
     @property
     def dropped_draws(self) -> int:
@@ -200,7 +204,7 @@ class BayesOptimizer(Optimizer, ABC):
 
     def eval(self) -> None:
         """Bring the mean back for an evaluation. The gradient of a draw is kept for the step."""
-        self.draws.close()
+        self.draws.interrupt()
 
     def attach(self, model: nn.Module) -> Attached:
         """Let every training forward of a model open the draw by itself, so that the training loop stays as it is.
@@ -270,14 +274,25 @@ class BayesOptimizer(Optimizer, ABC):
         """
         loss = self._evaluate(closure) if closure is not None else None
         self.draws.close()
+        self.draws.check()
+        self.draws.be_alone()
         self._renew()
+        self.layout.follow()
         taken, drawn = self.draws.looks.take(), self.draws.looks.begun
+        if taken is not None and not taken[0] and closure is not None and loss is None:
+            self.reminders.of_nothing()  # a host skips a batch so
+            taken = None
         if taken is not None and not taken[0]:
             self.draws.forget()
             raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
-        if any(group["lr"] for group in self.param_groups):  # torch.distributed.checkpoint begins the state by a step of none
+        if taken is not None and any(
+            group["lr"] for group in self.param_groups
+        ):  # torch.distributed.checkpoint begins the state by a step of none
             self.reminders.of_draws(self.wanted_draws(), drawn, self.defaults.get("antithetic", False), self.workers.size)
-        if taken is not None:
+        self.reminders.of_lost(taken is None and drawn > 0, self.dropped_draws)
+        if taken is None:
+            self.execution.steps -= 1  # so that a run that goes on from its state is compiled from the same step on
+        else:
             params, how = taken
             cells = self.layout.cells(params)
             for cell in cells:
@@ -298,7 +313,8 @@ class BayesOptimizer(Optimizer, ABC):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """A GradScaler asks before it decides whether to skip the step: either way the draw is over, and the mean returns."""
-        self.draws.pause()
+        if self.draws.is_automatic:
+            self.draws.close()
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -331,7 +347,7 @@ class BayesOptimizer(Optimizer, ABC):
 
     def posterior(self, model: nn.Module, num_data: int | None = None) -> Posterior:
         """What was learned, by the model's parameter names; see :meth:`bayesrule.Posterior.from_optimizer`."""
-        self.draws.close()
+        self.draws.interrupt()
         return learned(self, model, num_data)
 
     def noise_visibility(self, dtype: torch.dtype | None = None) -> dict[str, float]:
@@ -363,7 +379,7 @@ class BayesOptimizer(Optimizer, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of q at the mean: an open draw is closed first."""
-        self.draws.close()
+        self.draws.interrupt()
         return super().state_dict()
 
     @torch.no_grad()
@@ -400,6 +416,5 @@ class BayesOptimizer(Optimizer, ABC):
         late = ""
         if self.workers.active and not self.workers.sharded:
             late = "; if the model was sharded (fully_shard) after this optimizer was made, make the optimizer after it"
-        if drawn:
-            return f"a draw was opened, but backward() did not run in it or reached no parameter of this optimizer{late}"
-        return f"call backward() before step(), on a loss that depends on this optimizer's parameters{late}"
+        drew = "a draw was opened, but backward() did not run in it or reached no parameter of this optimizer"
+        return (drew if drawn else "call backward() before step(), on a loss that depends on this optimizer's parameters") + late

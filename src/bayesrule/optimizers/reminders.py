@@ -22,6 +22,7 @@ class Reminders:
     def __init__(self, name: str) -> None:
         self.name = name
         self.given: set[str] = set()
+        self._lost = 0  # steps in a row
         self.trained_in_eval_mode = False  # whether an attached model's last forward could have been a training one but for that
 
     def of_draws(self, wanted: int, drawn: int, antithetic: bool, ranks: int) -> None:
@@ -51,6 +52,20 @@ class Reminders:
             )
         if drawn * ranks % 2 and antithetic:
             self._warn(f"antithetic draws come in pairs, but this step had {drawn}: open an even number")
+
+    def of_lost(self, lost: bool, dropped: int) -> None:
+        """Warn where nothing is learned any more, which takes longer than a scaler needs to find its scale."""
+        self._lost = self._lost + 1 if lost else 0
+        if self._lost == 10:
+            self._warn(
+                f"ten steps in a row changed nothing, as their gradients were not finite ({dropped} draws dropped so far, see "
+                "dropped_draws); lower the learning rate, clip, or use a GradScaler with float16",
+                "lost",
+            )
+
+    def of_nothing(self) -> None:
+        """Warn about a step of no gradients."""
+        self._warn("a step whose closure returned None and left no gradient changes nothing")
 
     def of_backward(self) -> None:
         """Warn about a draw that shows nothing."""

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..plots import Plot
-from ..shards import here, is_shared_out
+from ..shards import here
 from .cells import Layout
 
 Sync = Literal["auto"] | bool
@@ -88,7 +88,7 @@ class Workers:
     @property
     def sharded(self) -> bool:
         """Whether ranks hold parts of the parameters."""
-        return any(is_shared_out(p) for p in self.host.layout.trainable())
+        return self.host.layout.sharded
 
     @property
     def listens(self) -> bool:
