@@ -9,12 +9,14 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_shared_out(tensor: Tensor) -> bool:
     """Whether a tensor lies on several processes. Asking imports nothing: without the module there are none."""
-    if type(tensor) is Tensor:
+    if type(tensor) in _PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

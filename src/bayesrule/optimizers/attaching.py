@@ -166,7 +166,7 @@ def attach(optimizer: Drawing, model: nn.Module) -> Attached:
             raise ValueError(f"{name}.attach: the model is attached already; remove() what the first attach() returned")
         if other is not None and not own.isdisjoint(p for group in other.param_groups for p in group["params"]):
             raise ValueError(
-                f"{name}.attach: another optimizer of the same parameters is attached to this model; remove() what its attach() gave"
+                f"{name}.attach: another optimizer of these parameters is attached to this model; remove() what its attach() gave"
             )
     if own.isdisjoint(model.parameters()):
         raise ValueError(f"{name}.attach: it trains no parameter of this {type(model).__name__}; attach the model that it trains")

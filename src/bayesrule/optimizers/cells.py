@@ -82,7 +82,7 @@ class Layout:
         self._plots: dict[int, tuple[Any, list[Plot], list[Tensor]]] = {}  # by group
         self._stale: set[int] = set()  # groups whose plots may be dealt anew
         self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}  # by group: "step" of every parameter, and all in one
-        self._valid: dict[int, Any] = {}  # by group: hyper-parameters that were found in their ranges
+        self._valid: dict[int, tuple[list[Any], Any]] = {}  # by group: hyper-parameters found in their ranges, analyzed
         self.sharded = False  # whether parameters lie on several processes
         self._plan: tuple[Any, list[Cell]] | None = None  # what was dealt last (parameters, hyper-parameters), and the cells
 
@@ -115,11 +115,10 @@ class Layout:
         """The numbers and the structure of a group, once all are in their ranges."""
         group = self.host.param_groups[index]
         known = [group.get(name) for name in self.host.ranges]
-        if not any(isinstance(value, Tensor) for value in known) and self._valid.get(index) == known:
-            return analyzed(group, self.host.ranges)
-        validate(self.name, index, group, self.host.ranges)
-        self._valid[index] = known
-        return analyzed(group, self.host.ranges)
+        if any(isinstance(value, Tensor) for value in known) or index not in self._valid or self._valid[index][0] != known:
+            validate(self.name, index, group, self.host.ranges)
+            self._valid[index] = known, analyzed(group, self.host.ranges)
+        return self._valid[index][1]
 
     def _visit(self, index: int, chosen: set[int], numbers: dict[str, Any], structure: tuple[Any, ...]) -> Iterator[Cell]:
         """The cells of a group."""

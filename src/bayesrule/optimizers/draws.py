@@ -290,7 +290,9 @@ class Draws:
                 written.cells.pop()
                 self._left.pop()
             raise
-        dither = CounterNoise(cell.inputs["seed"], DITHER, cell.step, 2 * draw + (stream == EVALUATE), plot.where)
+        dither = None
+        if plot.rounds:
+            dither = CounterNoise(cell.inputs["seed"], DITHER, cell.step, 2 * draw + (stream == EVALUATE), plot.where)
         plot.put(flats["mean"], cell.only, dither=dither)
 
     def _write_injected(self, injected: Injected, cell: Cell, flats: Flats, stream: int, draw: int) -> None:
