@@ -1504,7 +1504,7 @@ class TestTwoOptimizers:
         model, first = pair()
         hooks = first.attach(model)
         second = br.IVON(model.parameters(), lr=0.1, ess=10.0)
-        with pytest.raises(ValueError, match="another optimizer of the same parameters is attached"):
+        with pytest.raises(ValueError, match="another optimizer of these parameters is attached"):
             second.attach(model)
         hooks.remove()
         second.attach(model)
@@ -1550,13 +1550,23 @@ class TestHooks:
                 raise KeyError
         assert not any(p._backward_hooks for p in model.parameters())
 
-    def test_a_part_that_is_called_first_is_under_the_draw(self):
-        """As of a model whose loss calls methods of its own before its forward."""
+    def test_of_a_part_alone_are_told_of_once(self, warned):
         model, optimizer = pair()
-        optimizer.attach(model)
-        model.inner(model.x[:2])
-        assert optimizer.draws.is_automatic
-        optimizer.eval()
+        optimizer.attach(model.outer)
+        for batch in range(2):
+            backward(model, batch)
+            optimizer.step()
+        messages = [str(warning.message) for warning in warned]
+        warned.clear()
+        assert len(messages) == 1 and "2 of 4 parameters are in no attached model" in messages[0]
+
+    def test_of_all_parts_are_not_told_of(self):
+        model, optimizer = pair()
+        for part in (model.inner, model.outer):
+            optimizer.attach(part)
+        backward(model, 0)
+        optimizer.step()
+        same_bits(optimizer, by_context(steps=1))
 
 
 class TestLoadingRefuses:

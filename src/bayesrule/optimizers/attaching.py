@@ -23,6 +23,10 @@ class Drawing(Protocol):
     def train(self) -> None: ...
 
 
+ATTACHED: weakref.WeakKeyDictionary[Drawing, weakref.WeakSet[Attached]] = weakref.WeakKeyDictionary()
+"""By optimizer."""
+
+
 class SavesMean:
     """The hooks of one model for one optimizer by which whatever is saved of the model is at the mean.
 
@@ -79,16 +83,15 @@ class SavesMean:
 class Attached(SavesMean):
     """Beside these, the hooks that open the draw of a step in front of a training forward, and close it for any other."""
 
+    _looked_around = False
     _running = False  # whether the model itself is in a training forward: what it calls is part of that, in whatever mode
 
     def __reduce__(self) -> tuple[type[SavesMean], tuple[()]]:
         return Attached, ()
 
     def hooks(self, model: nn.Module) -> Iterator[Any]:
-        yield model.register_forward_pre_hook(self.before_forward, prepend=True)
-        own = {p for group in optimizer.param_groups for p in group["params"]} if (optimizer := self.serves(model)) else set()
-        for each in _parts(model, own):
-            yield each.register_forward_pre_hook(self.before_part, prepend=True)
+        for each in _called(model):
+            yield each.register_forward_pre_hook(self.before_forward, prepend=True)
         yield model.register_forward_hook(self.after_forward, always_call=True)
         yield from super().hooks(model)
 
@@ -98,8 +101,11 @@ class Attached(SavesMean):
         optimizer = self.serves(model)
         if optimizer is None or torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has weights of its own
             return
-        if self.is_root(model):
+        root = self._root() if self._root is not None else None
+        if model is root:
             self._running = model.training
+        elif self._running and root is not None and root.training:  # an interrupted forward does not say that it is over
+            return
         if not model.training:
             optimizer.draws.pause()
             optimizer.reminders.trained_in_eval_mode = torch.is_grad_enabled()
@@ -114,15 +120,16 @@ class Attached(SavesMean):
                     f"{type(optimizer).__name__}: a model computed again in backward() (reentrant checkpointing) wants a draw, "
                     "which must be open before its first forward: call opt.train() there, or pass use_reentrant=False"
                 )
+            self._warn_of_others(optimizer)
             optimizer.train()
 
-    def before_part(self, part: nn.Module, args: Any) -> None:
-        """A part that is called by itself is a forward like the model's own."""
-        if torch.compiler.is_compiling():
-            return
-        root = self._root() if self._root is not None else None
-        if root is not None and not (self._running and root.training):
-            self.before_forward(part, args)
+    def _warn_of_others(self, optimizer: Drawing) -> None:
+        """Once: parameters outside of all attached models see a draw only if their forward comes later."""
+        if not self._looked_around:
+            self._looked_around = True
+            inside = {p for each in ATTACHED.get(optimizer, ()) for model in each._models for p in model.parameters(recurse=False)}
+            params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            optimizer.reminders.of_others(sum(p not in inside for p in params), len(params))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_forward(self, model: nn.Module, *_: Any) -> None:
@@ -131,16 +138,14 @@ class Attached(SavesMean):
             self._running = False
 
 
-def _parts(model: nn.Module, own: set[Tensor]) -> Iterator[nn.Module]:
-    """What of a model holds parameters of an optimizer, and what it merely wraps; nothing compiled within it."""
-    if type(model).__name__ == "OptimizedModule":
-        return
-    children = list(model.children())
-    for child in children:
-        compiled = type(child).__name__ == "OptimizedModule"
-        if len(children) == 1 or compiled or not own.isdisjoint(child._parameters.values()):
-            yield child
-        yield from _parts(child, own)
+def _called(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what it wraps if it is a wrapper; not what is compiled in a wrapper."""
+    while True:
+        yield model
+        inner = list(model.children())
+        if type(model).__name__ == "OptimizedModule" or len(inner) != 1 or model._parameters:
+            return
+        (model,) = inner
 
 
 def _remove(handles: list[Any]) -> None:
@@ -170,4 +175,6 @@ def attach(optimizer: Drawing, model: nn.Module) -> Attached:
             )
     if own.isdisjoint(model.parameters()):
         raise ValueError(f"{name}.attach: it trains no parameter of this {type(model).__name__}; attach the model that it trains")
-    return Attached(optimizer, model)
+    attached = Attached(optimizer, model)
+    ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(attached)
+    return attached

@@ -63,6 +63,14 @@ class Reminders:
                 "lost",
             )
 
+    def of_others(self, count: int, all_: int) -> None:
+        """Warn about parameters that lie outside of what is attached."""
+        if count:
+            self._warn(
+                f"{count} of {all_} parameters are in no attached model: what is computed with them before its forward sees the "
+                "mean, and their curvature is wrong; attach the model that holds all, or call opt.train() before a step's first forward"
+            )
+
     def of_nothing(self) -> None:
         """Warn about a step of no gradients."""
         self._warn("a step whose closure returned None and left no gradient changes nothing")
