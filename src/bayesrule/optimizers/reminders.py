@@ -68,7 +68,7 @@ class Reminders:
         if count:
             self._warn(
                 f"{count} of {all_} parameters are in no attached model: what is computed with them before its forward sees the "
-                "mean, and their curvature is wrong; attach the model that holds all, or call opt.train() before a step's first forward"
+                "mean, and their curvature is wrong; attach the model that holds all, or call opt.train() first in every step"
             )
 
     def of_nothing(self) -> None:
