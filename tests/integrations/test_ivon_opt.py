@@ -76,7 +76,19 @@ REFUSED = {
         lambda s: s["param_groups"][1]["momentum"].fill_(float("nan")),
         "momentum of group 1 has 2 entries that are not",
     ),
-    "negative": (lambda s: s["param_groups"][1]["hess"].fill_(-1.0), "hess of group 1 has 2 entries below 0"),
+    "no variance": (
+        lambda s: s["param_groups"][1]["hess"].fill_(-1e-3),
+        "hess . weight_decay of group 1 has 2 entries not above 0 .min 0.; take an earlier",
+    ),
+    "no tensor": (lambda s: s["param_groups"][0].update(momentum=None), "momentum of group 0 must be a tensor .* got NoneType"),
+    "whole numbers": (lambda s: s["param_groups"][0].update(hess=torch.ones(4, dtype=torch.long)), "real numbers, got torch.int64"),
+    "a key less": (lambda s: s["param_groups"][1].pop("clip_radius"), "group 1 of the state lacks .'clip_radius'."),
+    "a parameter less": (lambda s: s["param_groups"][0].update(params=[0]), "group 0 of the state has 1 parameters, .* 2; make"),
+    "before the step": (
+        lambda s: s["state"].update(count=2),
+        "between a draw and its step, with 2 draws in it; take one saved after",
+    ),
+    "groups that are none": (lambda s: s.update(param_groups=3), "this is no state_dict of ivon-opt"),
     "one group": (lambda s: s["param_groups"].pop(), "the state has 1 parameter groups, the optimizer 2"),
     "another format": (lambda s: s["param_groups"][0].pop("beta1"), "this is no state_dict of ivon-opt"),
     "no groups": (lambda s: s.pop("param_groups"), "this is no state_dict of ivon-opt"),
@@ -88,9 +100,61 @@ REFUSED = {
 def test_what_is_wrong_is_refused_and_nothing_changes(change, message):
     problem = Problem()
     before = copy.deepcopy(problem.optimizer.state_dict())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         load_ivon_opt(problem.optimizer, changed(change), 5)
+    assert "\n" not in str(raised.value)
     assert problem.optimizer.state_dict() == before
+
+
+def test_a_draw_stays_open_where_a_state_is_refused():
+    problem = Problem()
+    problem.optimizer.train()
+    drawn = [p.detach().clone() for p in problem.params]
+    with pytest.raises(ValueError, match="entries that are not finite"):
+        load_ivon_opt(problem.optimizer, changed(lambda s: s["param_groups"][1]["hess"].fill_(float("inf"))), 5)
+    assert all(torch.equal(p, d) for p, d in zip(problem.params, drawn, strict=True))
+
+
+def test_a_negative_curvature_is_taken_while_the_prior_outweighs_it():
+    problem = Problem()
+    load_ivon_opt(problem.optimizer, changed(lambda s: s["param_groups"][1].update(hess=double([-0.7, 0.5]), weight_decay=1.0)), 5)
+    assert problem.optimizer.state[problem.params[2]]["hess"].tolist() == [-0.7, 0.5]
+
+
+def test_a_new_scheduler_finds_the_first_learning_rate():
+    problem = Problem()
+    load_ivon_opt(problem.optimizer, changed(lambda s: [g.update(initial_lr=0.4) for g in s["param_groups"]]), 5)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(problem.optimizer, 0.5, last_epoch=4)
+    assert scheduler.base_lrs == [0.4, 0.4]
+
+
+def test_what_the_package_does_not_heed_in_a_group_is_not_taken():
+    problem = Problem()
+    load_ivon_opt(problem.optimizer, changed(lambda s: s["param_groups"][0].update(debias=False, rescale_lr=False)), 5)
+    assert problem.optimizer.param_groups[0]["debias"] and problem.optimizer.param_groups[0]["rescale_lr"]
+
+
+def test_names_in_another_order_are_refused():
+    named = [("a", nn.Parameter(torch.ones(2, 2))), ("b", nn.Parameter(torch.ones(2)))]
+    state = changed(lambda s: (s["param_groups"].pop(), s["param_groups"][0].update(param_names=["b", "a"])))
+    state["param_groups"][0].update(momentum=torch.ones(6), hess=torch.ones(6))
+    with pytest.raises(ValueError, match="'b' was saved where 'a' stands"):
+        load_ivon_opt(br.IVON(named, lr=0.1, ess=10), state, 5)
+
+
+def test_the_state_stays_as_it_is():
+    problem, state = Problem(), saved()
+    load_ivon_opt(problem.optimizer, state, 5)
+    with problem.optimizer.sampled_params(train=True):
+        problem.loss().backward()
+    problem.optimizer.step()
+    for theirs, group in zip(state["param_groups"], saved()["param_groups"], strict=True):
+        assert torch.equal(theirs["hess"], group["hess"]) and torch.equal(theirs["momentum"], group["momentum"])
+
+
+def test_a_momentum_does_not_come_from_no_steps():
+    with pytest.raises(ValueError, match="steps is 0, but the momentum of group 0 has moved"):
+        load_ivon_opt(Problem().optimizer, saved(), 0)
 
 
 @pytest.mark.parametrize("steps", [-1, 2.5, True, None])

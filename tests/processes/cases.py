@@ -25,6 +25,7 @@ from bayesrule.noise import TRAIN, CounterNoise
 from bayesrule.optimizers.workers import Workers
 
 EXAMPLES = 48
+RESCALED: dict[str, Any] = dict(scale=1024.0, clip=0.05)
 
 
 class Logistic(nn.Module):
@@ -58,6 +59,22 @@ def rows_of(step: int, part: int, parts: int) -> Tensor:
     """The share of a part in the batch of a step."""
     batch = torch.arange(16) + 16 * (step % 3)
     return batch[part::parts]
+
+
+def some_without_noise(hyper: dict[str, Any], rank_of: int | None) -> dict[str, Tensor]:
+    """The first layer without noise: as one of several ranks, or as one process with a draw of each."""
+    model, size = Logistic(), 2
+    still = {"params": list(model.first.parameters()), "noise_scale": 0}
+    rest = {"params": [model.wide, *model.second.parameters()]}
+    optimizer = br.IVON([still, rest], lr=0.05, ess=1e4, hess_init=0.5, betas=(0.9, 0.95), compile=False, **hyper)
+    forward = model if rank_of is None else DistributedDataParallel(model)
+    parts = range(size) if rank_of is None else [rank_of]
+    learn(forward, optimizer, lambda step: [[rows_of(step, part, size)] for part in parts], 4, **RESCALED)
+    return everything(model, optimizer)
+
+
+def some_without_noise_here(hyper: dict[str, Any]) -> dict[str, Tensor]:
+    return some_without_noise(dict(noise_per_rank=True, **hyper), dist.get_rank())
 
 
 def everything(model: nn.Module, optimizer: br.IVON) -> dict[str, Tensor]:
@@ -268,6 +285,13 @@ def misused(case: str) -> None:
         model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     elif case == "FSDP1 with original parameters":
         model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    elif case == "weights of draws":
+        optimizer = ivon(model, noise_per_rank=True)
+        wrapped = DistributedDataParallel(model)
+        with optimizer.sampled_params(train=True, weight=1.0 + 2 * rank):
+            wrapped(torch.arange(16)).backward()
+        optimizer.step()
+        return
     if case == "ZeRO":
         from torch.distributed.optim import ZeroRedundancyOptimizer  # warns where it is imported
 

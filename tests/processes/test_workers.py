@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.hosts
 
-RESCALED = dict(scale=1024.0, clip=0.05)
+RESCALED = cases.RESCALED
 GRADSQ = dict(hess_approx="gradsq", gradsq_scale=30.0)
 
 
@@ -67,6 +67,10 @@ class TestDataParallel:
     )
     def test_of_noise_per_rank_is_one_process_with_as_many_draws(self, launch, hyper):
         agree(launch(2, cases.ddp, dict(noise_per_rank=True, **hyper)), cases.one(2, hyper))
+
+    @pytest.mark.parametrize("hyper", [{}, GRADSQ], ids=str)
+    def test_of_noise_per_rank_with_a_group_without_noise(self, launch, hyper):
+        agree(launch(2, cases.some_without_noise_here, hyper), cases.some_without_noise(hyper, None))
 
     def test_of_three_ranks(self, launch):
         found = launch(3, cases.ddp, dict(noise_per_rank=True))
@@ -137,6 +141,7 @@ MISUSES = {
     "weights": "the parameters or state of rank 1 differ",
     "settings": "the hyper-parameters of rank 1 differ",
     "seeds": "the hyper-parameters of rank 1 differ",
+    "weights of draws": "differ in weight",
     "sharded later": r"if the model was sharded \(fully_shard\) after this optimizer was made",
     "noise per rank of a sharded model": "noise_per_rank=True needs whole parameters",
     "columns": r"supported are Replicate and one Shard\(0\)",

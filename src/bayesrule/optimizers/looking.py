@@ -225,6 +225,11 @@ class Looks:
         every = mine.summed(workers)
         if not every.weight:
             return None if every.drew else ([], self._on_average)
+        if not workers.exchanges_gradients and every.square * workers.size > every.weight**2 * (1 + 1e-5):
+            raise RuntimeError(
+                "the draws of the ranks differ in weight, but DistributedDataParallel has averaged their gradients equally; "
+                "multiply each loss by its weight instead"
+            )
         self._averaged = {p: None for p, weight in zip(params, every.present, strict=True) if weight}
         self._curved = {id(plot) for plot, weight in zip(plots, every.seen, strict=True) if weight}
         factors = {p: sizes[p] * every.weight / n for p, n in zip(params, every.aligned, strict=True) if sizes and n}
@@ -250,6 +255,7 @@ class Looks:
         given = plots if self.host.workers.exchanges_gradients else []
         return Share(
             weight,
+            weight**2,
             drew,
             seen,
             [weight * products.get(p, 0.0) for p in params],
@@ -299,10 +305,10 @@ class Looks:
         plot, numbers = cell.plot, cell.inputs
         flats = {"mean": plot.mean(), **cell.kept, "gradient": self._gradient(plot)}
         made = self.written.of(cell)
+        if self.host.workers.listens and self.written.cells:  # what is not drawn itself was seen at this rank's draw, too
+            flats["local"] = plot.flat(LOCAL)
         if made is None:
             return flats, numbers, None
-        if self.host.workers.listens:
-            flats["local"] = plot.flat(LOCAL)
         if self.written.block:
             return {**flats, "offset": plot.flat(self.written.block)}, numbers, None
         then = {THEN + name: n for name, n in made[1].items()}

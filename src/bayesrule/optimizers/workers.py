@@ -223,6 +223,7 @@ class Share(NamedTuple):
     """What the draws of a step have shown: of one rank, times the weight of its draws; or summed over all."""
 
     weight: float
+    square: float  # of the weight: summed over ranks it shows whether they differ
     drew: float  # how many draws there were
     seen: list[float]  # by plot: the weight of the draws that showed curvature
     aligned: list[float]  # by parameter: the inner product of this rank's gradient with the one in p.grad
@@ -233,12 +234,12 @@ class Share(NamedTuple):
     def summed(self, workers: Workers) -> Share:
         """The sum over all ranks: one all-reduce for each dtype and device."""
         lists = (self.seen, self.aligned, self.present)
-        numbers = [self.weight, self.drew, *(n for each in lists for n in each)]
+        numbers = [self.weight, self.square, self.drew, *(n for each in lists for n in each)]
         first, *blocks = workers.sum([self.curvatures[0].new_tensor(numbers), *self.curvatures, *self.gradients])
-        weight, drew, *rest = first.tolist()
+        weight, square, drew, *rest = first.tolist()
         cuts = list(accumulate(map(len, lists), initial=0))
         seen, aligned, present = (rest[i:j] for i, j in pairwise(cuts))
-        return Share(weight, drew, seen, aligned, present, blocks[: len(seen)], blocks[len(seen) :])
+        return Share(weight, square, drew, seen, aligned, present, blocks[: len(seen)], blocks[len(seen) :])
 
 
 def _adder(targets: list[tuple[Tensor, Plot, int]]) -> Callable[[Tensor], None]:
