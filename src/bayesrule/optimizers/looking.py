@@ -244,8 +244,8 @@ class Looks:
 
     def _share(self, products: Mapping[Tensor, float], params: Sequence[Tensor], plots: Sequence[Plot]) -> Share:
         """What this rank brings, all times the weight of its draws."""
-        drew = self.begun
-        if not drew and (fresh := self._with_gradient()):  # a step at the mean: it shows no curvature
+        drew = self.begun or int(self._lost)
+        if not self.begun and (fresh := self._with_gradient()):  # a step at the mean: it shows no curvature
             if self._finite(fresh):
                 self._average(fresh, "average_blindly")
             clear(fresh)
@@ -260,8 +260,8 @@ class Looks:
             seen,
             [weight * products.get(p, 0.0) for p in params],
             [weight * (p in self._averaged) for p in params],
-            [plot.joined(self._means(plot)[1]).mul_(w) for plot, w in zip(plots, seen, strict=True)],
-            [plot.joined(self._means(plot)[0]).mul_(weight) for plot in given],
+            [_weighted(plot.joined(self._means(plot)[1]), w) for plot, w in zip(plots, seen, strict=True)],
+            [_weighted(plot.joined(self._means(plot)[0]), weight) for plot in given],
         )
 
     def _rescaled(self, plots: Sequence[Plot]) -> tuple[dict[Tensor, float], dict[Tensor, float]]:
@@ -345,6 +345,11 @@ class Looks:
             self._read = {other: flat for other, flat in self._read.items() if other is not self._copied}
             self._copied = plot
         return plot.read(gradients, "gradient")
+
+
+def _weighted(flat: Tensor, weight: float) -> Tensor:
+    """Times a weight; what has none may hold anything."""
+    return flat.mul_(weight) if weight else flat.zero_()
 
 
 def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
