@@ -6,6 +6,7 @@ A plain tensor lies here as a whole, so nothing that asks need know which of the
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,10 +91,44 @@ def take_over(target: Tensor, source: Tensor) -> Tensor:
     return target
 
 
-def gather_anew() -> None:
-    """Have FSDP2's modules gather their parameters again before they compute: what they hold ready was written since."""
+def gather_anew(tensors: Sequence[Tensor]) -> None:
+    """Have FSDP2's modules gather these parameters again before they compute: what they hold ready was written since."""
+    for module in _gathering(tensors):
+        module.reshard()
+
+
+def gathered_around(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether a module of FSDP2's around this one gathers some of these, and so before this one runs."""
+    inside = set(module.modules())
+    return any(each not in inside and module in each.modules() for each in _gathering(tensors))
+
+
+def computed_in(tensors: Sequence[Tensor]) -> dict[int, torch.dtype]:
+    """By id, the dtype that FSDP2 gathers parameters in where it is another (``MixedPrecisionPolicy``)."""
+    found: dict[int, torch.dtype] = {}
+    for module in _gathering(tensors):
+        policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
+        if policy is not None and policy.param_dtype is not None:
+            found |= {id(p): policy.param_dtype for p in _own(module)}
+    return found
+
+
+def _gathering(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """The modules of FSDP2's ``fully_shard`` that gather some of these tensors, or have gathered they do not say what."""
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    wanted = set(map(id, tensors))
     for module in list(states):
-        if isinstance(module, kind):
-            module.reshard()
+        if isinstance(module, _kind()) and any(id(p) in wanted or not is_shared_out(p) for p in _own(module)):
+            yield module
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters of a module but for those of parts that gather their own."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if not isinstance(child, _kind()):
+            yield from _own(child)
+
+
+def _kind() -> Any:
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())

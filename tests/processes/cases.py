@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.functional import softplus
 from torch.nn.parallel import DistributedDataParallel
@@ -55,10 +57,10 @@ def ivon(model: nn.Module, **hyper: Any) -> br.IVON:
     )
 
 
-def rows_of(step: int, part: int, parts: int) -> Tensor:
-    """The share of a part in the batch of a step."""
+def rows_of(step: int, part: int, parts: int, alike: bool = False) -> Tensor:
+    """The share of a part in the batch of a step; in the first step, all parts may have the same."""
     batch = torch.arange(16) + 16 * (step % 3)
-    return batch[part::parts]
+    return batch[0 if alike and step == 0 else part :: parts]
 
 
 def some_without_noise(hyper: dict[str, Any], rank_of: int | None) -> dict[str, Tensor]:
@@ -93,12 +95,15 @@ def learn(
     steps: int = 6,
     scale: float = 1.0,
     clip: float | None = None,
+    unsynced: str | None = None,
 ) -> None:
-    """Steps, each of some draws, each of some backward passes."""
+    """Steps, each of some draws, each of some backward passes; of a DDP model some are not averaged over the ranks."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(steps):
-        for draw in shares(step):
-            with optimizer.sampled_params(train=True):
+        draws = shares(step)
+        for number, draw in enumerate(draws):
+            quiet = {None: False, "all draws but the last": number < len(draws) - 1, "later steps": step > 0}[unsynced]
+            with forward.no_sync() if quiet else nullcontext(), optimizer.sampled_params(train=True):
                 for rows in draw:
                     (forward(rows) * scale / len(draw)).backward()
         for p in params:
@@ -111,38 +116,42 @@ def learn(
 
 def split(hyper: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """Draws of a step, how to learn, and what is left for the optimizer."""
-    how = {name: value for name, value in hyper.items() if name in ("steps", "scale", "clip")}
-    rest = {name: value for name, value in hyper.items() if name not in (*how, "draws", "wrapped")}
+    how = {name: value for name, value in hyper.items() if name in ("steps", "scale", "clip", "unsynced")}
+    rest = {name: value for name, value in hyper.items() if name not in (*how, "draws", "wrapped", "alike")}
     return hyper.get("draws", 1), how, rest
 
 
 def one(parts: int, hyper: dict[str, Any], per_rank: bool = True) -> dict[str, Tensor]:
     """One process that does the work of several: draws of each, in the order of their numbers."""
+    alike = hyper.get("alike", False)
     draws, how, hyper = split(hyper)
+    how.pop("unsynced", None)
     model = Logistic()
     optimizer = ivon(model, **hyper)
-    if per_rank:
-        learn(model, optimizer, lambda step: [[rows_of(step, part, parts)] for _ in range(draws) for part in range(parts)], **how)
-    else:
-        learn(model, optimizer, lambda step: [[rows_of(step, part, parts) for part in range(parts)] for _ in range(draws)], **how)
+
+    def shares(step: int) -> list[list[Tensor]]:
+        rows = [rows_of(step, part, parts, alike) for part in range(parts)]
+        return [[each] for _ in range(draws) for each in rows] if per_rank else [rows] * draws
+
+    learn(model, optimizer, shares, **how)
     return everything(model, optimizer)
 
 
 def ddp(hyper: dict[str, Any]) -> dict[str, Tensor]:
     """One of several ranks."""
-    wrapped = hyper.get("wrapped", True)
+    wrapped, alike = hyper.get("wrapped", True), hyper.get("alike", False)
     draws, how, hyper = split(hyper)
     model = Logistic()
     optimizer = ivon(model, **hyper)
     rank, size = dist.get_rank(), dist.get_world_size()
     forward = DistributedDataParallel(model) if wrapped else model
-    learn(forward, optimizer, lambda step: [[rows_of(step, rank, size)] for _ in range(draws)], **how)
+    learn(forward, optimizer, lambda step: [[rows_of(step, rank, size, alike)] for _ in range(draws)], **how)
     return everything(model, optimizer)
 
 
 def trapped() -> dict[str, Tensor]:
     """Noise per rank without listening to the gradient of the rank."""
-    with mock.patch.object(Workers, "listens", False), mock.patch.object(Workers, "exchanges", False):
+    with mock.patch.object(Workers, "listens", False):
         return ddp(dict(noise_per_rank=True, sync="auto"))
 
 
@@ -262,6 +271,77 @@ def uneven_alone(
     return everything(model, optimizer)
 
 
+def lost(where: str) -> list[int]:
+    """A model without a wrapper, in whose second step a gradient is not finite: steps, dropped draws, and what is not finite."""
+    model = Logistic()
+    optimizer = ivon(model, noise_per_rank=where == "after the draws of one rank")
+    rank = dist.get_rank()
+    for step in range(3):
+        for _ in range(2 if where == "after the draws of one rank" else 1):
+            with optimizer.sampled_params(train=True):
+                loss = model(rows_of(step, rank, dist.get_world_size()))
+                (loss * (float("nan") if where == "in the draws of all" and step == 1 else 1)).backward()
+        if where == "in the draws of all":
+            optimizer.zero_grad()
+            if step != 1:  # nothing waits in p.grad any more
+                assert model.wide.grad is None
+        elif step == 1 and rank == 1:
+            model.wide.grad[0, 0] = float("nan")
+        optimizer.step()
+    finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    return [int(optimizer.state[model.wide]["step"]), optimizer.dropped_draws, int(finite)]
+
+
+def partly_sharded_later() -> list[str]:
+    """Warnings of an optimizer that was made before one layer was sharded."""
+    model = Logistic()
+    optimizer = ivon(model)
+    fully_shard(model.first, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(101):
+            with optimizer.sampled_params(train=True):
+                model(torch.arange(4)).backward()
+            optimizer.step()
+    return [str(warning.message) for warning in caught]
+
+
+def gathered_in_bfloat16() -> list[str]:
+    """Warnings of a model that computes with samples rounded to the nearest."""
+    model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 1))
+    fully_shard(model[0], mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32))
+    fully_shard(model)
+    optimizer = ivon(model, ess=1e8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with optimizer.sampled_params(train=True):
+            model(torch.ones(4, 30)).square().mean().backward()
+        optimizer.step()
+    visible = optimizer.noise_visibility()
+    assert visible["0.weight"] < 0.5 < visible["1.weight"] == 1.0
+    return [str(warning.message) for warning in caught]
+
+
+def replicated(drifts: str) -> list[int]:
+    """Four ranks of which two hold the same parts, one of whom goes astray: the step that notices."""
+    model = Logistic()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh)
+    optimizer = ivon(model)
+    for step in range(1, 9):
+        if step == 3 and dist.get_rank() == 3:
+            held = {"state": optimizer.state[model.wide]["hess"], "weights": model.wide.detach()}[drifts]
+            held.to_local()[0, 0] += 1e-3
+        with optimizer.sampled_params(train=True):
+            model(torch.arange(4)).backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert "the sharded parameters or their state of rank" in str(error), error
+            return [step]
+    return [0]
+
+
 def misused(case: str) -> None:
     """What trains wrong unless it is refused."""
     rank, model = dist.get_rank(), Logistic()
@@ -278,6 +358,23 @@ def misused(case: str) -> None:
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     elif case == "noise per rank of a sharded model":
         model, hyper["noise_per_rank"] = sharded(), True
+    elif case == "partly sharded":
+        fully_shard(model.first, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        with torch.no_grad():
+            model.x += rank
+    elif case == "attached within a sharded model":
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        ivon(model).attach(model.first)
+    elif case == "attached after it was sharded":
+        optimizer = ivon(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer.attach(model)
+    elif case == "a scaler without a wrapper":
+        optimizer, scaler = ivon(model), torch.amp.GradScaler("cpu")
+        with optimizer.sampled_params(train=True):
+            scaler.scale(model(torch.arange(16) + rank)).backward()
+        scaler.step(optimizer)
+        return
     elif case == "columns":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         model.wide = nn.Parameter(distribute_tensor(model.wide.detach(), mesh, [Shard(1)]))
@@ -307,13 +404,13 @@ def misused(case: str) -> None:
     optimizer.step()
 
 
-def drifting() -> list[int]:
-    """A rank that goes astray after the first step: the number of the step that notices."""
+def drifting(when: int) -> list[int]:
+    """A rank that goes astray before a step: the number of the step that notices."""
     model = Logistic()
     optimizer = ivon(model)
     wrapped = DistributedDataParallel(model)
     for step in range(1, 210):
-        if step == 50 and dist.get_rank() == 1:
+        if step == when and dist.get_rank() == 1:
             optimizer.state[model.wide]["hess"][3, 3] *= 1.001
         with optimizer.sampled_params(train=True):
             wrapped(torch.arange(4)).backward()

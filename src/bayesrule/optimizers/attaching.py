@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..shards import gathered_around, is_shared_out
 from .draws import Draws
 from .reminders import Reminders
 
@@ -174,7 +175,16 @@ def attach(optimizer: Drawing, model: nn.Module) -> Attached:
                 f"{name}.attach: another optimizer of these parameters is attached to this model; remove() what its attach() gave"
             )
     if own.isdisjoint(model.parameters()):
-        raise ValueError(f"{name}.attach: it trains no parameter of this {type(model).__name__}; attach the model that it trains")
+        late = "; if it was sharded after the optimizer was made, make the optimizer after it"
+        raise ValueError(
+            f"{name}.attach: it trains no parameter of this {type(model).__name__}; attach the model that it trains"
+            + late * any(map(is_shared_out, model.parameters()))
+        )
+    if gathered_around(model, list(own)):
+        raise ValueError(
+            f"{name}.attach: this {type(model).__name__} lies within a model that FSDP2 has sharded and that gathers parameters "
+            "before this part runs, so that they would be at the mean; attach the whole model"
+        )
     attached = Attached(optimizer, model)
     ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(attached)
     return attached

@@ -217,6 +217,11 @@ class Layout:
             own = [id(p) in moved for p in self._members(index)]
             flat.add_(1.0 if all(own) else torch.tensor(own, dtype=flat.dtype))
 
+    def idle(self) -> tuple[int, int]:
+        """How many parameters have made no step, and of how many."""
+        counters = [flat for _, flat in self._counters.values()]
+        return sum(int((flat == 0).sum()) for flat in counters), sum(map(len, counters))
+
     def _kept(self, group: Mapping[str, Any], rule: BayesRule, plot: Plot, states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """What is kept for a plot, by the names that programs use."""
         of_prior = [name for name in ("prior_mean", "prior_precision") if name in states[0]]

@@ -74,7 +74,7 @@ def is_of_ivon_opt(saved: Mapping[str, Any]) -> bool:
     """Whether a state comes from the published package: flat tensors and two betas in its groups."""
     groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
     flat = ("momentum", "hess", "beta1", "beta2")
-    return bool(groups) and all(isinstance(group, Mapping) and set(flat) <= set(group) for group in groups or ())
+    return bool(groups) and isinstance(groups, list | tuple) and all(isinstance(g, Mapping) and set(flat) <= set(g) for g in groups)
 
 
 def restore(optimizer: Loading, saved: Mapping[str, Any]) -> None:

@@ -269,7 +269,7 @@ class Draws:
         """Nobody may compute with what was in the parameters before."""
         torch.clear_autocast_cache()
         if self.host.workers.sharded:
-            gather_anew()
+            gather_anew(self.host.layout.trainable())
 
     def _write_cell(self, written: Written, cell: Cell, numbers: Mapping[str, Any]) -> None:
         plot, stream, draw = cell.plot, numbers["stream"], numbers["draw"]

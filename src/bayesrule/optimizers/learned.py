@@ -39,7 +39,8 @@ def learned(optimizer: Learner, model: nn.Module, num_data: int | None) -> Poste
     ess = sorted({float(group["ess"]) for group in optimizer.param_groups})
     if len(ess) > 1:
         raise ValueError(f"{name}: parameter groups differ in ess {ess}; a Posterior has one")
-    gather_anew()  # the model names its sharded parameters only while it does not hold them gathered
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    gather_anew(trained)  # the model names its sharded parameters only while it does not hold them gathered
     blocks: list[dict[str, Tensor]] = [{}, {}, {}, {}]
     names = {id(p): own for own, p in model.named_parameters()}
     for group in optimizer.param_groups:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..plots import Plot
-from ..shards import here
+from ..shards import here, is_shared_out
 from .cells import Cell, Layout
 from .execution import THEN, Execution, Flats
+from .fingerprints import are_equal, fingerprint, marks
 from .workers import LOCAL, Share, Workers
 
 
@@ -201,8 +202,8 @@ class Looks:
     def take(self) -> tuple[list[Tensor], Callable[[Cell], Flats]] | None:
         """The parameters to move, and what moves a cell of them and returns its flats; None if every draw was dropped."""
         workers = self.host.workers
-        workers.meet(self._shown)
-        if workers.exchanges and (self.begun or workers.exchanges_gradients):
+        workers.meet(self.shown)
+        if workers.exchanges:
             return self._take_together()
         if self._averaged:
             self.read()
@@ -219,32 +220,36 @@ class Looks:
     def _take_together(self) -> tuple[list[Tensor], Callable[[Cell], Flats]] | None:
         """The same over all ranks. Whatever this one has seen, if anything, it takes part in the sums."""
         workers, plots, params = self.host.workers, self.host.layout.plots(), self.host.layout.trainable()
-        alone = self.waiting and not self._averaged and workers.listens  # its gradient may have been rescaled since
-        products, sizes = self._rescaled(plots) if alone else ({}, {})
-        mine = self._share(products, params, plots)
+        mine = self._share(params, plots)
         every = mine.summed(workers)
         if not every.weight:
             return None if every.drew else ([], self._on_average)
-        if not workers.exchanges_gradients and every.square * workers.size > every.weight**2 * (1 + 1e-5):
+        gradients = every.gradients
+        if not workers.apart and not are_equal(every.marks, workers.size):
+            workers.part()
+            gradients = workers.summed(self._gradients_of(plots, mine.weight))
+        if not workers.apart and every.square * workers.size > every.weight**2 * (1 + 1e-5):
             raise RuntimeError(
                 "the draws of the ranks differ in weight, but DistributedDataParallel has averaged their gradients equally; "
                 "multiply each loss by its weight instead"
             )
         self._averaged = {p: None for p, weight in zip(params, every.present, strict=True) if weight}
         self._curved = {id(plot) for plot, weight in zip(plots, every.seen, strict=True) if weight}
-        factors = {p: sizes[p] * every.weight / n for p, n in zip(params, every.aligned, strict=True) if sizes and n}
+        factors = {p: size / n for p, size, n in zip(params, every.sizes, every.aligned, strict=True) if size and n}
         factors = {p: factor for p, factor in factors.items() if abs(factor - 1) > 1e-5}  # else it is 1, but for rounding
         degrees = {id(cell.plot): cell.rule.curvature.degree for cell in self.host.layout.cells(params)}
         for plot, weight, total in zip(plots, every.seen, every.curvatures, strict=True):
             scales = [factors.get(p, 1.0) ** degrees[id(plot)] / (weight or 1.0) for p in plot.params]
             plot.scatter(total, self._means(plot)[1], scales)
-        for plot, total in zip(plots, every.gradients, strict=bool(every.gradients)):
+        for plot, total in zip(plots, gradients, strict=bool(gradients)):
             plot.scatter(total, self._means(plot)[0], [1 / every.weight] * len(plot.params))
         return list(self._averaged), self._on_average
 
-    def _share(self, products: Mapping[Tensor, float], params: Sequence[Tensor], plots: Sequence[Plot]) -> Share:
+    def _share(self, params: Sequence[Tensor], plots: Sequence[Plot]) -> Share:
         """What this rank brings, all times the weight of its draws."""
-        drew = self.begun or int(self._lost)
+        workers, drew = self.host.workers, self.begun or int(self._lost)
+        alone = self.waiting and not self._averaged and workers.listens  # its gradient may have been rescaled since
+        products, sizes = self._rescaled(plots) if alone else ({}, {})
         if not self.begun and (fresh := self._with_gradient()):  # a step at the mean: it shows no curvature
             if self._finite(fresh):
                 self._average(fresh, "average_blindly")
@@ -252,22 +257,27 @@ class Looks:
         self.read()
         weight = self._total if self._settle() else 0.0
         seen = [weight * (id(plot) in self._curved) for plot in plots]
-        given = plots if self.host.workers.exchanges_gradients else []
         return Share(
             weight,
             weight**2,
             drew,
+            marks(0 if workers.apart else fingerprint(self.shown())),
             seen,
             [weight * products.get(p, 0.0) for p in params],
+            [weight * sizes.get(p, 0.0) for p in params],
             [weight * (p in self._averaged) for p in params],
             [_weighted(plot.joined(self._means(plot)[1]), w) for plot, w in zip(plots, seen, strict=True)],
-            [_weighted(plot.joined(self._means(plot)[0]), weight) for plot in given],
+            self._gradients_of(plots, weight) if workers.apart else [],
         )
+
+    def _gradients_of(self, plots: Sequence[Plot], weight: float) -> list[Tensor]:
+        return [_weighted(plot.joined(self._means(plot)[0]), weight) for plot in plots]
 
     def _rescaled(self, plots: Sequence[Plot]) -> tuple[dict[Tensor, float], dict[Tensor, float]]:
         """By parameter: the inner product of this rank's gradient with the one in ``p.grad``, and the square of that.
 
-        If ``p.grad`` is f times the mean over ranks, f is the square over the mean of the products, whoever unscaled or clipped.
+        If ``p.grad`` is f times the mean over ranks, or on each rank f times its own, f is the sum over ranks of the squares over
+        that of the products, whoever unscaled or clipped.
         """
         products = dict.fromkeys(self.host.layout.trainable(), 0.0)
         sizes = dict(products)
@@ -279,11 +289,14 @@ class Looks:
         self._read = {}
         return products, sizes
 
-    def _shown(self) -> list[Tensor]:
-        """The gradients of this step, wherever they stand."""
+    def shown(self) -> list[Tensor]:
+        """The gradients of this step, wherever they stand, of parameters that lie here as a whole."""
         if self._averaged and not self.waiting:
-            return [view for plot in self.host.layout.plots() for view in plot.views(self._means(plot)[0])]
-        return [p.grad for p in self.host.layout.trainable() if p.grad is not None]
+            plots = self.host.layout.plots()
+            means = [(p, m) for plot in plots for p, m in zip(plot.params, plot.views(self._means(plot)[0]), strict=True)]
+        else:
+            means = [(p, p.grad) for p in self.host.layout.trainable() if p.grad is not None]
+        return [mean for p, mean in means if not is_shared_out(p)]
 
     def _on_average(self, cell: Cell) -> Flats:
         """Move by the mean over the draws that were read."""

@@ -31,14 +31,10 @@ from .injection import Injected
 from .learned import adopt, learned
 from .reminders import Reminders
 from .visibility import noise_visibility
-from .workers import Sync, Workers
+from .workers import CHECK_EVERY, Sync, Workers
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
-
-
-CHECK_EVERY = 100
-"""Steps from one look at what could go wrong silently to the next; the first step is looked at."""
 
 
 class BayesOptimizer(Optimizer, ABC):
@@ -306,6 +302,8 @@ class BayesOptimizer(Optimizer, ABC):
                     p.grad = None
                 if self.execution.steps % CHECK_EVERY == 1:
                     self.reminders.of_visibility(lambda: noise_visibility(self, None, below=2))
+            if self.execution.steps == CHECK_EVERY and self.workers.active:
+                self.reminders.of_idle(*self.layout.idle(), CHECK_EVERY)
         self.draws.forget()
         self._ready = False
         return loss
@@ -315,6 +313,7 @@ class BayesOptimizer(Optimizer, ABC):
         """A GradScaler asks before it decides whether to skip the step: either way the draw is over, and the mean returns."""
         if self.draws.is_automatic:
             self.draws.close()
+        self.workers.allow_scaling(self.draws.looks.shown)
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -356,7 +355,8 @@ class BayesOptimizer(Optimizer, ABC):
         Where it is low, a draw in that dtype is mostly rounding: by chance, so that nothing becomes biased, but noisier than q.
 
         Args:
-            dtype: In which parameters are held, to ask before they are; None is their own.
+            dtype: In which parameters are held, to ask before they are; None is their own, or that of FSDP2's
+                ``MixedPrecisionPolicy``.
         """
         return noise_visibility(self, dtype)
 

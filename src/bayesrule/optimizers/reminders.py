@@ -71,6 +71,14 @@ class Reminders:
                 "mean, and their curvature is wrong; attach the model that holds all, or call opt.train() first in every step"
             )
 
+    def of_idle(self, count: int, all_: int, steps: int) -> None:
+        """Warn about parameters that learn nothing."""
+        if count:
+            self._warn(
+                f"{count} of {all_} parameters had no gradient in {steps} steps: if part of the model was sharded (fully_shard) "
+                "after this optimizer was made, make the optimizer after it; freeze what is not to be trained"
+            )
+
     def of_nothing(self) -> None:
         """Warn about a step of no gradients."""
         self._warn("a step whose closure returned None and left no gradient changes nothing")

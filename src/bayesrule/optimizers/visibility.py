@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..rounding import place
-from ..shards import here
+from ..shards import computed_in, here
 from .learned import Learner, marginal
 
 
@@ -15,17 +15,18 @@ def noise_visibility(optimizer: Learner, dtype: torch.dtype | None, below: int =
 
     Args:
         optimizer: One that draws.
-        dtype: In which parameters are held; None is their own.
-        below: Only parameters whose dtype has fewer bytes are looked at.
+        dtype: In which parameters are held; None is their own, or the one that FSDP2 gathers them in.
+        below: Only parameters whose dtype has at most so many bytes are looked at.
     """
     found: dict[str, float] = {}
     number = 0
+    gathered = computed_in([p for group in optimizer.param_groups for p in group["params"]])
     for group in optimizer.param_groups:
         draws = optimizer.rule(group).expectation.draws
         names = group.get("param_names") or [str(number + i) for i in range(len(group["params"]))]
         number += len(names)
         for name, p in zip(names, group["params"], strict=True):
-            held = dtype or p.dtype
+            held = dtype or gathered.get(id(p), p.dtype)
             if draws and p.requires_grad and here(p).numel() and held.itemsize <= below:
                 mean, precision, *_ = marginal(optimizer, group, p, here)
                 found[name] = float((precision.rsqrt() >= place(mean, held) / 2).float().mean())

@@ -4,20 +4,20 @@
 gradients              what the optimizer does
 =====================  ========================================================================================================
 averaged by the host,  nothing, if all ranks draw the same noise: gradients, and so steps, are equal everywhere. With noise per
-as DDP does            rank it listens to the gradient of this rank before it is averaged, for its product with this rank's noise,
-                       and averages the curvature in ``step()``
+as DDP does            rank it averages the curvature in ``step()``
 not averaged           averages gradient and curvature in ``step()``, weighted by the draws of each rank
 sharded, as FSDP2      nothing but to agree on what is finite: each rank works on its part, with noise by global index
 =====================  ========================================================================================================
 
-Which of the first two it is shows in the first step: gradients are equal on all ranks or they are not. So a gradient that was
-averaged is never multiplied by one rank's noise.
+Which of the first two it is, the gradients show: they are equal on all ranks or they are not, and once they are not, they are
+averaged in every step from there on, which leaves what is equal as it is. With noise per rank they are compared in every step.
+
+Noise of a rank is multiplied by the gradient that backpropagation brought to that rank, which a hook adds up before anybody
+averages it, and by no other: what stands in ``p.grad`` may be the mean over ranks, or partly so.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, Protocol
@@ -27,8 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..plots import Plot
-from ..shards import here
+from ..shards import beginning, here, is_shared_out
 from .cells import Layout
+from .fingerprints import digest, fingerprint, odd_one
 
 Sync = Literal["auto"] | bool
 
@@ -36,7 +37,7 @@ LOCAL = "local"
 """The block of the gradient of this rank alone."""
 
 CHECK_EVERY = 100
-"""Steps from one comparison of the ranks to the next; the first step is one."""
+"""Steps from one look at what could go wrong silently to the next; the first step is looked at."""
 
 
 class Host(Protocol):
@@ -65,7 +66,7 @@ class Workers:
         if noise_per_rank and sync is False:
             raise ValueError(f"{name}: noise_per_rank=True averages over ranks, which sync=False forbids; drop one of them")
         self.host, self.name, self.sync, self.noise_per_rank = host, name, sync, noise_per_rank
-        self._averaged: bool | None = None  # whether somebody else averages the gradients; None until it shows
+        self._apart = False  # whether gradients were seen to differ
         self._steps = 0
         self._hooks: list[Any] = []
 
@@ -93,17 +94,35 @@ class Workers:
     @property
     def listens(self) -> bool:
         """Whether the gradient of this rank alone is wanted, beside the one in ``p.grad``."""
-        return self.size > 1 and self._averaged is not False
+        return self.size > 1
+
+    @property
+    def apart(self) -> bool:
+        """Whether gradients are to be averaged over the ranks."""
+        return self._apart and self.active
 
     @property
     def exchanges(self) -> bool:
         """Whether looks are to be averaged over the ranks."""
-        return self.active and (self._averaged is False or self.size > 1)
+        return self.apart or self.size > 1
 
-    @property
-    def exchanges_gradients(self) -> bool:
-        """Whether nobody else averages them."""
-        return self._averaged is False
+    def allow_scaling(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
+        """Before somebody decides, on this rank alone, whether to skip a step.
+
+        Raises:
+            RuntimeError: The step of the other ranks would wait for this one's.
+        """
+        if self._steps == 0:
+            self.meet(gradients)
+        if self.apart:
+            raise RuntimeError(
+                f"{self.name}: gradients are averaged in step(), and a GradScaler that skips it on one rank makes the others wait "
+                "for ever; wrap the model in DistributedDataParallel"
+            )
+
+    def part(self) -> None:
+        """From here on, nobody else is trusted to average gradients."""
+        self._apart = True
 
     # Listening
 
@@ -143,7 +162,7 @@ class Workers:
     def _device(self) -> torch.device:
         return self.host.layout.trainable()[0].device
 
-    def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def summed(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Sums over the ranks, in one all-reduce for each dtype and device."""
         sums: list[Tensor] = list(parts)
         kinds: dict[Any, list[int]] = {}
@@ -158,57 +177,76 @@ class Workers:
 
     @torch.no_grad()
     def meet(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
-        """Before a step: compare the ranks when it is time, and see in the first step whether gradients are averaged.
+        """Before a step: compare the ranks when it is time, often at first.
 
         Args:
-            gradients: Those of this step.
+            gradients: Those of this step, of parameters that lie here as a whole.
 
         Raises:
             RuntimeError: Ranks differ in what must be equal, or there are none where they were insisted on.
         """
         if self.sync is True and not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(f"{self.name}: sync=True, but torch.distributed is not initialized; call init_process_group first")
-        if not self.active:
-            return
-        due = self._steps % CHECK_EVERY == 0
-        self._steps += 1
-        if due or self._averaged is None:
-            self._compare(gradients)
+        if self.active:
+            self._steps += 1
+            if self._steps & (self._steps - 1) == 0 or self._steps % CHECK_EVERY == 1:
+                self._compare(gradients)
 
     def _compare(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
-        params, sharded = self.host.layout.trainable(), self.sharded
-        if sharded and self.noise_per_rank:
+        params = self.host.layout.trainable()
+        if self.sharded and self.noise_per_rank:
             raise RuntimeError(
                 f"{self.name}: noise_per_rank=True needs whole parameters on every rank, and here they are sharded, so that all "
                 "ranks see one sample; drop it"
             )
         self.host.layout.cells(params)  # a rank that had no draw has begun no state
-        mine = [
+        parts = [p for p in params if is_shared_out(p)]
+        wholes = [p for p in params if not is_shared_out(p)] if parts else params
+        counts, sizes, settings, states, looks, places, shards = self._everywhere(
             len(params),
             sum(p.numel() for p in params),
-            _digest(self._hyperparameters()),
-            0 if sharded else _fingerprint([t for p in params for t in (p, *self._kept(p))]),
-            0 if sharded else _fingerprint(gradients()),
-        ]
-        tensor = torch.tensor(mine, device=self._device())
-        every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, tensor)
-        counts, sizes, hyper, states, looks = zip(*(t.tolist() for t in every), strict=True)
-        if rank := _odd(list(zip(counts, sizes, strict=True))):
+            digest(self._hyperparameters()),
+            self._state(wholes),
+            fingerprint(gradients()),
+            digest([(beginning(p), here(p).numel()) for p in parts]),
+            self._state(parts),
+        )
+        if rank := odd_one(list(zip(counts, sizes, strict=True))):
             raise RuntimeError(
                 f"{self.name}: rank {rank[0]} trains {sizes[rank[0]]} numbers in {counts[rank[0]]} parameters, another rank "
                 f"{sizes[rank[1]]} in {counts[rank[1]]}: ZeRO (DeepSpeed, ZeroRedundancyOptimizer) and FSDP1 are not supported; "
-                "shard with FSDP2's fully_shard before the optimizer is made, or pass sync=False for independent processes"
+                "shard with FSDP2's fully_shard before the optimizer is made"
             )
-        for what, numbers in (("hyper-parameters", hyper), ("parameters or state", states)):
-            if rank := _odd(numbers):
-                raise RuntimeError(
-                    f"{self.name}: the {what} of rank {rank[0]} differ from those of the other ranks: start all ranks from the "
-                    "same weights and checkpoint, with the same settings, or pass sync=False for independent processes (of "
-                    "parameters in parts only FSDP2's are supported, not those of ZeRO and FSDP1)"
-                )
-        if sharded or (self._averaged is None and any(looks)):
-            self._averaged = sharded or len(set(looks)) == 1
+        self._differ("hyper-parameters", settings)
+        self._differ("parameters or state", states)
+        for place in dict.fromkeys(places):  # whoever holds the same part holds the same numbers
+            self._differ(
+                "sharded parameters or their state", [n if at == place else None for n, at in zip(shards, places, strict=True)]
+            )
+        if len(set(looks)) > 1 and parts and wholes:
+            raise RuntimeError(
+                f"{self.name}: some parameters are sharded, and {len(wholes)} others are not and have another gradient on each "
+                "rank, which nobody averages; shard the whole model with fully_shard, or average their gradients before step()"
+            )
+        self._apart |= len(set(looks)) > 1
+
+    def _everywhere(self, *numbers: int) -> list[list[int]]:
+        """For each number, what it is on every rank."""
+        mine = torch.tensor(numbers, device=self._device())
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, mine)
+        return torch.stack(every, 1).tolist()
+
+    def _differ(self, what: str, numbers: Sequence[int | None]) -> None:
+        if rank := odd_one(numbers):
+            raise RuntimeError(
+                f"{self.name}: the {what} of rank {rank[0]} differ from those of the other ranks: start all ranks from the same "
+                "weights and checkpoint, with the same settings, or pass sync=False for independent processes (of parameters in "
+                "parts only FSDP2's are supported, not those of ZeRO and FSDP1)"
+            )
+
+    def _state(self, params: Sequence[Tensor]) -> int:
+        return fingerprint([t for p in params for t in (p, *self._kept(p))])
 
     def _kept(self, param: Tensor) -> list[Tensor]:
         state: Mapping[str, Any] = self.host.state.get(param, {})
@@ -225,21 +263,24 @@ class Share(NamedTuple):
     weight: float
     square: float  # of the weight: summed over ranks it shows whether they differ
     drew: float  # how many draws there were
+    marks: list[float]  # of the mean gradient, not weighted; see `marks`
     seen: list[float]  # by plot: the weight of the draws that showed curvature
     aligned: list[float]  # by parameter: the inner product of this rank's gradient with the one in p.grad
+    sizes: list[float]  # by parameter: the square of the one in p.grad
     present: list[float]  # by parameter: the weight of the draws that gave a gradient
     curvatures: list[Tensor]  # by plot
     gradients: list[Tensor]  # by plot, where nobody else averages them
 
     def summed(self, workers: Workers) -> Share:
         """The sum over all ranks: one all-reduce for each dtype and device."""
-        lists = (self.seen, self.aligned, self.present)
+        lists = (self.marks, self.seen, self.aligned, self.sizes, self.present)
         numbers = [self.weight, self.square, self.drew, *(n for each in lists for n in each)]
-        first, *blocks = workers.sum([self.curvatures[0].new_tensor(numbers), *self.curvatures, *self.gradients])
+        first, *blocks = workers.summed([self.curvatures[0].new_tensor(numbers), *self.curvatures, *self.gradients])
         weight, square, drew, *rest = first.tolist()
         cuts = list(accumulate(map(len, lists), initial=0))
-        seen, aligned, present = (rest[i:j] for i, j in pairwise(cuts))
-        return Share(weight, square, drew, seen, aligned, present, blocks[: len(seen)], blocks[len(seen) :])
+        marked, seen, aligned, sizes, present = (rest[i:j] for i, j in pairwise(cuts))
+        plots = len(self.curvatures)
+        return Share(weight, square, drew, marked, seen, aligned, sizes, present, blocks[:plots], blocks[plots:])
 
 
 def _adder(targets: list[tuple[Tensor, Plot, int]]) -> Callable[[Tensor], None]:
@@ -257,25 +298,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
     return list(value) if isinstance(value, tuple) else value
-
-
-def _digest(value: Any) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def _fingerprint(tensors: Sequence[Tensor]) -> int:
-    """A number that differs where a bit differs: sums of bit patterns, which no order of adding changes."""
-    total = 0
-    for number, tensor in enumerate(tensors):
-        flat = here(tensor).detach().contiguous().view(-1)
-        words = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-        total += (number + 1) * int(words.sum(dtype=torch.int64)) + 31 * int((words >> 7).sum(dtype=torch.int64))
-    return (total + 2**63) % 2**64 - 2**63
-
-
-def _odd(values: Sequence[Any]) -> tuple[int, int] | None:
-    """The first rank whose value is not that of most, and one that has it; None where all agree."""
-    most, times = Counter(values).most_common(1)[0]
-    if times == len(values):
-        return None
-    return next(rank for rank, value in enumerate(values) if value != most), values.index(most)
