@@ -236,7 +236,7 @@ def sharded_nans() -> list[int]:
 
 
 def uneven(
-    draws: tuple[int, ...], weights: tuple[float, ...] = (1.0, 1.0), nan: int | None = None, **hyper: Any
+    draws: tuple[int, ...], weights: tuple[float, ...] = (1.0, 1.0), nan: int | None = None, scale: float = 1.0, **hyper: Any
 ) -> dict[str, Tensor]:
     """A model without a wrapper: each rank has draws of its own number and weight, and one may have a NaN in its gradient."""
     model = Logistic()
@@ -245,9 +245,11 @@ def uneven(
     for step in range(3):
         for _ in range(draws[rank]):
             with optimizer.sampled_params(train=True, weight=weights[rank]):
-                model(rows_of(step, rank, size)).backward()
+                (model(rows_of(step, rank, size)) * scale).backward()
                 if rank == nan:
                     model.wide.grad[0, 0] = float("nan")
+        for p in model.parameters() if draws[rank] else ():
+            p.grad.div_(scale)
         optimizer.step()
     return everything(model, optimizer)
 
