@@ -310,6 +310,7 @@ def partly_sharded_later() -> list[str]:
 
 def gathered_in_bfloat16() -> list[str]:
     """Warnings of a model that computes with samples rounded to the nearest."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 1))
     fully_shard(model[0], mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32))
     fully_shard(model)
@@ -320,7 +321,7 @@ def gathered_in_bfloat16() -> list[str]:
             model(torch.ones(4, 30)).square().mean().backward()
         optimizer.step()
     visible = optimizer.noise_visibility()
-    assert visible["0.weight"] < 0.5 < visible["1.weight"] == 1.0
+    assert visible["0.weight"] < 0.5 and visible.get("1.weight", 1.0) == 1.0  # whose one row lies on the first rank
     return [str(warning.message) for warning in caught]
 
 
