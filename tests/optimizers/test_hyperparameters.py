@@ -220,3 +220,12 @@ def test_every_row_keeps_what_it_was_given(algorithm):
 def test_complex_parameters_are_refused():
     with pytest.raises(TypeError, match="parameter group 0 has complex parameters"):
         br.IVON([nn.Parameter(torch.zeros(2, dtype=torch.complex64))], **IVON)
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+@pytest.mark.parametrize("make", [br.IVON, br.Adam], ids=lambda make: make.__name__)
+def test_a_group_with_the_betas_of_another_package_is_refused(make, name):
+    group = {"params": weights(), name: 0.5}
+    hyper = IVON if make is br.IVON else dict(lr=0.1)
+    with pytest.raises(ValueError, match=rf"parameter group 0: {name} is not read; write betas=\(beta1, beta2\)"):
+        make([group], **hyper)

@@ -99,7 +99,7 @@ def is_numeric(allowed: Allowed) -> bool:
 
 def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> None:
     """Raise a ValueError that names optimizer, group, hyper-parameter, value and range, if one is outside its range."""
-    if strange := {"beta1", "beta2"} & set(group):
+    if "betas" in ranges and (strange := {"beta1", "beta2"} & set(group)):
         raise ValueError(f"{optimizer}: parameter group {number}: {min(strange)} is not read; write betas=(beta1, beta2)")
     for name, allowed in ranges.items():
         if name not in group:
