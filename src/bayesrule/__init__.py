@@ -29,6 +29,7 @@ _HOMES = {
     "optimizers.optimizer": "BayesOptimizer",
     "optimizers.first_order": "SGD RMSprop Adam AdamW",
     "optimizers.variational": "IVON",
+    "optimizers.perturbed": "Vadam Vprop",
     "families.low_rank": "DiagonalPlusFactor LowRank",
     "families.mixture": "Mixture",
     "families.latent": "FunctionSpace WeightSpace",

@@ -97,6 +97,17 @@ def is_numeric(allowed: Allowed) -> bool:
     return isinstance(allowed, Range | Pair) or (isinstance(allowed, OrNone) and isinstance(allowed.inner, Range))
 
 
+def needed(optimizer: str, name: str, value: Any, what: str) -> Any:
+    """A hyper-parameter without a default, though it stands behind one that has one.
+
+    Raises:
+        TypeError: It was not given.
+    """
+    if value is None:
+        raise TypeError(f"{optimizer} needs {name}: {what}")
+    return value
+
+
 def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> None:
     """Raise a ValueError that names optimizer, group, hyper-parameter, value and range, if one is outside its range."""
     if "betas" in ranges and (strange := {"beta1", "beta2"} & set(group)):
