@@ -30,6 +30,8 @@ _HOMES = {
     "optimizers.first_order": "SGD RMSprop Adam AdamW",
     "optimizers.variational": "IVON",
     "optimizers.perturbed": "Vadam Vprop",
+    "optimizers.sharpness": "BSAM SAM",
+    "estimators.adversarial": "Adversarial Magnitude",
     "families.low_rank": "DiagonalPlusFactor LowRank",
     "families.mixture": "Mixture",
     "families.latent": "FunctionSpace WeightSpace",

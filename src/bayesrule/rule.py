@@ -118,13 +118,24 @@ class Expectation(ABC):
 
     Attributes:
         draws: How many draws of theta make one look; 0 where the mean alone is looked at.
+        climbs: Whether a first look only says where to look: see :class:`bayesrule.Adversarial`.
     """
 
     draws: int = 0
+    climbs: bool = False
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the first place that is looked at is not the mean."""
+        return self.draws > 0
 
     def offset(self, q: Any, noise: Noise, draw: int) -> Point | None:
         """Where draw number ``draw`` looks, as an offset from the mean; None is the mean itself."""
         raise TypeError(f"{type(self).__name__} does not look at single draws; an optimizer needs Delta or MonteCarlo")
+
+    def ascent(self, q: Any, gradient: Point, size: Any) -> Point:
+        """Where a first look leads, as an offset from the mean; ``size`` is the norm of its gradient."""
+        raise TypeError(f"{type(self).__name__} looks once; to look twice an optimizer needs Adversarial")
 
     @abstractmethod
     def __call__(self, q: Any, look_at: Any, noise: Noise) -> Look:
@@ -262,7 +273,7 @@ class BayesRule:
 
     def look(self, q: Any, prior: Any, loss: Callable[[Point], Oracle], noise: Noise | None = None) -> Look:
         """Estimate E_q[loss], E_q[gradient], E_q[curvature]."""
-        if noise is None and (self.expectation.draws or self.curvature.draws):
+        if noise is None and (self.expectation.spreads or self.curvature.draws):
             raise ValueError("this rule draws: pass noise=CounterNoise(seed, step=t) with another step t in every call")
         noise = noise or CounterNoise()
         sight = Sight(q, prior, q.objective(loss, prior), self.curvature, noise)

@@ -99,6 +99,9 @@ class Vector:
     def rsqrt(self) -> Vector:
         return self.map(rsqrt)
 
+    def abs(self) -> Vector:
+        return self.map(abs)
+
     def log(self) -> Vector:
         return self.map(torch.log)
 

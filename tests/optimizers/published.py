@@ -23,7 +23,7 @@ class Published:
     case: dict[str, Any]
     problem: dict[str, Any]
     params: dict[str, nn.Parameter] = field(init=False)
-    normals: dict[int, Tensor] = field(default_factory=dict)
+    waiting: list[dict[str, Any]] = field(default_factory=list)  # draws that were not asked for yet
 
     def __post_init__(self) -> None:
         self.dtype = getattr(torch, self.case["dtype"])
@@ -56,11 +56,15 @@ class Published:
 
     def noise(self, param: Tensor) -> Tensor:
         """What the published code drew for a parameter, as the `noise=` of an optimizer."""
-        return self.normals[id(param)]
+        name = next(name for name, p in self.params.items() if p is param)
+        values = self.waiting[0].pop(name)
+        if not self.waiting[0]:
+            self.waiting.pop(0)
+        return self.tensor(values)
 
-    def hand(self, drawn: dict[str, Any]) -> None:
-        """The next draw."""
-        self.normals.update({id(self.params[name]): self.tensor(values) for name, values in drawn.items()})
+    def hand(self, *draws: dict[str, Any]) -> None:
+        """The next draws, each by parameter."""
+        self.waiting += map(dict, draws)
 
     def check(self, found: Tensor, expected: object) -> None:
         torch.testing.assert_close(found.detach(), self.tensor(expected), rtol=self.tolerance, atol=self.tolerance)

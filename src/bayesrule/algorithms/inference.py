@@ -115,7 +115,7 @@ def infer(
         raise ValueError(f"steps must be at least 1, got {steps}")
     rounding = 10 * torch.finfo(leaves(q.natural())[0].dtype).eps
     tolerance = max(tolerance, rounding)
-    noisy = bool(rule.expectation.draws or rule.curvature.draws)
+    noisy = bool(rule.expectation.spreads or rule.curvature.draws)
     still = isinstance(rule.expectation, Delta)
 
     def look_from(q: Any, step: int) -> tuple[Any, Look, float | None]:

@@ -60,7 +60,7 @@ class MonteCarlo(Expectation):
         return q.draw(noise.at(draw=draw // 2)) * (1 - 2 * (draw % 2))
 
     def __call__(self, q: Any, look_at: Callable[[Point | None], Look], noise: Noise) -> Look:
-        return _mean((1.0, self._one(q, look_at, self.offset(q, noise, draw), draw)) for draw in range(self.draws))
+        return mean_of((1.0, self._one(q, look_at, self.offset(q, noise, draw), draw)) for draw in range(self.draws))
 
     def _one(self, q: Any, look_at: Any, offset: Point | None, draw: int) -> Look:
         look: Look = look_at(offset, draw) if isinstance(look_at, Sight) else look_at(offset)
@@ -75,7 +75,7 @@ def known_control(name: str | None) -> None:
         raise ValueError(f"control_variate must be 'stl' or None, got {name!r}")
 
 
-def _mean(looks: Iterable[tuple[float | Tensor, Look]]) -> Look:
+def mean_of(looks: Iterable[tuple[float | Tensor, Look]]) -> Look:
     """The mean of looks with positive weights, one held at a time."""
     mean: Look | None = None
     total: float | Tensor = 0.0
@@ -120,7 +120,7 @@ class GaussHermite(Expectation):
         gauss_hermite(self.nodes)
 
     def __call__(self, q: Any, look_at: Callable[[Point | None], Look], noise: Noise) -> Look:
-        return _mean((weight, look_at(where)) for weight, where in q.grid(gauss_hermite(self.nodes)))
+        return mean_of((weight, look_at(where)) for weight, where in q.grid(gauss_hermite(self.nodes)))
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Pathwise(Expectation):
     def __call__(self, q: Any, look_at: Any, noise: Noise) -> Look:
         if not q.reparameterizable:
             raise TypeError(f"draws of a {type(q).__name__} are not differentiable; use Enumerate or Score")
-        return _mean((1.0, self._one(q, look_at, noise.at(draw=draw))) for draw in range(self.draws))
+        return mean_of((1.0, self._one(q, look_at, noise.at(draw=draw))) for draw in range(self.draws))
 
     def _one(self, q: Any, look_at: Any, noise: Noise) -> Look:
         def draw(*natural: Tensor) -> Any:

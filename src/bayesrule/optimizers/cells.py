@@ -37,7 +37,12 @@ class Cell(NamedTuple):
     @property
     def draws(self) -> bool:
         """Whether q has a spread to draw from."""
-        return self.rule.expectation.draws > 0
+        return self.rule.expectation.spreads
+
+    @property
+    def climbs(self) -> bool:
+        """Whether a first look only says where to look."""
+        return self.rule.expectation.climbs
 
     @property
     def params(self) -> list[Tensor]:

@@ -35,12 +35,13 @@ from ..shards import gather_anew, here
 from .cells import Cell, Layout
 from .execution import Execution, Flats
 from .injection import Injected, InjectedNoise
-from .looking import Looks, Written
+from .looking import FIRST, Looks, Written
 from .reminders import Reminders
 from .watching import Strangers, Watch
 from .workers import Workers
 
 STASH = "offset"
+LOOKS_TWICE = "pass step() a function that clears the gradients, runs forward and backward and returns the loss"
 
 OPEN: weakref.WeakSet[Draws] = weakref.WeakSet()
 """All that have a draw open, of all optimizers."""
@@ -55,6 +56,8 @@ class Host(Protocol):
     reminders: Reminders
     frugal: bool
 
+    @property
+    def climbs(self) -> bool: ...
     def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]: ...
 
 
@@ -114,6 +117,8 @@ class Draws:
         """
         if not isinstance(weight, Real) or not 0 < weight < math.inf:
             raise ValueError(f"the weight of a draw must be a number in (0, inf), got {weight!r}")
+        if train and not joinable and self.host.climbs:
+            raise TypeError(f"this optimizer looks twice in a step, which no single draw can do: {LOOKS_TWICE}")
         if self.is_automatic and not train:
             self.pause()
         if self._open is not None:
@@ -144,6 +149,27 @@ class Draws:
             self.host.workers.listen(fresh=True)
         self._joinable = joinable or automatic
         return True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def climb(self) -> None:
+        """Go from the gradient that stands in ``p.grad`` to where it leads; cells that climb keep it as their first look."""
+        written, looks = self._open, self.looks
+        assert written is self._train and written.block, "only an open draw that keeps its mean can climb"
+        numbers = {"size": looks.first_look()}
+        drawn = {id(cell.plot) for cell, _ in written.cells}
+        for cell in self.host.layout.cells(self.host.layout.trainable()):
+            if cell.climbs:
+                stash = cell.plot.flat(STASH)
+                if id(cell.plot) not in drawn:
+                    cell.plot.keep(cell.plot.mean(), stash, cell.only)
+                    written.cells.append((cell, {}))
+                    self._left.append((cell, {}))
+                flats = {"mean": cell.plot.mean(), **cell.kept, "offset": stash, "first": cell.plot.flat(FIRST)}
+                flats.pop("memory", None)
+                self.host.execution.run("climb", cell, flats, {**cell.inputs, **numbers})
+                cell.plot.put(flats["mean"], cell.only)
+        self._written_to()
 
     def end(self) -> None:
         """Bring the mean back; what backpropagation left in ``p.grad`` waits to be read.

@@ -191,6 +191,10 @@ class _Recording:
         sample = flats["mean"] + self._offset(flats, numbers)
         return {"offset": flats["mean"], "mean": sample} if "offset" in flats else {"mean": sample}
 
+    def climb(self, flats: Flats, numbers: Named) -> Flats:
+        _, rule, q, _ = self._slots(self.cell, {**flats, "mean": flats["offset"]}, numbers)
+        return {"mean": flats["offset"] + rule.expectation.ascent(q, flats["first"], numbers["size"])}
+
     def close(self, flats: Flats, numbers: Named) -> Flats:
         if "pairs" in flats:
             return {"mean": flats["mean"] - self._offset(flats, numbers)}
@@ -218,7 +222,7 @@ class _Recording:
     def _look_at_hand(self, flats: Flats, numbers: Named) -> Look:
         _, rule, q, prior = self._slots(self.cell, flats, numbers)
         offset = self._offset(flats, numbers) if "pairs" in flats else flats.get("offset")
-        seen = Seen(flats.get("local", flats["gradient"]))  # what belongs to the offset
+        seen = Seen(next(flats[name] for name in ("first", "local", "gradient") if name in flats))  # what belongs to the offset
         return Look(None, flats["gradient"], rule.curvature(q, prior, offset, seen))
 
     def _moved(self, flats: Flats, numbers: Named, look: Look) -> Flats:

@@ -23,6 +23,9 @@ from .execution import THEN, Execution, Flats
 from .fingerprints import are_equal, fingerprint, marks
 from .workers import LOCAL, Share, Workers
 
+FIRST = "first"
+"""The block of the gradient that says where to look."""
+
 
 class Host(Protocol):
     """What looks need of their optimizer."""
@@ -102,6 +105,16 @@ class Looks:
             self._hand_over()
 
     # Reading
+
+    def first_look(self) -> float:
+        """Take the gradient of a first look away, from ``p.grad``; its norm over all elements."""
+        params, plots = self.host.layout.trainable(), self.host.layout.plots()
+        squares = 0.0
+        for plot in plots:
+            block = plot.flat(FIRST).copy_(plot.read(_gradients(plot.params), "gradient"))
+            squares += plot.dot(block, block)
+        clear(params)
+        return math.sqrt(self.host.workers.total([squares])[0])
 
     @torch.no_grad()
     def read(self) -> None:
@@ -318,6 +331,8 @@ class Looks:
         plot, numbers = cell.plot, cell.inputs
         flats = {"mean": plot.mean(), **cell.kept, "gradient": self._gradient(plot)}
         made = self.written.of(cell)
+        if cell.climbs and self.begun:
+            flats["first"] = plot.flat(FIRST)
         if self.host.workers.listens and self.written.cells:  # what is not drawn itself was seen at this rank's draw, too
             flats["local"] = plot.flat(LOCAL)
         if made is None:

@@ -24,7 +24,8 @@ from ..rule import BayesRule, Rates
 from .attaching import Attached, attach
 from .cells import Layout, Names
 from .checkpoints import check, restore
-from .draws import Draws
+from .closures import evaluate
+from .draws import LOOKS_TWICE, Draws
 from .execution import Compile, Execution, Flats
 from .hyperparameters import Allowed, validate
 from .injection import Injected
@@ -233,24 +234,10 @@ class BayesOptimizer(Optimizer, ABC):
         """How many draws make one look; 0 for an algorithm that does not draw."""
         return max(self.rule(group).expectation.draws for group in self.param_groups)
 
-    def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        """Call an ordinary closure once for every draw of the step; the mean loss."""
-        draws = self.wanted_draws()
-        if not draws:
-            with torch.enable_grad():
-                return closure()
-        losses = []
-        self._renew()
-        for _ in range(1 if self.draws.is_training or self.draws.goes_on else draws):
-            self.draws.begin(train=True, joinable=True, automatic=self.draws.goes_on)
-            try:
-                with torch.enable_grad():
-                    losses.append(closure())
-            except BaseException:
-                self.draws.discard()
-                raise
-            self.draws.close()
-        return None if losses[0] is None else sum(losses) / len(losses)
+    @property
+    def climbs(self) -> bool:
+        """Whether a first look only says where to look, so that a step needs a closure."""
+        return any(self.rule(group).expectation.climbs for group in self.param_groups)
 
     # Moving
 
@@ -268,7 +255,12 @@ class BayesOptimizer(Optimizer, ABC):
         Raises:
             RuntimeError: No parameter has a gradient.
         """
-        loss = self._evaluate(closure) if closure is not None else None
+        loss = None
+        if closure is not None:
+            self._renew()
+            loss = evaluate(self, closure)
+        elif self.climbs:
+            raise TypeError(f"{type(self).__name__}.step() looks twice and needs a closure: {LOOKS_TWICE}")
         self.draws.close()
         self.draws.check()
         self.draws.be_alone()

@@ -22,7 +22,7 @@ def noise_visibility(optimizer: Learner, dtype: torch.dtype | None, below: int =
     number = 0
     gathered = computed_in([p for group in optimizer.param_groups for p in group["params"]])
     for group in optimizer.param_groups:
-        draws = optimizer.rule(group).expectation.draws
+        draws = optimizer.rule(group).expectation.spreads
         names = group.get("param_names") or [str(number + i) for i in range(len(group["params"]))]
         number += len(names)
         for name, p in zip(names, group["params"], strict=True):

@@ -1,0 +1,49 @@
+"""What ``step(closure)`` asks of a closure: one call for every look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from .draws import Draws
+
+
+class Asking(Protocol):
+    """What is asked of an optimizer."""
+
+    draws: Draws
+
+    @property
+    def climbs(self) -> bool: ...
+    def wanted_draws(self) -> int: ...
+
+
+def evaluate(optimizer: Asking, closure: Callable[..., Any]) -> Any:
+    """Call a closure for every draw of the step; the mean loss.
+
+    A draw that climbs has two calls, and the second counts. Of several of these each has its part of the batch: the closure is
+    then called with the number of the part.
+    """
+    wanted, draws = optimizer.wanted_draws(), optimizer.draws
+    if not wanted:
+        with torch.enable_grad():
+            return closure()
+    losses = []
+    for number in range(1 if draws.is_training or draws.goes_on else wanted):
+        part = (number,) if optimizer.climbs and wanted > 1 else ()
+        draws.begin(train=True, joinable=True, automatic=draws.goes_on)
+        try:
+            with torch.enable_grad():
+                loss = closure(*part)
+            if optimizer.climbs:
+                draws.climb()
+                with torch.enable_grad():
+                    loss = closure(*part)
+        except BaseException:
+            draws.discard()
+            raise
+        losses.append(loss)
+        draws.close()
+    return None if losses[0] is None else sum(losses) / len(losses)

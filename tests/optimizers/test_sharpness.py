@@ -1,0 +1,256 @@
+"""SAM and bSAM walk as the published code does; without a radius they are SGD and a Gaussian without climbing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.optimizers.published import Published, published
+from torch import nn
+
+import bayesrule as br
+
+CASES = {name: (case, problem) for name, case, problem in published("sam", "bsam")}
+
+
+def ours(walk: Published) -> br.BayesOptimizer:
+    """The optimizer of a case, in our names."""
+    hyper, params = walk.hyper, walk.params.values()
+    shared = dict(lr=hyper["learningrate"], rho=hyper.get("rho", 0.0), m_sharpness=hyper.get("msharpness", 1))
+    if "Ndata" not in hyper:
+        return br.SAM(params, momentum=hyper["momentum"], weight_decay=hyper["wdecay"], **shared)
+    return br.BSAM(
+        params,
+        ess=hyper["Ndata"],
+        betas=(hyper["beta1"], hyper["beta2"]),
+        weight_decay=hyper["wdecay"],
+        damping=hyper["damping"],
+        hess_init=hyper["s_init"] - hyper["wdecay"],
+        noise=walk.noise,
+        **shared,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_weights_momentum_and_precision_as_the_published_code(name):
+    walk = Published(name, *CASES[name])
+    optimizer = ours(walk)
+    for number, step in enumerate(walk.steps):
+        parts = step.get("sub_batches", [walk.rows(number)])
+        for group in optimizer.param_groups:
+            group["lr"] = walk.hyper["learningrate"] * step["lr_factor"]
+        walk.hand(*step.get("eps", ()))
+
+        def closure(part: int = 0, parts=parts) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = walk.losses(parts[part]).mean()
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure)
+        walk.check(loss, step["loss_at_perturbed"])
+        walk.check_params(step["after"]["params"])
+        for key, p in walk.params.items():
+            state = optimizer.state[p]
+            walk.check(state[optimizer.names.memory], step["after"]["momentum"][key])
+            if "s" in step["after"]:
+                walk.check(state["hess"] + walk.hyper["wdecay"], step["after"]["s"][key])
+
+
+def test_all_published_cases_are_here():
+    assert len(CASES) == 5 + 5
+
+
+def climbing(w: nn.Parameter, optimizer: br.BayesOptimizer, loss=lambda w: w.pow(4).sum()):
+    """A closure that remembers where it was called."""
+
+    def closure(*part: int) -> torch.Tensor:
+        optimizer.zero_grad()
+        seen.append((w.detach().clone(), part))
+        value = loss(w)
+        value.backward()
+        return value
+
+    seen: list = []
+    return closure, seen
+
+
+def weights() -> nn.Parameter:
+    return nn.Parameter(torch.tensor([3.0, -4.0, 0.5], dtype=torch.float64))
+
+
+class TestClimbing:
+    @pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3])
+    def test_sam_goes_as_far_as_rho_whatever_the_scale_of_the_loss(self, scale):
+        w = weights()
+        optimizer = br.SAM([w], lr=0.01, rho=0.3)
+        closure, seen = climbing(w, optimizer, lambda w: scale * w.pow(4).sum())
+        optimizer.step(closure)
+        (first, _), (second, _) = seen
+        direction = 4 * scale * first**3
+        torch.testing.assert_close(second - first, 0.3 * direction / direction.norm(), rtol=1e-9, atol=1e-12)
+
+    def test_the_radius_is_over_all_groups_and_each_has_its_own(self):
+        a, b, c = (nn.Parameter(torch.tensor([x], dtype=torch.float64)) for x in (3.0, 4.0, 0.0))
+        optimizer = br.SAM([{"params": [a]}, {"params": [b, c], "rho": 0.0}], lr=0.0, rho=1.0)
+        seen = []
+
+        def closure():
+            optimizer.zero_grad()
+            seen.append((a.item(), b.item()))
+            ((a**2 + b**2) / 2).sum().backward()
+
+        optimizer.step(closure)
+        assert seen[0] == (3.0, 4.0)
+        assert seen[1] == pytest.approx((3.6, 4.0), abs=1e-9)
+        assert (a.item(), b.item()) == (3.0, 4.0)
+
+    def test_bsam_climbs_from_the_mean_by_the_gradient_of_the_draw(self):
+        w = weights()
+        optimizer = br.BSAM([w], lr=0.01, ess=10.0, rho=0.2, weight_decay=0.1, hess_init=0.4, noise=lambda p: torch.ones_like(p))
+        closure, seen = climbing(w, optimizer)
+        before = w.detach().clone()
+        optimizer.step(closure)
+        draw = before + 1 / math.sqrt(10 * 0.5)
+        torch.testing.assert_close(seen[0][0], draw)
+        torch.testing.assert_close(seen[1][0], before + 0.2 * 4 * draw**3 / 0.5)
+
+    @pytest.mark.parametrize("make", [lambda w: br.SAM([w], lr=0.1, m_sharpness=3), lambda w: br.BSAM([w], 0.1, 10, m_sharpness=3)])
+    def test_every_part_is_looked_at_twice(self, make):
+        w = weights()
+        optimizer = make(w)
+        closure, seen = climbing(w, optimizer)
+        optimizer.step(closure)
+        assert [part for _, part in seen] == [(0,), (0,), (1,), (1,), (2,), (2,)]
+
+    def test_equal_parts_are_the_whole(self):
+        mine, whole = weights(), weights()
+        for w, m in ((mine, 4), (whole, 1)):
+            optimizer = br.SAM([w], lr=0.001, rho=0.1, m_sharpness=m)
+            for _ in range(5):
+                optimizer.step(climbing(w, optimizer)[0])
+        torch.testing.assert_close(mine, whole, rtol=1e-13, atol=1e-13)
+
+    def test_a_zero_gradient_stays_where_it_is(self):
+        w = nn.Parameter(torch.zeros(3))
+        optimizer = br.SAM([w], lr=0.1)
+        optimizer.step(climbing(w, optimizer)[0])
+        assert torch.equal(w, torch.zeros(3))
+
+    def test_the_shell_does_what_the_rule_does(self):
+        """One step of bSAM by the pure rule, from the same draw."""
+        w = weights()
+        hyper = dict(ess=10.0, rho=0.2, weight_decay=0.1, damping=0.05, hess_init=0.4)
+        optimizer = br.BSAM([w], 0.05, noise=lambda p: torch.full_like(p, 0.3), **hyper)
+        group = optimizer.param_groups[0]
+        q, prior = br.Diagonal(w.detach().clone(), torch.full_like(w, 0.4), 0.1, 10.0), br.Diagonal(0.0, 0.0, 0.1, 10.0)
+
+        class Source(br.CounterNoise):
+            def normal(self, like):
+                return torch.full_like(like, 0.3)
+
+        rule = optimizer.rule(group)
+        look = rule.look(q, prior, br.Loss(lambda x: x.pow(4).sum()), Source())
+        new, memory = rule.move(q, prior, look, br.Rates(0.05, 1 - 0.999), None)
+        optimizer.step(climbing(w, optimizer)[0])
+        torch.testing.assert_close(w.detach(), new.mean)
+        torch.testing.assert_close(optimizer.state[w]["hess"], new.hess)
+        torch.testing.assert_close(optimizer.state[w]["momentum"], memory)
+
+
+class TestInvariants:
+    def test_without_a_radius_sam_is_sgd(self):
+        mine, theirs = weights(), weights()
+        optimizer = br.SAM([mine], lr=0.001, momentum=0.9, rho=0.0, weight_decay=0.01)
+        twin = torch.optim.SGD([theirs], lr=0.001, momentum=0.9, weight_decay=0.01)
+        for _ in range(30):
+            optimizer.step(climbing(mine, optimizer)[0])
+            twin.step(climbing(theirs, twin)[0])
+        torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
+
+    def test_the_precision_of_bsam_stays_above_the_least_of_start_and_floor(self):
+        w = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+        optimizer = br.BSAM([w], lr=0.1, ess=10.0, betas=(0.9, 0.5), weight_decay=0.02, damping=0.05, hess_init=1.0)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(50):
+            slope = torch.randn(4, generator=generator, dtype=torch.float64) * 10 ** float(torch.randn((), generator=generator))
+            optimizer.step(climbing(w, optimizer, lambda w, slope=slope: (w * slope).sum())[0])
+            assert (optimizer.state[w]["hess"] + 0.02 >= 0.07 - 1e-12).all()
+
+    def test_a_run_goes_on_from_its_state_bit_by_bit(self):
+        whole, parts = weights(), weights()
+        make = lambda w: br.BSAM([w], lr=0.01, ess=100.0)  # noqa: E731
+        once = make(whole)
+        for _ in range(6):
+            once.step(climbing(whole, once)[0])
+        first = make(parts)
+        for _ in range(3):
+            first.step(climbing(parts, first)[0])
+        second = make(parts)
+        second.load_state_dict(first.state_dict())
+        for _ in range(3):
+            second.step(climbing(parts, second)[0])
+        assert torch.equal(whole, parts)
+
+
+class TestMisuse:
+    @pytest.mark.parametrize("make", [lambda w: br.SAM([w], lr=0.1), lambda w: br.BSAM([w], 0.1, 10)])
+    @pytest.mark.parametrize("use", ["step", "train", "context"])
+    def test_a_single_look_is_refused(self, make, use):
+        w = weights()
+        optimizer = make(w)
+        with pytest.raises(TypeError, match="pass step\\(\\) a function"):
+            if use == "step":
+                optimizer.step()
+            elif use == "train":
+                optimizer.train()
+            else:
+                with optimizer.sampled_params(train=True):
+                    pass
+        assert torch.equal(w, weights())
+
+    def test_a_prediction_is_made_at_a_draw(self):
+        w = weights()
+        with br.BSAM([w], 0.1, 10).sampled_params(train=False):
+            assert not torch.equal(w, weights())
+        assert torch.equal(w, weights())
+
+    @pytest.mark.parametrize("call", [1, 2])
+    def test_an_exception_in_either_call_brings_the_mean_back(self, call):
+        w = weights()
+        optimizer = br.BSAM([w], 0.1, 10)
+        closure, seen = climbing(w, optimizer)
+
+        def fails():
+            value = closure()
+            if len(seen) == call:
+                raise KeyError("in the data")
+            return value
+
+        with pytest.raises(KeyError):
+            optimizer.step(fails)
+        assert torch.equal(w, weights()) and w.grad is None
+
+    @pytest.mark.parametrize("call", [1, 2])
+    def test_what_is_not_finite_changes_nothing(self, call):
+        w = weights()
+        optimizer = br.BSAM([w], 0.1, 10)
+        closure, seen = climbing(w, optimizer)
+
+        def broken():
+            value = closure()
+            if len(seen) == call:
+                w.grad[0] = math.nan
+            return value
+
+        optimizer.step(broken)
+        assert torch.equal(w, weights()) and optimizer.dropped_draws == 1
+
+    @pytest.mark.parametrize(
+        "bad", [dict(rho=-0.1), dict(m_sharpness=0), dict(weight_decay=0.0), dict(damping=-1.0), dict(ess=0.0)]
+    )
+    def test_hyperparameters_are_held_to_their_ranges(self, bad):
+        (name,) = bad
+        with pytest.raises(ValueError, match=f"BSAM: parameter group 0: {name} must be .*, got"):
+            br.BSAM([weights()], **{"lr": 0.1, "ess": 10.0, **bad})
