@@ -10,7 +10,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 torch.set_num_threads(1)  # one worker a core: threads of the same process would only queue for it
-pytest.register_assert_rewrite("tests.contracts")
+pytest.register_assert_rewrite("tests.contracts", "tests.optimizers.problems")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

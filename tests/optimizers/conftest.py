@@ -1,5 +1,6 @@
 """What the tests of execution share: problems whose gradients are the same bits everywhere, and ways to compare runs."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -128,7 +129,20 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def warned() -> Iterator[list[warnings.WarningMessage]]:
+    """What was warned about. Nothing may be, unless a test looks for it and clears the list."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+    assert [str(warning.message) for warning in caught] == []
+
+
+MADE: dict[str, tuple[Any, ...]] = {}  # what a test makes once and uses several times
+
+
 @pytest.fixture(autouse=True)
 def alone() -> None:
-    """No programs of earlier tests: what is counted or made to fail begins from nothing."""
+    """No programs and no models of earlier tests: what is counted or made to fail begins from nothing."""
     execution.SHARED.clear()
+    MADE.clear()

@@ -45,6 +45,11 @@ MODES = table(
     ("ivon-low-pairs", br.IVON, dict(IVON, memory="low", mc_samples=2, antithetic=True)),
     ("ivon-frozen", br.IVON, dict(IVON, betas=(0.9, 1.0))),
     ("ivon-certain", br.IVON, dict(IVON, ess=math.inf)),
+    ("vadam", br.Vadam, dict(lr=1e-3, ess=500.0, weight_decay=1e-3, hess_init=0.1)),
+    ("vadam-draws", br.Vadam, dict(lr=1e-3, ess=500.0, mc_samples=3, hess_init=0.1)),
+    ("vprop", br.Vprop, dict(lr=1e-3, ess=5000.0, weight_decay=1e-3, hess_init=0.1, memory="low")),
+    ("sam", br.SAM, dict(lr=0.1, rho=0.05, weight_decay=1e-3)),
+    ("bsam", br.BSAM, dict(lr=0.1, ess=500.0, rho=0.05, weight_decay=1e-3)),
     default=("sgd-momentum", "adamw", "ivon", "ivon-low"),
 )
 

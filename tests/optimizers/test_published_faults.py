@@ -2,33 +2,33 @@
 
 A class stands for all its tests; what has no file is in this one. What each fault was is said in `FAULTS`.
 
- 1: optimizers/test_sampling.py::TestLeftAlone::test_a_parameter_without_gradient_is_untouched
-    optimizers/test_sampling.py::TestLeftAlone::test_a_parameter_that_joins_late_is_debiased_from_its_own_first_step
+ 1: optimizers/test_parameters.py::TestLeftAlone::test_a_parameter_without_gradient_is_untouched
+    optimizers/test_parameters.py::TestLeftAlone::test_a_parameter_that_joins_late_is_debiased_from_its_own_first_step
     optimizers/test_sampling.py::TestReading::test_a_parameter_without_gradient_in_one_of_two_draws_counts_zero_there
  2: optimizers/test_sampling.py::TestWithoutDraws
-    optimizers/test_bindings.py::TestMisuse::test_a_training_forward_outside_a_draw
+    optimizers/test_misuse.py::TestMisuse::test_a_training_forward_outside_a_draw
     TestSteps::test_of_an_accelerating_host_come_once_an_accumulation
  3: optimizers/test_sampling.py::TestClosing::test_an_exception_restores_the_mean
-    optimizers/test_bindings.py::TestExceptions::test_leave_no_trace
- 4: optimizers/test_sampling.py::TestLeftAlone::test_a_frozen_parameter_is_neither_perturbed_nor_decayed
+    optimizers/test_misuse.py::TestExceptions::test_leave_no_trace
+ 4: optimizers/test_parameters.py::TestLeftAlone::test_a_frozen_parameter_is_neither_perturbed_nor_decayed
     TestSteps::test_leave_a_frozen_parameter_alone_in_every_binding
- 5: optimizers/test_sampling.py::TestResume
+ 5: optimizers/test_parameters.py::TestResume
     TestResume::test_the_first_step_after_a_resume_is_as_long_as_without_one
- 6: optimizers/test_sampling.py::TestState
+ 6: optimizers/test_parameters.py::TestState
     TestState::test_of_a_distributed_checkpoint_has_the_models_names_and_goes_on_bit_by_bit
     TestState::test_goes_to_the_device_of_the_parameters_when_it_is_loaded
     processes/test_workers.py::TestSharded::test_goes_on_with_another_number_of_processes
- 7: optimizers/test_sampling.py::TestGroups
+ 7: optimizers/test_parameters.py::TestGroups
     TestGroups::test_one_added_under_a_draw_learns_from_the_next_step_on_at_the_latest
- 8: optimizers/test_sampling.py::TestPlaces::test_several_dtypes_share_an_optimizer_and_each_goes_its_own_way
-    optimizers/test_sampling.py::TestPlaces::test_the_models_dtype_may_change_between_steps
+ 8: optimizers/test_parameters.py::TestPlaces::test_several_dtypes_share_an_optimizer_and_each_goes_its_own_way
+    optimizers/test_parameters.py::TestPlaces::test_the_models_dtype_may_change_between_steps
     TestState::test_follows_a_model_that_is_cast_to_less
     TestState::test_follows_a_model_to_another_device
- 9: optimizers/test_sampling.py::TestPlaces::test_storage_stays_where_it_is
-    optimizers/test_sampling.py::TestPlaces::test_channels_last_stays_channels_last_and_trains_as_contiguous_does
-    optimizers/test_sampling.py::TestPlaces::test_tied_weights_stay_tied_and_are_perturbed_once
+ 9: optimizers/test_parameters.py::TestPlaces::test_storage_stays_where_it_is
+    optimizers/test_parameters.py::TestPlaces::test_channels_last_stays_channels_last_and_trains_as_contiguous_does
+    optimizers/test_parameters.py::TestPlaces::test_tied_weights_stay_tied_and_are_perturbed_once
     TestPlaces::test_no_binding_moves_the_weights
-10: optimizers/test_sampling.py::TestScaler
+10: optimizers/test_hosts.py::TestScaler
     TestScaler::test_gradients_may_be_cleared_before_every_draw
     TestScaler::test_gradients_cleared_before_it_steps_are_missed_by_it_in_words
     TestScaler::test_gradients_are_unscaled_in_every_binding
@@ -37,21 +37,21 @@ A class stands for all its tests; what has no file is in this one. What each fau
 12: optimizers/test_sampling.py::TestReading::test_missing_zero_grad_between_draws_counts_nothing_twice
     optimizers/test_sampling.py::TestReading::test_missing_zero_grad_between_steps_counts_nothing_twice
     optimizers/test_sampling.py::TestWithoutDraws::test_backward_after_the_context_is_refused_by_autograd_and_leaves_the_mean
-    optimizers/test_bindings.py::TestStaleGradients
-13: optimizers/test_sampling.py::TestClosures
+    optimizers/test_misuse.py::TestStaleGradients
+13: optimizers/test_hosts.py::TestClosures
     optimizers/test_bindings.py::TestTheSameBits::test_in_every_binding
 14: optimizers/test_hyperparameters.py::TestIVON
     optimizers/test_variational.py::TestSteps::test_infinite_ess_draws_no_noise_and_keeps_the_curvature
 15: optimizers/test_variational.py::TestNoise
-    optimizers/test_sampling.py::TestInjectedNoise
+    optimizers/test_hosts.py::TestInjectedNoise
     optimizers/test_execution_memory.py::TestScratch::test_a_later_step_allocates_nothing_of_the_size_of_a_bucket
     processes/test_workers.py::TestDataParallel::test_of_noise_per_rank_is_one_process_with_as_many_draws
-16: optimizers/test_sampling.py::TestPlaces::test_state_is_float32_or_wider
-    optimizers/test_sampling.py::TestPlaces::test_small_steps_of_the_curvature_do_not_vanish_beside_bfloat16_weights
-    optimizers/test_sampling.py::TestResume::test_float32_state_of_bfloat16_weights_is_not_rounded_by_loading
+16: optimizers/test_parameters.py::TestPlaces::test_state_is_float32_or_wider
+    optimizers/test_parameters.py::TestPlaces::test_small_steps_of_the_curvature_do_not_vanish_beside_bfloat16_weights
+    optimizers/test_parameters.py::TestResume::test_float32_state_of_bfloat16_weights_is_not_rounded_by_loading
     optimizers/test_low_precision.py::TestTheGoldenPosterior
 17: optimizers/test_sampling.py::TestOpening::test_the_context_trains_unless_told_otherwise
-18: optimizers/test_sampling.py::TestSparse::test_sparse_gradients_are_refused_in_words_and_move_nothing
+18: optimizers/test_parameters.py::TestSparse::test_sparse_gradients_are_refused_in_words_and_move_nothing
     TestSteps::test_refuse_sparse_gradients_in_every_binding
 19: optimizers/test_sampling.py::TestReading::test_draws_are_averaged_with_their_weights
     processes/test_workers.py::TestDataParallel::test_ranks_count_by_their_draws
@@ -70,6 +70,7 @@ import pytest
 import torch
 from tests.instances import SMALL_IVON, Network, draw, flat
 from tests.optimizers.conftest import everything, same_bits
+from tests.optimizers.problems import pair
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -127,11 +128,6 @@ def test_every_fault_has_its_tests(fault):
     for test in listed()[fault]:
         file, _, name = test.partition("::") if ".py::" in test else (Path(__file__).relative_to(TESTS), "", test)
         assert name in names_in(TESTS / file), f"{FAULTS[fault]}: {test} is not there"
-
-
-def pair(dtype: torch.dtype = torch.float32, **hyper: Any) -> tuple[Network, br.IVON]:
-    model = Network(dtype)
-    return model, br.IVON(model.parameters(), **{**SMALL_IVON, **hyper})
 
 
 Look = Callable[[], Any]
