@@ -28,7 +28,9 @@ def _convert(x: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
     return out.copy_(x)
 
 
-_METHODS = {name: getattr(torch, name) for name in ("abs", "clamp", "cos", "exp", "log", "rsqrt", "sin", "sqrt", "square")}
+_METHODS = {
+    name: getattr(torch, name) for name in ("abs", "clamp", "cos", "exp", "log", "rsqrt", "sign", "sin", "sqrt", "square", "tanh")
+}
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     operator.add: torch.add,
     operator.sub: torch.sub,

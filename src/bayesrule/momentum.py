@@ -31,22 +31,27 @@ class Momentum(Inertia):
 
     Args:
         beta: Share of the old average kept, in [0, 1).
-        over: "loss" or "loss+prior".
+        over: "loss", "loss+prior", or "step": what the retraction made of the gradient.
         debias: Undo the start at zero.
     """
 
     beta: float
-    over: Literal["loss", "loss+prior"] = "loss"
+    over: Literal["loss", "loss+prior", "step"] = "loss"
     debias: bool = True
 
     def of_look(self, q: Any, prior: Any, look: Look, memory: Point | None, step: int) -> tuple[Look, Any, Point | None]:
+        if self.over == "step":
+            return look, prior, memory
         gradient, prior = _seen(q, prior, look, self.over)
-        memory = gradient * (1 - self.beta) if memory is None else lerp(memory, gradient, 1 - self.beta)
-        average = memory * (1 / (1 - self.beta**step)) if self.debias else memory
+        average, memory = self._average(gradient, memory, step)
         return look._replace(gradient=average), prior, memory
 
-    def of_direction(self, direction: Point, memory: Point | None) -> tuple[Point, Point | None]:
-        return direction, memory
+    def of_direction(self, direction: Point, memory: Point | None, step: int) -> tuple[Point, Point | None]:
+        return self._average(direction, memory, step) if self.over == "step" else (direction, memory)
+
+    def _average(self, gradient: Point, memory: Point | None, step: int) -> tuple[Point, Point]:
+        memory = gradient * (1 - self.beta) if memory is None else lerp(memory, gradient, 1 - self.beta)
+        return memory * (1 / (1 - self.beta**step)) if self.debias else memory, memory
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class HeavyBall(Inertia):
         force, memory = self._push(gradient, memory)
         return look._replace(gradient=force), prior, memory
 
-    def of_direction(self, direction: Point, memory: Point | None) -> tuple[Point, Point | None]:
+    def of_direction(self, direction: Point, memory: Point | None, step: int) -> tuple[Point, Point | None]:
         return self._push(direction, memory) if self.over == "step" else (direction, memory)
 
     def _push(self, force: Point, memory: Point | None) -> tuple[Point, Point]:

@@ -133,6 +133,14 @@ class Expectation(ABC):
         """Where draw number ``draw`` looks, as an offset from the mean; None is the mean itself."""
         raise TypeError(f"{type(self).__name__} does not look at single draws; an optimizer needs Delta or MonteCarlo")
 
+    def sample(self, q: Any, noise: Noise, draw: int) -> Point | None:
+        """A draw of q to predict with, as an offset from the mean."""
+        return self.offset(q, noise, draw)
+
+    def gradient(self, q: Any, offset: Point | None, gradient: Point) -> Point:
+        """What the gradient that was seen at a draw says of E_q: itself, unless a draw is a relaxed one."""
+        return gradient
+
     def ascent(self, q: Any, gradient: Point, size: Any) -> Point:
         """Where a first look leads, as an offset from the mean; ``size`` is the norm of its gradient."""
         raise TypeError(f"{type(self).__name__} looks once; to look twice an optimizer needs Adversarial")
@@ -222,7 +230,7 @@ class Inertia(ABC):
         """The look and the prior that the retraction gets to see, and the memory."""
 
     @abstractmethod
-    def of_direction(self, direction: Point, memory: Point | None) -> tuple[Point, Point | None]:
+    def of_direction(self, direction: Point, memory: Point | None, step: int) -> tuple[Point, Point | None]:
         """The direction in which q really moves, and the memory."""
 
 
@@ -235,7 +243,7 @@ class NoInertia(Inertia):
     def of_look(self, q: Any, prior: Any, look: Look, memory: Point | None, step: int) -> tuple[Look, Any, Point | None]:
         return look, prior, memory
 
-    def of_direction(self, direction: Point, memory: Point | None) -> tuple[Point, Point | None]:
+    def of_direction(self, direction: Point, memory: Point | None, step: int) -> tuple[Point, Point | None]:
         return direction, memory
 
 
@@ -283,7 +291,7 @@ class BayesRule:
         """Take the step; return the new q and what is to be remembered. q is to be written under the prior."""
         look, prior, memory = self.momentum.of_look(q, prior, look, memory, rates.step)
         q, direction = self.retraction.direction(q, prior, look, rates)
-        direction, memory = self.momentum.of_direction(direction, memory)
+        direction, memory = self.momentum.of_direction(direction, memory, rates.step)
         return self.retraction.along(q, direction, rates), memory
 
     def step(self, q: Any, prior: Any, loss: Callable[[Point], Oracle], rate: float = 1.0, noise: Noise | None = None) -> Any:

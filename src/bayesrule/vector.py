@@ -187,6 +187,11 @@ def rsqrt(x: Any) -> Any:
     return x**-0.5 if isinstance(x, int | float) else x.rsqrt()
 
 
+def logit(u: Any) -> Any:
+    """log u - log(1 - u), for u in (0, 1)."""
+    return u.log() - (1 - u).log()
+
+
 def head(x: Any, like: Any) -> Any:
     """The first elements of a flat tensor, as many as another has."""
     if has_torch_function((x, like)):

@@ -50,6 +50,8 @@ MODES = table(
     ("vprop", br.Vprop, dict(lr=1e-3, ess=5000.0, weight_decay=1e-3, hess_init=0.1, memory="low")),
     ("sam", br.SAM, dict(lr=0.1, rho=0.05, weight_decay=1e-3)),
     ("bsam", br.BSAM, dict(lr=0.1, ess=500.0, rho=0.05, weight_decay=1e-3)),
+    ("ste", br.STE, dict(lr=0.01, weight_decay=1e-3)),
+    ("bayesbinn", br.BayesBiNN, dict(lr=1e-5, ess=500.0, beta=0.9, natural_init=1.0, temperature=0.5)),
     default=("sgd-momentum", "adamw", "ivon", "ivon-low"),
 )
 

@@ -384,7 +384,7 @@ class TestSeveral:
             with torch.no_grad():
                 for w in problem.weights:
                     w.mul_(0.5)
-            optimizer = br.IVON(problem.parameters(), **dict(hyper, ess=1e4), compile=compile)
+            optimizer = br.IVON(problem.parameters(), **dict(hyper, ess=1e3), compile=compile)
             learn(problem, optimizer, 20 if dtype == torch.float64 else 1)
             runs.append(optimizer)
         agree(*runs, 1e-12 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps)

@@ -310,7 +310,8 @@ class Draws:
             if self.injected:
                 self._write_injected(self.injected, cell, flats, stream, draw)
             else:
-                self.host.execution.run("draw", cell, {**flats, "pairs": plot.where.numbers}, numbers)
+                kind = "look" if stream == EVALUATE else "draw"
+                self.host.execution.run(kind, cell, {**flats, "pairs": plot.where.numbers}, numbers)
         except BaseException:
             if here(plot.params[0])._version == version:  # nothing was written, so there is nothing to restore
                 written.cells.pop()
@@ -324,7 +325,8 @@ class Draws:
     def _write_injected(self, injected: Injected, cell: Cell, flats: Flats, stream: int, draw: int) -> None:
         q, _ = self.host.belief(cell.group, flats)
         cell.plot.keep(flats["mean"], flats["offset"], cell.only)
-        offset = cell.rule.expectation.offset(q, InjectedNoise(injected, cell.plot, stream), draw)
+        draw_of = cell.rule.expectation.sample if stream == EVALUATE else cell.rule.expectation.offset
+        offset = draw_of(q, InjectedNoise(injected, cell.plot, stream), draw)
         flats["mean"].add_(offset)
 
     @torch.inference_mode(False)

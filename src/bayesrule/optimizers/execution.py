@@ -58,6 +58,7 @@ class Author(Protocol):
     def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
     def rates(self, group: Mapping[str, Any], step: Any) -> Rates: ...
     def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]: ...
+    def blocks(self, group: Mapping[str, Any], old: Any, new: Any) -> Flats: ...
 
 
 def symbolic(group: Mapping[str, Any], symbols: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class Execution:
         """Run a program on a cell; what it writes and does not belong to the cell stays as it is.
 
         Args:
-            kind: A method of the recording: "draw", "close", "average", "move", ...
+            kind: A method of the recording: "draw", "look", "close", "average", "move", ...
             cell: Whose structure the program is recorded from.
             flats: By name; those that the program writes are written in place.
             numbers: By name.
@@ -180,15 +181,18 @@ class _Recording:
         group = symbolic(cell.group, numbers)
         return group, self.author.rule(group), *self.author.belief(group, flats)
 
-    def _offset(self, flats: Flats, numbers: Named) -> Any:
+    def _offset(self, flats: Flats, numbers: Named, method: str = "offset") -> Any:
         numbers = {name.removeprefix(THEN): n for name, n in numbers.items() if name.startswith(THEN)} or numbers
         _, rule, q, _ = self._slots(self.drawn, flats, numbers)
         where = Where(flats["pairs"], numbers["first"], self.cell.plot.dtype)
         noise: Noise = CounterNoise(numbers["seed"], numbers["stream"], numbers["done"], where=where)
-        return rule.expectation.offset(q, noise, numbers["draw"])
+        return getattr(rule.expectation, method)(q, noise, numbers["draw"])
 
-    def draw(self, flats: Flats, numbers: Named) -> Flats:
-        sample = flats["mean"] + self._offset(flats, numbers)
+    def look(self, flats: Flats, numbers: Named) -> Flats:
+        return self.draw(flats, numbers, "sample")
+
+    def draw(self, flats: Flats, numbers: Named, method: str = "offset") -> Flats:
+        sample = flats["mean"] + self._offset(flats, numbers, method)
         return {"offset": flats["mean"], "mean": sample} if "offset" in flats else {"mean": sample}
 
     def climb(self, flats: Flats, numbers: Named) -> Flats:
@@ -223,13 +227,14 @@ class _Recording:
         _, rule, q, prior = self._slots(self.cell, flats, numbers)
         offset = self._offset(flats, numbers) if "pairs" in flats else flats.get("offset")
         seen = Seen(next(flats[name] for name in ("first", "local", "gradient") if name in flats))  # what belongs to the offset
-        return Look(None, flats["gradient"], rule.curvature(q, prior, offset, seen))
+        gradient = rule.expectation.gradient(q, offset, flats["gradient"])
+        return Look(None, gradient, rule.curvature(q, prior, offset, seen))
 
     def _moved(self, flats: Flats, numbers: Named, look: Look) -> Flats:
         group, rule, q, prior = self._slots(self.cell, flats, numbers)
         memory = flats["memory"] if self.cell.remembers else None
         new, memory = rule.move(q, prior, look, self.author.rates(group, numbers["done"] + 1), memory)
-        written = {"mean": new.mean, "hess": new.hess, "memory": memory}
+        written = {**self.author.blocks(group, q, new), "memory": memory}
         return {name: written[name] for name in written if name in flats}
 
 

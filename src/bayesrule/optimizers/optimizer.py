@@ -67,6 +67,7 @@ class BayesOptimizer(Optimizer, ABC):
         TypeError: A parameter is complex.
     """
 
+    is_gaussian: ClassVar[bool] = True
     names: ClassVar[Names]
     ranges: ClassVar[Mapping[str, Allowed]]
 
@@ -100,7 +101,8 @@ class BayesOptimizer(Optimizer, ABC):
         super().__init__(params, defaults)
         if prior is not None:
             adopt(self, prior)
-        self.reminders.of_decay(defaults["weight_decay"], [group["weight_decay"] for group in self.param_groups])
+        if "weight_decay" in defaults:
+            self.reminders.of_decay(defaults["weight_decay"], [group["weight_decay"] for group in self.param_groups])
 
     def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile, sync: Sync, noise_per_rank: bool) -> None:
         host, name = weakref.proxy(self), type(self).__name__  # no circle keeps a dropped optimizer alive
@@ -292,7 +294,7 @@ class BayesOptimizer(Optimizer, ABC):
                 self.reminders.of_thawed(len(self.layout.left_out(params)))
                 for p in params:
                     p.grad = None
-                if self.execution.steps % CHECK_EVERY == 1:
+                if self.is_gaussian and self.execution.steps % CHECK_EVERY == 1:
                     self.reminders.of_visibility(lambda: noise_visibility(self, None, below=2))
             if self.execution.steps == CHECK_EVERY and self.workers.active:
                 self.reminders.of_idle(*self.layout.idle(), CHECK_EVERY)
@@ -329,6 +331,10 @@ class BayesOptimizer(Optimizer, ABC):
         if "prior_precision" in flats:
             pull = flats["prior_precision"] / ess
         return self.family(group, flats["mean"], flats.get("hess"), pull), Diagonal(flats.get("prior_mean", 0.0), 0.0, pull, ess)
+
+    def blocks(self, group: Mapping[str, Any], old: Any, new: Any) -> Flats:
+        """What is kept of a cell after a step: the mean, which parameters hold, and the curvature."""
+        return {"mean": new.mean, "hess": new.hess}
 
     def like_state(self, param: Tensor) -> Tensor:
         """Zeros shaped like a parameter, in the dtype of its state."""
