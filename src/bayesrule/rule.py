@@ -156,10 +156,12 @@ class Curvature(ABC):
     Attributes:
         degree: How many gradients are multiplied in it; what rescales the gradient rescales it to this power.
         draws: How many random probes make one estimate.
+        squares_examples: Whether it asks for the gradient of every example.
     """
 
     degree: int = 0
     draws: int = 0
+    squares_examples: bool = False
 
     @abstractmethod
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:

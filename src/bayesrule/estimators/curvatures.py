@@ -43,6 +43,28 @@ class SquaredGradient(Curvature):
 
 
 @dataclass(frozen=True)
+class EmpiricalFisher(Curvature):
+    r"""The mean square of the gradients of the examples: :math:`\tfrac1n \sum_i g_i^2 + \gamma`. Never negative.
+
+    The diagonal of the generalized Gauss-Newton matrix where the model is right about its own errors, as a classifier near the end
+    of its training; for squared errors it is off by the squared residuals. Costs what the gradients of single examples cost.
+
+    Args:
+        damping: gamma, >= 0.
+
+    Source: K. Osawa et al. (2019), Practical Deep Learning with Bayesian Principles, arXiv:1906.02506.
+    """
+
+    damping: Any = 0.0
+    degree = 2
+    squares_examples = True
+
+    def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
+        squares = q.keep_diagonal(oracle.squares())
+        return squares if equal(self.damping, 0.0) else squares + self.damping
+
+
+@dataclass(frozen=True)
 class Reparameterized(Curvature):
     r"""Price's theorem: :math:`E_q[\nabla^2 \ell] = E_q[S (\theta - m) \nabla \ell^T]`, S the precision.
 

@@ -15,12 +15,16 @@ from ..vector import Vector
 
 @dataclass(frozen=True)
 class Seen(Oracle):
-    """Only a gradient is known: what backpropagation left behind."""
+    """Only a gradient is known, what backpropagation left behind; perhaps the mean square of that of each example, too."""
 
     seen: Point
+    squared: Point | None = None
 
     def gradient(self) -> Point:
         return self.seen
+
+    def squares(self) -> Point:
+        return super().squares() if self.squared is None else self.squared
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,19 @@ from typing import Any, Protocol
 import torch
 
 from .draws import Draws
+from .examples import Examples
 
 
 class Asking(Protocol):
     """What is asked of an optimizer."""
 
     draws: Draws
+    examples: Examples
 
     @property
     def climbs(self) -> bool: ...
+    @property
+    def squares_examples(self) -> bool: ...
     def wanted_draws(self) -> int: ...
 
 
@@ -28,22 +32,26 @@ def evaluate(optimizer: Asking, closure: Callable[..., Any]) -> Any:
     """
     wanted, draws = optimizer.wanted_draws(), optimizer.draws
     if not wanted:
-        with torch.enable_grad():
-            return closure()
+        return look(optimizer, closure)
     losses = []
     for number in range(1 if draws.is_training or draws.goes_on else wanted):
         part = (number,) if optimizer.climbs and wanted > 1 else ()
         draws.begin(train=True, joinable=True, automatic=draws.goes_on)
         try:
-            with torch.enable_grad():
-                loss = closure(*part)
+            loss = look(optimizer, closure, *part)
             if optimizer.climbs:
                 draws.climb()
-                with torch.enable_grad():
-                    loss = closure(*part)
+                loss = look(optimizer, closure, *part)
         except BaseException:
             draws.discard()
             raise
         losses.append(loss)
         draws.close()
     return None if losses[0] is None else sum(losses) / len(losses)
+
+
+@torch.enable_grad()
+def look(optimizer: Asking, closure: Callable[..., Any], *part: int) -> Any:
+    """One call: its loss, and the gradients in place."""
+    loss = closure(*part)
+    return optimizer.examples.learn(loss) if optimizer.squares_examples else loss

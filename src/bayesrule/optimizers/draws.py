@@ -33,6 +33,7 @@ from ..family import Gaussian
 from ..noise import DITHER, EVALUATE, TRAIN, CounterNoise
 from ..shards import gather_anew, here
 from .cells import Cell, Layout
+from .examples import Examples
 from .execution import Execution, Flats
 from .injection import Injected, InjectedNoise
 from .looking import FIRST, Looks, Written
@@ -54,6 +55,7 @@ class Host(Protocol):
     layout: Layout
     workers: Workers
     reminders: Reminders
+    examples: Examples
     frugal: bool
 
     @property
@@ -80,6 +82,7 @@ class Draws:
     def forget(self) -> None:
         """Start a new step: no draws yet."""
         self.looks.forget()
+        self.host.examples.forget()
         self._automatic = False
         if self.injected:
             self.injected.held = None
@@ -147,6 +150,7 @@ class Draws:
             self._train.block = None if self.host.frugal else STASH
             self._write(self._train, TRAIN, self.looks.begun)
             self.host.workers.listen(fresh=True)
+            self.host.examples.forget()
         self._joinable = joinable or automatic
         return True
 

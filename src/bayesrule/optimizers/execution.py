@@ -226,7 +226,8 @@ class _Recording:
     def _look_at_hand(self, flats: Flats, numbers: Named) -> Look:
         _, rule, q, prior = self._slots(self.cell, flats, numbers)
         offset = self._offset(flats, numbers) if "pairs" in flats else flats.get("offset")
-        seen = Seen(next(flats[name] for name in ("first", "local", "gradient") if name in flats))  # what belongs to the offset
+        own = next(flats[name] for name in ("first", "local", "gradient") if name in flats)  # what belongs to the offset
+        seen = Seen(own, flats.get("squares"))
         gradient = rule.expectation.gradient(q, offset, flats["gradient"])
         return Look(None, gradient, rule.curvature(q, prior, offset, seen))
 

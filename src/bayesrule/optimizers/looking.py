@@ -19,6 +19,7 @@ from torch import Tensor
 from ..plots import Plot
 from ..shards import here, is_shared_out
 from .cells import Cell, Layout
+from .examples import SQUARES, Examples
 from .execution import THEN, Execution, Flats
 from .fingerprints import are_equal, fingerprint, marks
 from .workers import LOCAL, Share, Workers
@@ -33,6 +34,7 @@ class Host(Protocol):
     execution: Execution
     layout: Layout
     workers: Workers
+    examples: Examples
 
 
 @dataclass
@@ -333,6 +335,9 @@ class Looks:
         made = self.written.of(cell)
         if cell.climbs and self.begun:
             flats["first"] = plot.flat(FIRST)
+        if cell.rule.curvature.squares_examples:
+            self.host.examples.check()
+            flats["squares"] = plot.flat(SQUARES)
         if self.host.workers.listens and self.written.cells:  # what is not drawn itself was seen at this rank's draw, too
             flats["local"] = plot.flat(LOCAL)
         if made is None:

@@ -26,6 +26,7 @@ from .cells import Layout, Names
 from .checkpoints import check, restore
 from .closures import evaluate
 from .draws import LOOKS_TWICE, Draws
+from .examples import Examples
 from .execution import Compile, Execution, Flats
 from .hyperparameters import Allowed, validate
 from .injection import Injected
@@ -109,6 +110,7 @@ class BayesOptimizer(Optimizer, ABC):
         self.execution = Execution(host, type(self), compile)
         self.layout = Layout(host, name, self.execution.scratch)
         self.workers = Workers(host, name, sync, noise_per_rank)
+        self.examples = Examples(host, name)
         self.draws = Draws(host, Injected(noise) if noise else None)
         self.reminders = Reminders(type(self).__name__)
         self._ready = False  # whether this step has begun
@@ -240,6 +242,11 @@ class BayesOptimizer(Optimizer, ABC):
     def climbs(self) -> bool:
         """Whether a first look only says where to look, so that a step needs a closure."""
         return any(self.rule(group).expectation.climbs for group in self.param_groups)
+
+    @property
+    def squares_examples(self) -> bool:
+        """Whether the gradient of every example is asked for."""
+        return any(self.rule(group).curvature.squares_examples for group in self.param_groups)
 
     # Moving
 

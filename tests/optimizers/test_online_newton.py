@@ -1,0 +1,250 @@
+"""VON, VOGN and OGN: published trajectories, squares example by example, and what holds for any problem."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.optimizers.published import Published, published
+from torch import nn
+
+import bayesrule as br
+
+CASES = {name: (case, problem) for name, case, problem in published("vogn")}
+
+
+def of_2018(walk: Published) -> br.VOGN:
+    """Total scaling: P = N (s + delta); the mean moves by the new precision."""
+    hyper, ess = walk.hyper, walk.hyper["train_set_size"]
+    decay = hyper["prior_prec"] / ess
+    return br.VOGN(
+        walk.params.values(),
+        hyper["lr"],
+        ess,
+        betas=(0.0, hyper["beta"]),
+        weight_decay=decay,
+        hess_init=hyper["prec_init"] / ess - decay,
+        mc_samples=hyper["num_samples"],
+        noise=walk.noise,
+    )
+
+
+def of_2024(walk: Published) -> br.VOGN:
+    """A temperature T: s + delta is T over the published variance, ess is N / T, both rates are T times the published."""
+    hyper, T = walk.hyper, walk.hyper["temperature"]
+    decay = hyper["prior_precision"] / hyper["data_size"]
+    return br.VOGN(
+        walk.params.values(),
+        hyper["lr"] * T,
+        hyper["data_size"] / T,
+        betas=(hyper["momentum_grad"], 1 - T * (1 - hyper["momentum_hess"])),
+        weight_decay=decay,
+        hess_init=T / hyper["std_init"] ** 2 - decay,
+        damping=hyper["dampening"],
+        debias=False,
+        mean_precision="old",
+        mc_samples=hyper["mc_samples"],
+        noise=walk.noise,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_mean_precision_and_momentum_as_the_published_code(name):
+    walk = Published(name, *CASES[name])
+    old = "train_set_size" in walk.hyper
+    optimizer = (of_2018 if old else of_2024)(walk)
+    group = optimizer.param_groups[0]
+    for number, step in enumerate(walk.steps):
+        walk.hand(*(sample["eps"] for sample in step["samples"]))
+        loss = optimizer.step(lambda number=number: walk.losses(walk.rows(number)))
+        walk.check(loss, sum(sample["loss"] for sample in step["samples"]) / len(step["samples"]))
+        walk.check_params(step["after"]["mean" if old else "params"])
+        for key, p in walk.params.items():
+            metric = optimizer.state[p]["hess"] + group["weight_decay"]
+            if old:
+                walk.check(group["ess"] * metric, step["after"]["precision"][key])
+            else:
+                walk.check((walk.hyper["temperature"] / metric).log() / 2, step["after"]["log_std"][key])
+                walk.check(optimizer.state[p]["momentum"], step["after"]["momentum_grad"][key])
+
+
+def test_all_published_cases_are_here():
+    assert len(CASES) == 4
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.inner, self.outer = nn.Linear(4, 5, dtype=torch.float64), nn.Linear(5, 3, dtype=torch.float64)
+        self.x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+        self.y = torch.randint(3, (12,), generator=generator)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2)
+
+    def losses(self) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.outer(torch.tanh(self.inner(self.x))), self.y, reduction="none")
+
+    def squares(self) -> list[torch.Tensor]:
+        """By hand: a backward pass for each example."""
+        each = [torch.autograd.grad(loss, self.parameters(), retain_graph=True) for loss in self.losses()]
+        return [torch.stack(gradients).square().mean(0) for gradients in zip(*each, strict=True)]
+
+
+class TestSquares:
+    def test_ogn_keeps_the_mean_square_of_the_examples_and_steps_by_their_mean(self):
+        model = Network()
+        before = [p.detach().clone() for p in model.parameters()]
+        squares, slopes = model.squares(), torch.autograd.grad(model.losses().mean(), model.parameters())
+        optimizer = br.OGN(model.parameters(), 0.1, 12.0, betas=(0.0, 0.0), weight_decay=0.01, hess_init=0.7)
+        optimizer.step(model.losses)
+        for p, old, square, slope in zip(model.parameters(), before, squares, slopes, strict=True):
+            torch.testing.assert_close(optimizer.state[p]["hess"], square)
+            torch.testing.assert_close(p.detach(), old - 0.1 * (slope + 0.01 * old) / (square + 0.01))
+
+    def test_however_many_are_held_at_a_time(self, monkeypatch):
+        found = []
+        for budget in (1, 400, 2**28):
+            monkeypatch.setattr("bayesrule.optimizers.examples.BUDGET", budget)
+            model = Network()
+            optimizer = br.VOGN(model.parameters(), 0.1, 12.0)
+            for _ in range(3):
+                optimizer.step(model.losses)
+            found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        torch.testing.assert_close(found[0], found[2], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[1], found[2], rtol=1e-12, atol=1e-14)
+
+    def test_one_example_squared_is_its_squared_gradient(self):
+        """B = 1: VOGN is Vadam's curvature with VON's scaling."""
+        w = [nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64)) for _ in range(2)]
+        vogn = br.VOGN([w[0]], 0.1, 10.0, betas=(0.0, 0.9), noise=torch.ones_like)
+        ivon = br.IVON(
+            [w[1]], 0.1, 10.0, hess_approx="gradsq", gradsq_scale=1.0, betas=(0.0, 0.9), rescale_lr=False, noise=torch.ones_like
+        )
+        vogn.step(lambda: w[0].pow(3).sum()[None])
+        ivon.step(lambda: w[1].pow(3).sum().backward())
+        with torch.no_grad():  # but for the second-order term of IVON
+            gap = (vogn.state[w[0]]["hess"] - 1.0) / 0.1
+            torch.testing.assert_close(ivon.state[w[1]]["hess"], vogn.state[w[0]]["hess"] + 0.005 * gap**2 / (1.0 + 1e-4))
+
+    def test_at_the_mode_of_a_logistic_regression_it_is_the_gauss_newton_diagonal_on_average_over_labels(self):
+        generator = torch.Generator().manual_seed(1)
+        x, w = torch.randn(6, 3, generator=generator, dtype=torch.float64), nn.Parameter(torch.tensor([0.4, -0.3, 0.8]).double())
+        p = torch.sigmoid(x @ w).detach()
+        expected = torch.zeros(3, dtype=torch.float64)
+        for labels in range(2**6):
+            y = torch.tensor([float(labels >> i & 1) for i in range(6)], dtype=torch.float64)
+            optimizer = br.OGN([w], 0.0, 6.0, betas=(0.0, 0.0))
+            optimizer.step(lambda y=y: nn.functional.binary_cross_entropy_with_logits(x @ w, y, reduction="none"))
+            expected += (p * y + (1 - p) * (1 - y)).prod() * optimizer.state[w]["hess"]
+        torch.testing.assert_close(expected, (p * (1 - p)) @ x.square() / 6)
+
+    def test_parameters_that_no_loss_depends_on_stay(self):
+        used, unused = (nn.Parameter(torch.ones(2)) for _ in range(2))
+        optimizer = br.VOGN([used, unused], 0.1, 10.0)
+        optimizer.step(lambda: used * torch.tensor([1.0, 2.0]))
+        assert not torch.equal(used, torch.ones(2)) and torch.equal(unused, torch.ones(2))
+
+    @pytest.mark.parametrize("rho", [0.5, 0.01])
+    def test_the_precision_stays_above_a_falling_floor(self, rho):
+        w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        optimizer = br.VOGN([w], 0.1, 10.0, betas=(0.9, 1 - rho), hess_init=0.3, weight_decay=0.05)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(1, 40):
+            slopes = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+            optimizer.step(lambda slopes=slopes: slopes @ w)
+            assert (optimizer.state[w]["hess"] >= 0.3 * (1 - rho) ** step).all()
+
+
+class TestVON:
+    def test_the_scale_of_the_loss_is_that_of_ess(self):
+        """(loss, h0, delta, ess) -> (c loss, c h0, c delta, ess / c) leaves every mean."""
+        found = []
+        for c in (1.0, 7.0):
+            w = nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
+            hyper = dict(hess_init=0.4 * c, weight_decay=0.02 * c, betas=(0.9, 0.9))
+            optimizer = br.VON([w], 0.01, 1000.0 / c, noise=torch.ones_like, **hyper)
+            for _ in range(5):
+                optimizer.step(lambda w=w, c=c: (c * w.pow(4).sum()).backward())
+            found.append((w.detach().clone(), optimizer.state[w]["hess"] / c))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+    def test_without_the_second_order_term_it_is_ivon(self):
+        """The same step but for rho^2 / 2 (f - h)^2 / (h + delta), which a rate of one in a thousand hides."""
+        mine, ivon = (nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64)) for _ in range(2))
+        shared = dict(ess=100.0, hess_init=0.5, weight_decay=0.01, betas=(0.0, 0.999), noise=torch.ones_like)
+        von, other = br.VON([mine], 0.1, **shared), br.IVON([ivon], 0.1, rescale_lr=False, **shared)
+        von.step(lambda: mine.pow(2).sum().backward())
+        other.step(lambda: ivon.pow(2).sum().backward())
+        f = (von.state[mine]["hess"] - 0.5) / 0.001 + 0.5
+        torch.testing.assert_close(
+            other.state[ivon]["hess"], von.state[mine]["hess"] + 0.5e-6 * (f - 0.5) ** 2 / 0.51, rtol=1e-12, atol=1e-12
+        )
+
+    def test_finds_the_curvature_of_a_quadratic(self):
+        a = torch.tensor([2.0, 0.5], dtype=torch.float64)
+        w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        optimizer = br.VON([w], 0.05, 100.0, hess_init=1.0, betas=(0.9, 0.99), weight_decay=1e-3)
+        found = []
+        for step in range(4000):
+            optimizer.step(lambda: (a * (w - 1) ** 2 / 2).sum().backward())
+            if step >= 1000:
+                found.append(optimizer.state[w]["hess"].clone())
+        torch.testing.assert_close(torch.stack(found).mean(0), a, rtol=0.1, atol=0.0)
+
+    def test_its_precision_turns_negative_where_that_of_ivon_does_not(self):
+        """Far from the minimum the estimate of the curvature is mostly noise."""
+        least = {}
+        for make in (br.VON, br.IVON):
+            w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+            optimizer = make([w], 0.0, 1e4, hess_init=1.0, betas=(0.9, 0.9), weight_decay=1e-3)
+            seen = []
+            for _ in range(5):
+                optimizer.step(lambda w=w: ((w - 1) ** 2).sum().backward())
+                seen.append(optimizer.state[w]["hess"].min().item())
+            least[make] = min(seen)
+        assert least[br.VON] < 0 < least[br.IVON] + 1e-3
+
+    def test_with_infinite_ess_the_curvature_stays(self):
+        w = nn.Parameter(torch.ones(2))
+        optimizer = br.VON([w], 0.1, math.inf)
+        w.sum().backward()
+        optimizer.step()
+        assert torch.equal(optimizer.state[w]["hess"], torch.ones(2))
+
+
+class TestMisuse:
+    @pytest.mark.parametrize("make", [br.VOGN, br.OGN])
+    @pytest.mark.parametrize(
+        ("closure", "got"),
+        [
+            (lambda w: (w**2).sum(), r"shape \(\)"),
+            (lambda w: None, "None"),
+            (lambda w: w[:, None], r"shape \(2, 1\)"),
+            (lambda w: (w**2).detach(), r"shape \(2,\)"),
+        ],
+    )
+    def test_what_is_no_loss_of_every_example_is_refused(self, make, closure, got):
+        w = nn.Parameter(torch.ones(2))
+        optimizer = make([w], 0.1, 10.0)
+        with pytest.raises(TypeError, match=rf"{make.__name__} squares gradients example by example: .*got {got}"):
+            optimizer.step(lambda: closure(w))
+        assert torch.equal(w, torch.ones(2))
+
+    def test_a_step_without_squares_is_refused(self):
+        w = nn.Parameter(torch.ones(2))
+        optimizer = br.VOGN([w], 0.1, 10.0)
+        with optimizer.sampled_params(train=True):
+            w.sum().backward()
+        with pytest.raises(RuntimeError, match="VOGN squares gradients example by example, and saw none"):
+            optimizer.step()
+
+    @pytest.mark.parametrize(
+        "bad", [dict(weight_decay=0.0), dict(damping=-1.0), dict(mean_precision="newest"), dict(betas=(1.0, 0.9))]
+    )
+    def test_hyperparameters_are_held_to_their_ranges(self, bad):
+        (name,) = bad
+        with pytest.raises(ValueError, match=f"VOGN: parameter group 0: {name} must be .*, got"):
+            br.VOGN([nn.Parameter(torch.ones(2))], **{"lr": 0.1, "ess": 10.0, **bad})
