@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..posterior import Posterior
+
 
 @dataclass(frozen=True)
 class Range:
@@ -106,6 +108,23 @@ def needed(optimizer: str, name: str, value: Any, what: str) -> Any:
     if value is None:
         raise TypeError(f"{optimizer} needs {name}: {what}")
     return value
+
+
+def check_arguments(optimizer: str, prior: Any, noise: Any, memory: Any, noise_per_rank: bool) -> None:
+    """Raise a TypeError or ValueError for arguments that are nothing of the kind, or that exclude one another."""
+    if memory not in ("default", "low"):
+        raise ValueError(f"{optimizer}: memory must be 'default' or 'low', got {memory!r}")
+    if noise is not None and not callable(noise):
+        raise TypeError(f"{optimizer}: noise must be a function of a parameter, got {noise!r}")
+    if prior is not None and not isinstance(prior, Posterior):
+        raise TypeError(f"{optimizer}: prior must be a Posterior, got {prior!r}")
+    if memory == "low" and noise:
+        raise ValueError(f"{optimizer}: memory='low' makes its noise again, so it takes no noise=; drop one of them")
+    if memory == "low" and noise_per_rank:
+        raise ValueError(
+            f"{optimizer}: with memory='low' the mean returns rounded by the noise, which noise_per_rank=True makes another on "
+            "every rank; drop one of them"
+        )
 
 
 def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> None:

@@ -28,7 +28,7 @@ from .closures import evaluate
 from .draws import LOOKS_TWICE, Draws
 from .examples import Examples
 from .execution import Compile, Execution, Flats
-from .hyperparameters import Allowed, validate
+from .hyperparameters import Allowed, check_arguments, validate
 from .injection import Injected
 from .learned import adopt, learned
 from .reminders import Reminders
@@ -84,19 +84,7 @@ class BayesOptimizer(Optimizer, ABC):
         sync: Sync = "auto",
         noise_per_rank: bool = False,
     ) -> None:
-        if memory not in ("default", "low"):
-            raise ValueError(f"{type(self).__name__}: memory must be 'default' or 'low', got {memory!r}")
-        if noise is not None and not callable(noise):
-            raise TypeError(f"{type(self).__name__}: noise must be a function of a parameter, got {noise!r}")
-        if prior is not None and not isinstance(prior, Posterior):
-            raise TypeError(f"{type(self).__name__}: prior must be a Posterior, got {prior!r}")
-        if memory == "low" and noise:
-            raise ValueError(f"{type(self).__name__}: memory='low' makes its noise again, so it takes no noise=; drop one of them")
-        if memory == "low" and noise_per_rank:
-            raise ValueError(
-                f"{type(self).__name__}: with memory='low' the mean returns rounded by the noise, which noise_per_rank=True makes "
-                "another on every rank; drop one of them"
-            )
+        check_arguments(type(self).__name__, prior, noise, memory, noise_per_rank)
         self.frugal = memory == "low"
         self._prepare(noise, False if noise and compile == "auto" else compile, sync, noise_per_rank)
         super().__init__(params, defaults)
