@@ -126,7 +126,7 @@ def steps(house: House) -> list[str]:
     return [
         f"{name}.{node.name} has a step of its own"
         for name, tree in house.tree.items()
-        if name.startswith("optimizers") and name != "optimizers.optimizer"
+        if name.startswith("optimizers") and name != "optimizers.shell"
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
         for item in node.body
@@ -170,7 +170,7 @@ SOUND = {
     "families/gaussian.py": "from bayesrule.family import Family",
     "families/eigen.py": "from .gaussian import Diagonal",
     "optimizers/__init__.py": "",
-    "optimizers/optimizer.py": "class BayesOptimizer(Optimizer):\n    def step(self): ...",
+    "optimizers/shell.py": "class Shell(Optimizer):\n    def step(self): ...",
     "optimizers/variational.py": "from bayesrule.optimizers import optimizer\nclass IVON(BayesOptimizer): ...",
     "algorithms/table.py": "import bayesrule.optimizers.variational",
     "recipes/image.py": "import bayesrule as br",

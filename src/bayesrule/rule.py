@@ -157,11 +157,13 @@ class Curvature(ABC):
         degree: How many gradients are multiplied in it; what rescales the gradient rescales it to this power.
         draws: How many random probes make one estimate.
         squares_examples: Whether it asks for the gradient of every example.
+        curves: Whether there is any: without, the precision stays as it is.
     """
 
     degree: int = 0
     draws: int = 0
     squares_examples: bool = False
+    curves: bool = True
 
     @abstractmethod
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:

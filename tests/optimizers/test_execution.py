@@ -22,6 +22,7 @@ def table(*rows: tuple[str, type, dict[str, Any]], default: tuple[str, ...]) -> 
     return [pytest.param(make, hyper, id=name, marks=() if name in default else SLOW) for name, make, hyper in rows]
 
 
+COMPOSED = br.BayesRule(br.MonteCarlo(2), br.SquaredGradient(32.0), br.Riemannian(), br.Momentum(0.9))
 MODES = table(
     ("sgd", br.SGD, dict(lr=0.3)),
     ("sgd-decay", br.SGD, dict(lr=0.3, weight_decay=0.01)),
@@ -53,6 +54,7 @@ MODES = table(
     ("von", br.VON, dict(lr=0.1, ess=500.0, betas=(0.9, 0.9999), weight_decay=1e-3)),
     ("vogn", br.VOGN, dict(lr=0.1, ess=500.0, weight_decay=1e-3, mc_samples=2)),
     ("ogn", br.OGN, dict(lr=0.1, ess=500.0, weight_decay=1e-3, damping=0.01)),
+    ("composed", br.BayesOptimizer, dict(rule=COMPOSED, lr=0.1, ess=500.0, weight_decay=1e-3)),
     ("ste", br.STE, dict(lr=0.01, weight_decay=1e-3)),
     ("bayesbinn", br.BayesBiNN, dict(lr=1e-5, ess=500.0, beta=0.9, natural_init=1.0, temperature=0.5)),
     default=("sgd-momentum", "adamw", "ivon", "ivon-low"),

@@ -141,6 +141,23 @@ class TestSquares:
             expected += (p * y + (1 - p) * (1 - y)).prod() * optimizer.state[w]["hess"]
         torch.testing.assert_close(expected, (p * (1 - p)) @ x.square() / 6)
 
+    @pytest.mark.parametrize("make", [br.OGN, br.VOGN])
+    def test_a_closure_need_not_clear_gradients(self, make):
+        found = []
+        for clears in (True, False):
+            model = Network()
+            optimizer = make(model.parameters(), 0.1, 12.0)
+
+            def closure(model=model, optimizer=optimizer, clears=clears):
+                if clears:
+                    optimizer.zero_grad()
+                return model.losses()
+
+            for _ in range(4):
+                optimizer.step(closure)
+            found.append(model.inner.weight.detach())
+        assert torch.equal(*found)
+
     def test_parameters_that_no_loss_depends_on_stay(self):
         used, unused = (nn.Parameter(torch.ones(2)) for _ in range(2))
         optimizer = br.VOGN([used, unused], 0.1, 10.0)

@@ -15,6 +15,8 @@ from .expectations import known_control
 class Zero(Curvature):
     """No curvature: the precision stays as it is. Free."""
 
+    curves = False
+
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> None:
         return None
 

@@ -45,6 +45,9 @@ class Fixed(Elementwise):
     def precondition(self, v: Point) -> Point:
         return v if equal(self.hess, 1.0) else v / self.hess
 
+    def root_solve(self, v: Point) -> Point:
+        return v * self.precision**-0.5  # of a number, too, whose kind a recording does not tell
+
     def bend(self, v: Point) -> Point:
         return self.stretch(v)
 

@@ -151,7 +151,7 @@ class BayesBiNN(_Binary):
             compat=compat,
             seed=seed,
         )
-        super().__init__(params, defaults, noise=noise, compile=compile, sync=sync)
+        self._set_up(params, defaults, noise=noise, compile=compile, sync=sync)
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         draws = group["mc_samples"]
@@ -235,7 +235,7 @@ class STE(_Binary):
         sync: Sync = "auto",
         compile: Compile = "auto",
     ) -> None:
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, clip=clip), sync=sync, compile=compile)
+        self._set_up(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, clip=clip), sync=sync, compile=compile)
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         ball = HeavyBall(group["momentum"], "step") if not equal(group["momentum"], 0.0) else NoInertia()

@@ -42,7 +42,7 @@ class Examples:
         self.arrived = False
 
     def learn(self, losses: Any) -> Tensor:
-        """Backpropagate the mean of losses into ``p.grad``, and keep the mean of the squares; the mean loss.
+        """Put the gradient of the mean of losses into ``p.grad``, and keep the mean of the squares; the mean loss.
 
         Args:
             losses: One for each example, shape (examples,), with their graph.
@@ -68,9 +68,8 @@ class Examples:
                 if each is not None:
                     sums[p] = sums.get(p, 0.0) + each.sum(0)
                     squares[p] = squares.get(p, 0.0) + each.square().sum(0)
-        for p, total in sums.items():
-            mean = total / len(losses)
-            p.grad = mean if p.grad is None else p.grad + mean
+        for p in params:
+            p.grad = sums[p] / len(losses) if p in sums else None
         self._keep({p: total / len(losses) for p, total in squares.items()})
         return losses.detach().mean()
 

@@ -82,19 +82,19 @@ class Execution:
 
     Args:
         author: The optimizer.
-        kind: Its class: what one of its optimizers has recorded and compiled serves all.
+        name: Its name, for messages.
+        shared: Programs: what one of the optimizers that share it has recorded and compiled serves all.
         compile: False never; True from the first step; "auto" after :data:`PATIENCE` eager steps of a model that is worth it,
             where there is a compiler.
     """
 
-    def __init__(self, author: Author, kind: type, compile: Compile) -> None:
-        name = kind.__name__
+    def __init__(self, author: Author, name: str, shared: dict[Any, Program], compile: Compile) -> None:
         if not (compile is True or compile is False or (isinstance(compile, str) and compile == "auto")):
             raise ValueError(f"{name}: compile must be True, False or 'auto', got {compile!r}")
         self.author, self.compile = author, compile
         self.runner = Runner(name)
         self.programs: dict[Any, Program] = {}
-        self._shared = SHARED.setdefault(kind, {})
+        self._shared = shared
         self.limit = BUCKET  # elements of a bucket
         self.steps = 0
 

@@ -144,7 +144,7 @@ class VON(_OnlineNewton):
             seed=seed,
             noise_scale=1,
         )
-        super().__init__(
+        self._set_up(
             params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
         )
 
@@ -193,7 +193,7 @@ class VOGN(_OnlineNewton):
         >>> import torch
         >>> x = torch.linspace(-1, 1, 100)[:, None]
         >>> model = torch.nn.Linear(1, 1)
-        >>> opt = VOGN(model.parameters(), lr=0.1, ess=100)
+        >>> opt = VOGN(model.parameters(), lr=0.1, ess=100, damping=1.0)
         >>> for _ in range(200):
         ...     loss = opt.step(lambda: (model(x) - 3 * x).square().squeeze(1))
         >>> abs(model.weight.item() - 3) < 0.3
@@ -244,7 +244,7 @@ class VOGN(_OnlineNewton):
             seed=seed,
             noise_scale=1,
         )
-        super().__init__(params, defaults, prior=prior, noise=noise, compile=compile, sync=sync, noise_per_rank=noise_per_rank)
+        self._set_up(params, defaults, prior=prior, noise=noise, compile=compile, sync=sync, noise_per_rank=noise_per_rank)
 
 
 class OGN(_OnlineNewton):
@@ -279,7 +279,7 @@ class OGN(_OnlineNewton):
         >>> import torch
         >>> x = torch.linspace(-1, 1, 100)[:, None]
         >>> model = torch.nn.Linear(1, 1)
-        >>> opt = OGN(model.parameters(), lr=0.1, ess=100)
+        >>> opt = OGN(model.parameters(), lr=0.1, ess=100, damping=1.0)
         >>> for _ in range(200):
         ...     loss = opt.step(lambda: (model(x) - 3 * x).square().squeeze(1))
         >>> abs(model.weight.item() - 3) < 0.3
@@ -315,4 +315,4 @@ class OGN(_OnlineNewton):
             seed=0,
             noise_scale=1,
         )
-        super().__init__(params, defaults, compile=compile, sync=sync)
+        self._set_up(params, defaults, compile=compile, sync=sync)

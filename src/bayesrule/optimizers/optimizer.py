@@ -1,54 +1,62 @@
-"""The one torch optimizer: it carries q from step to step and lets the host do the looking.
-
-A subclass is a constructor. It says which slots of the rule are filled by a group's hyper-parameters, and under which
-names q is kept; the step, the draws, the state and its saving are here. The rule itself stays pure: it gets flat copies of a
-bucket of parameters, and its result is copied back in place.
-"""
+"""The rule with any slots as a torch optimizer."""
 
 from __future__ import annotations
 
-import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from ..families.gaussian import Diagonal
+from ..estimators.adversarial import Adversarial, Magnitude
+from ..estimators.curvatures import EmpiricalFisher, Reparameterized, SquaredGradient, Zero
+from ..estimators.expectations import Delta, MonteCarlo
+from ..families.gaussian import Diagonal, Fixed
 from ..family import Gaussian
 from ..posterior import Posterior
+from ..program import Program
+from ..retractions import Additive, Riemannian, SquareRoot
 from ..rule import BayesRule, Rates
-from .attaching import Attached, attach
-from .cells import Layout, Names
-from .checkpoints import check, restore
-from .closures import evaluate
-from .draws import LOOKS_TWICE, Draws
-from .examples import Examples
-from .execution import Compile, Execution, Flats
-from .hyperparameters import Allowed, check_arguments, validate
-from .injection import Injected
-from .learned import adopt, learned
-from .reminders import Reminders
-from .visibility import noise_visibility
-from .workers import CHECK_EVERY, Sync, Workers
+from .cells import Names
+from .execution import Compile
+from .hyperparameters import AT_LEAST_ZERO, WHOLE, Allowed, OneOf, Range
+from .shell import Shell
+from .workers import Sync
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
 
-class BayesOptimizer(Optimizer, ABC):
-    """The rule as a ``torch.optim.Optimizer``.
+SLOTS: dict[str, tuple[type, ...]] = {
+    "expectation": (Delta, MonteCarlo, Adversarial),
+    "curvature": (Zero, SquaredGradient, Reparameterized, EmpiricalFisher, Magnitude),
+    "retraction": (Additive, Riemannian, SquareRoot),
+}
+"""What a training loop can serve: it brings gradients, at one place at a time."""
 
-    Outside a draw the parameters hold the mean of q. State is per parameter, tensors only, float32 or the parameter's
-    dtype if wider: ``step``, the curvature and the memory under the names of :attr:`names`, and
-    ``prior_mean`` and ``prior_precision`` where the prior is a posterior.
+
+class BayesOptimizer(Shell):
+    r"""The rule as a ``torch.optim.Optimizer``: an algorithm in one line.
+
+    Every optimizer of this library is one of these, whose constructor fills the slots. Outside a draw the parameters hold the
+    mean of q. State is per parameter, tensors only, float32 or the parameter's dtype if wider: ``step``, the curvature and the
+    memory under the names of :attr:`names`, and ``prior_mean`` and ``prior_precision`` where the prior is a posterior.
+
+    Costs what its slots cost: a tensor of state for the curvature, unless that is :class:`bayesrule.Zero`, and one for the
+    memory, if there is momentum.
 
     Args:
-        params: Parameters or groups, as for any torch optimizer; named parameters are welcome.
-        defaults: Hyper-parameters; each may differ by group.
+        params: Parameters or groups, as for any torch optimizer; named parameters are welcome. A group may set any of the numbers
+            below, and ``noise_scale=0`` to be looked at in its mean.
+        rule: The slots. Expectations are Delta, MonteCarlo and Adversarial; curvatures Zero, SquaredGradient, Reparameterized,
+            EmpiricalFisher (with a closure that returns the loss of every example) and Magnitude; the retraction is Additive,
+            Riemannian or SquareRoot.
+        lr: Learning rate alpha of the mean, >= 0.
+        ess: Effective sample size, > 0, in examples.
+        hess_init: The curvature at the start, >= 0.
+        beta2: 1 - rho, rho the rate of the precision, in [0, 1].
+        weight_decay: delta, >= 0: the prior is N(0, 1 / (ess delta)).
+        seed: Seed of the noise.
         prior: A Posterior to start from instead of the prior N(0, 1 / (ess weight_decay)).
         noise: Unit normals for tests: a function of a parameter, called once per parameter and draw in parameter order.
         compile: Whether steps are compiled by ``torch.compile``: False never, True from the first step, "auto" after 50 eager steps
@@ -65,18 +73,48 @@ class BayesOptimizer(Optimizer, ABC):
 
     Raises:
         ValueError: A hyper-parameter is outside its range; the message names group, value and range.
-        TypeError: A parameter is complex.
+        TypeError: ``rule`` is no rule, or a parameter is complex.
+
+    Example:
+        IVON whose curvature is a squared gradient and whose precision is moved by plain averaging:
+
+        >>> import torch
+        >>> import bayesrule as br
+        >>> rule = br.BayesRule(br.MonteCarlo(), br.SquaredGradient(100), br.Additive(), br.Momentum(0.9))
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> opt = br.BayesOptimizer([w], rule, lr=0.1, ess=1000)
+        >>> for _ in range(100):
+        ...     with opt.sampled_params(train=True):
+        ...         (w - 1).square().sum().backward()
+        ...     opt.step()
+        >>> (w - 1).abs().max().item() < 0.2
+        True
+
+    Source: Khan and Rue (2023), The Bayesian Learning Rule, JMLR 24(281).
     """
 
-    is_gaussian: ClassVar[bool] = True
-    names: ClassVar[Names]
-    ranges: ClassVar[Mapping[str, Allowed]]
+    names = Names("hess", "momentum", "mean")
+    ranges: ClassVar[Mapping[str, Allowed]] = {
+        "lr": AT_LEAST_ZERO,
+        "ess": Range("(0, inf)"),
+        "hess_init": AT_LEAST_ZERO,
+        "beta2": Range("[0, 1]"),
+        "weight_decay": AT_LEAST_ZERO,
+        "seed": WHOLE,
+        "noise_scale": OneOf((0, 1, 0.0, 1.0)),
+    }
 
     def __init__(
         self,
         params: ParamsT,
-        defaults: dict[str, Any],
+        rule: BayesRule,
+        lr: float,
         *,
+        ess: float = 1.0,
+        hess_init: float = 1.0,
+        beta2: float = 0.999,
+        weight_decay: float = 0.0,
+        seed: int = 0,
         prior: Posterior | None = None,
         noise: Callable[[Tensor], Tensor] | None = None,
         compile: Compile = "auto",
@@ -84,330 +122,45 @@ class BayesOptimizer(Optimizer, ABC):
         sync: Sync = "auto",
         noise_per_rank: bool = False,
     ) -> None:
-        check_arguments(type(self).__name__, prior, noise, memory, noise_per_rank)
-        self.frugal = memory == "low"
-        self._prepare(noise, False if noise and compile == "auto" else compile, sync, noise_per_rank)
-        super().__init__(params, defaults)
-        if prior is not None:
-            adopt(self, prior)
-        if "weight_decay" in defaults:
-            self.reminders.of_decay(defaults["weight_decay"], [group["weight_decay"] for group in self.param_groups])
+        if not isinstance(rule, BayesRule):
+            raise TypeError(f"BayesOptimizer: rule must be a BayesRule, got {rule!r}")
+        for slot, kinds in SLOTS.items():
+            if not isinstance(getattr(rule, slot), kinds):
+                names = ", ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"BayesOptimizer: the {slot} must be one of {names}, got {getattr(rule, slot)!r}")
+        self._fill(rule)
+        defaults = dict(lr=lr, ess=ess, hess_init=hess_init, beta2=beta2, weight_decay=weight_decay, seed=seed, noise_scale=1)
+        self._set_up(
+            params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
+        )
 
-    def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile, sync: Sync, noise_per_rank: bool) -> None:
-        host, name = weakref.proxy(self), type(self).__name__  # no circle keeps a dropped optimizer alive
-        self.execution = Execution(host, type(self), compile)
-        self.layout = Layout(host, name, self.execution.scratch)
-        self.workers = Workers(host, name, sync, noise_per_rank)
-        self.examples = Examples(host, name)
-        self.draws = Draws(host, Injected(noise) if noise else None)
-        self.reminders = Reminders(type(self).__name__)
-        self._ready = False  # whether this step has begun
+    def _fill(self, rule: BayesRule) -> None:
+        self._rule, self._curves = rule, rule.curvature.curves
+        if not self._curves:
+            self.names = BayesOptimizer.names._replace(hess=None)
 
-    # What a subclass fills in
+    @property
+    def recorded(self) -> dict[Any, Program]:
+        return {} if type(self) is BayesOptimizer else super().recorded
 
-    @abstractmethod
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
-        """The slots, filled by a group's hyper-parameters; those but 0 and infinity may be symbols."""
+        return self._rule if group["noise_scale"] else replace(self._rule, expectation=Delta())
 
-    @abstractmethod
     def rates(self, group: Mapping[str, Any], step: Any) -> Rates:
-        """The step sizes of a group in its step number ``step``, from 1. Numbers may be symbols."""
+        return Rates(group["lr"], 1 - group["beta2"], step)
 
-    @abstractmethod
     def family(self, group: Mapping[str, Any], mean: Tensor, hess: Any, weight_decay: Any) -> Gaussian:
-        """q from its mean, its curvature (None where nothing is kept) and the prior's precision per unit of ess."""
+        if self._curves:
+            return Diagonal(mean, hess, weight_decay, group["ess"])
+        return Fixed(mean, group["hess_init"], weight_decay, group["ess"])
 
     def start(self, group: Mapping[str, Any]) -> float:
-        """The curvature before the first step."""
-        return 0.0
-
-    # Looking
-
-    @contextmanager
-    def sampled_params(self, train: bool | None = None, weight: float = 1.0) -> Iterator[None]:
-        """Put a draw of q into the parameters; leaving the context brings the mean back, bit by bit.
-
-        With ``memory="low"`` the mean that returns from a draw with ``train=True`` is rounded to the last place of the sample.
-
-        The contexts of a step are averaged, so their losses are not divided by the number of contexts; several ``backward()``
-        in one context add up, so there they are.
-
-        Args:
-            train: Learn from the gradient that the context leaves in ``p.grad``; forward *and* backward belong inside. With
-                False the draw only looks: it has noise of its own and touches no gradient. None: learn if gradients are enabled.
-            weight: Weight of this draw among the draws of the step, for batches of unequal size.
-
-        Raises:
-            RuntimeError: A draw is open already.
-
-        Example:
-            >>> import torch, bayesrule as br
-            >>> w = torch.nn.Parameter(torch.zeros(2))
-            >>> opt = br.IVON([w], lr=0.1, ess=100)
-            >>> for _ in range(100):
-            ...     with opt.sampled_params(train=True):
-            ...         (w - 1).square().sum().backward()
-            ...     opt.step()
-            >>> (w - 1).abs().max().item() < 0.1
-            True
-        """
-        self._renew()
-        train = torch.is_grad_enabled() if train is None else train
-        opened = self.draws.begin(train=train, weight=weight)
-        try:
-            yield
-        except BaseException:
-            if opened:
-                self.draws.discard()
-            raise
-        if opened:
-            self.draws.close()
-            self.draws.check()
-
-    @property
-    def dropped_draws(self) -> int:
-        """Draws thrown away because their gradient was not finite."""
-        return self.draws.looks.dropped
-
-    def train(self) -> None:
-        """Put a draw of q into the parameters until :meth:`step`, or until :meth:`eval` brings the mean back.
-
-        To be called before every training forward, as the trainers do that know of optimizers with two sets of weights. A
-        step has one draw: called again, for another micro-batch, the same one goes on, bit by bit, whatever closed it for a
-        while. Without draws in the algorithm nothing happens.
-
-        Example:
-            >>> import torch, bayesrule as br
-            >>> w = torch.nn.Parameter(torch.zeros(2))
-            >>> opt = br.IVON([w], lr=0.1, ess=100)
-            >>> for _ in range(100):
-            ...     opt.train()
-            ...     (w - 1).square().sum().backward()
-            ...     opt.step()
-            >>> (w - 1).abs().max().item() < 0.1
-            True
-        """
-        if not self.draws.is_training and self.wanted_draws() and self.layout.trainable():
-            self._renew()
-            self.draws.begin(train=True, automatic=True)
-
-    def eval(self) -> None:
-        """Bring the mean back for an evaluation. The gradient of a draw is kept for the step."""
-        self.draws.interrupt()
-
-    def attach(self, model: nn.Module) -> Attached:
-        """Let every training forward of a model open the draw by itself, so that the training loop stays as it is.
-
-        In front of a forward in training mode the draw of the step opens (:meth:`train`); in front of one in eval mode, and of
-        ``model.state_dict()``, it closes and goes on with the next training forward. Copies of the model are not attached, and
-        neither model nor optimizer keeps the other alive.
-
-        Args:
-            model: What the training loop calls: the compiled or wrapped one where there is one.
-
-        Returns:
-            Its ``remove()`` ends this.
-
-        Raises:
-            TypeError: ``model`` is not a module.
-            ValueError: The optimizer trains none of its parameters, or it is attached already.
-
-        Example:
-            >>> import torch, bayesrule as br
-            >>> model = torch.nn.Linear(2, 1)
-            >>> opt = br.IVON(model.parameters(), lr=0.1, ess=100)
-            >>> hooks = opt.attach(model)
-            >>> model(torch.ones(2)).square().sum().backward()
-            >>> opt.step()
-        """
-        return attach(self, model)
-
-    def wanted_draws(self) -> int:
-        """How many draws make one look; 0 for an algorithm that does not draw."""
-        return max(self.rule(group).expectation.draws for group in self.param_groups)
-
-    @property
-    def climbs(self) -> bool:
-        """Whether a first look only says where to look, so that a step needs a closure."""
-        return any(self.rule(group).expectation.climbs for group in self.param_groups)
-
-    @property
-    def squares_examples(self) -> bool:
-        """Whether the gradient of every example is asked for."""
-        return any(self.rule(group).curvature.squares_examples for group in self.param_groups)
-
-    # Moving
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move q by what was looked at since the last step.
-
-        Args:
-            closure: Clears the gradients, runs forward and backward and returns the loss. It is called once for every draw
-                (``mc_samples``), each time at another sample.
-
-        Returns:
-            The closure's loss, averaged over the draws; None without a closure.
-
-        Raises:
-            RuntimeError: No parameter has a gradient.
-        """
-        loss = None
-        if closure is not None:
-            self._renew()
-            loss = evaluate(self, closure)
-        elif self.climbs:
-            raise TypeError(f"{type(self).__name__}.step() looks twice and needs a closure: {LOOKS_TWICE}")
-        self.draws.close()
-        self.draws.check()
-        self.draws.be_alone()
-        self._renew()
-        self.layout.follow()
-        taken, drawn = self.draws.looks.take(), self.draws.looks.begun
-        if taken is not None and not taken[0] and closure is not None and loss is None:
-            self.reminders.of_nothing()  # a host skips a batch so
-            taken = None
-        if taken is not None and not taken[0]:
-            self.draws.forget()
-            raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
-        if taken is not None and any(
-            group["lr"] for group in self.param_groups
-        ):  # torch.distributed.checkpoint begins the state by a step of none
-            self.reminders.of_draws(self.wanted_draws(), drawn, self.defaults.get("antithetic", False), self.workers.size)
-        self.reminders.of_lost(taken is None and drawn > 0, self.dropped_draws)
-        if taken is None:
-            self.execution.steps -= 1  # so that a run that goes on from its state is compiled from the same step on
-        else:
-            params, how = taken
-            cells = self.layout.cells(params)
-            for cell in cells:
-                flats = how(cell)
-                cell.plot.put(flats["mean"], cell.only)
-            self.layout.count(params)
-            torch.clear_autocast_cache()
-            if drawn:
-                self.reminders.of_thawed(len(self.layout.left_out(params)))
-                for p in params:
-                    p.grad = None
-                if self.is_gaussian and self.execution.steps % CHECK_EVERY == 1:
-                    self.reminders.of_visibility(lambda: noise_visibility(self, None, below=2))
-            if self.execution.steps == CHECK_EVERY and self.workers.active:
-                self.reminders.of_idle(*self.layout.idle(), CHECK_EVERY)
-        self.draws.forget()
-        self._ready = False
-        return loss
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """A GradScaler asks before it decides whether to skip the step: either way the draw is over, and the mean returns."""
-        if self.draws.is_automatic:
-            self.draws.close()
-        self.workers.allow_scaling(self.draws.looks.shown)
-        return False
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; what a closed draw left there is read first, and not lost."""
-        self.draws.cleared()
-        super().zero_grad(set_to_none)
-
-    # q in pieces
-
-    def _renew(self) -> None:
-        """Before the first draw of a step: hyper-parameters may have changed, and it may be time to compile."""
-        if not self.draws.looks.begun:
-            if not self._ready:
-                self._ready = True
-                self.execution.advance(lambda: sum(p.numel() for p in self.layout.trainable()))
-            self.layout.renew(self.execution.limit)
-
-    def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]:
-        """The q and the prior of a cell, from what is kept for it."""
-        ess, pull = group.get("ess", 1.0), group["weight_decay"]
-        if "prior_precision" in flats:
-            pull = flats["prior_precision"] / ess
-        return self.family(group, flats["mean"], flats.get("hess"), pull), Diagonal(flats.get("prior_mean", 0.0), 0.0, pull, ess)
-
-    def blocks(self, group: Mapping[str, Any], old: Any, new: Any) -> Flats:
-        """What is kept of a cell after a step: the mean, which parameters hold, and the curvature."""
-        return {"mean": new.mean, "hess": new.hess}
-
-    def like_state(self, param: Tensor) -> Tensor:
-        """Zeros shaped like a parameter, in the dtype of its state."""
-        return param.new_zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32))
-
-    # The posterior
-
-    def posterior(self, model: nn.Module, num_data: int | None = None) -> Posterior:
-        """What was learned, by the model's parameter names; see :meth:`bayesrule.Posterior.from_optimizer`."""
-        self.draws.interrupt()
-        return learned(self, model, num_data)
-
-    def noise_visibility(self, dtype: torch.dtype | None = None) -> dict[str, float]:
-        """The fraction of each parameter's elements whose spread is at least half a place of the mean, by name or number.
-
-        Where it is low, a draw in that dtype is mostly rounding: by chance, so that nothing becomes biased, but noisier than q.
-
-        Args:
-            dtype: In which parameters are held, to ask before they are; None is their own, or that of FSDP2's
-                ``MixedPrecisionPolicy``.
-        """
-        return noise_visibility(self, dtype)
-
-    # Groups and checkpoints
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what it does not set it takes from the defaults."""
-        super().add_param_group(param_group)
-        try:
-            self._check(len(self.param_groups) - 1)
-        except Exception:
-            self.param_groups.pop()
-            raise
-
-    def _check(self, number: int) -> None:
-        group = self.param_groups[number]
-        validate(type(self).__name__, number, group, self.ranges)
-        if any(p.is_complex() for p in group["params"]):
-            raise TypeError(f"{type(self).__name__}: parameter group {number} has complex parameters; split them into real ones")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of q at the mean: an open draw is closed first."""
-        self.draws.interrupt()
-        return super().state_dict()
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state, exactly; tensors keep the precision they were saved in.
-
-        Raises:
-            ValueError: It is the state of another optimizer, or a hyper-parameter in it is outside its range.
-        """
-        check(self, state_dict)
-        self.draws.discard()
-        super().load_state_dict(state_dict)
-        restore(self, state_dict)
-        self.execution.resume(max((int(state["step"]) for state in self.state.values() if "step" in state), default=0))
+        return float(group.get("hess_init", 0.0))
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.draws.looks.begun or self.draws.is_training:
-            raise RuntimeError(f"{type(self).__name__} cannot be copied between a draw and its step(); copy it after the step")
-        self.draws.close()
-        kept = {"noise": self.draws.injected and self.draws.injected.function, "compile": self.execution.compile}
-        together = {"sync": self.workers.sync, "noise_per_rank": self.workers.noise_per_rank}
-        return {**super().__getstate__(), **kept, **together, "frugal": self.frugal}
+        return {**super().__getstate__(), **({"rule": self._rule} if type(self) is BayesOptimizer else {})}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "compile" in state:  # a copy; load_state_dict brings groups and state alone
-            self.frugal = state.pop("frugal")
-            self._prepare(*(state.pop(name) for name in ("noise", "compile", "sync", "noise_per_rank")))
-        else:
-            self.draws.forget()
-            self.layout.forget()
+        if "rule" in state:
+            self._fill(state.pop("rule"))
         super().__setstate__(state)
-
-    def _why(self, drawn: int) -> str:
-        late = ""
-        if self.workers.active and not self.workers.sharded:
-            late = "; if the model was sharded (fully_shard) after this optimizer was made, make the optimizer after it"
-        drew = "a draw was opened, but backward() did not run in it or reached no parameter of this optimizer"
-        return (drew if drawn else "call backward() before step(), on a loss that depends on this optimizer's parameters") + late

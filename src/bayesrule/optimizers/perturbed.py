@@ -143,7 +143,7 @@ class Vadam(_Perturbed):
             seed=seed,
             noise_scale=1,
         )
-        super().__init__(
+        self._set_up(
             params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
         )
 
@@ -226,7 +226,7 @@ class Vprop(_Perturbed):
             seed=seed,
             noise_scale=1,
         )
-        super().__init__(
+        self._set_up(
             params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
         )
 

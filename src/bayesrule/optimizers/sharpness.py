@@ -98,7 +98,7 @@ class SAM(BayesOptimizer):
         compile: Compile = "auto",
     ) -> None:
         defaults = dict(lr=lr, momentum=momentum, rho=rho, weight_decay=weight_decay, m_sharpness=m_sharpness)
-        super().__init__(params, defaults, sync=sync, compile=compile)
+        self._set_up(params, defaults, sync=sync, compile=compile)
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         ball = HeavyBall(group["momentum"]) if not equal(group["momentum"], 0.0) else NoInertia()
@@ -206,7 +206,7 @@ class BSAM(BayesOptimizer):
             seed=seed,
             noise_scale=1,
         )
-        super().__init__(params, defaults, prior=prior, noise=noise, compile=compile, sync=sync)
+        self._set_up(params, defaults, prior=prior, noise=noise, compile=compile, sync=sync)
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         spreads = group["noise_scale"] and not equal(group["ess"], math.inf)

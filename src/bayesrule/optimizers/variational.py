@@ -155,7 +155,7 @@ class IVON(BayesOptimizer):
             noise_scale=1,
             momentum_dtype=momentum_dtype,
         )
-        super().__init__(
+        self._set_up(
             params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
         )
 
