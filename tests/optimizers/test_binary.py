@@ -6,50 +6,9 @@ import math
 
 import pytest
 import torch
-from tests.optimizers.published import Published, published
 from torch import nn
 
 import bayesrule as br
-
-CASES = {name: (case, problem) for name, case, problem in published("bayesbinn")}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_same_natural_parameters_and_momentum_as_the_published_code(name):
-    walk = Published(name, *CASES[name])
-    hyper, reweight = walk.hyper, walk.hyper["reweight"]
-    optimizer = br.BayesBiNN(
-        walk.params.values(),
-        lr=hyper["lr"] * reweight,
-        ess=hyper["train_set_size"] / reweight,
-        beta=hyper["betas"],
-        mc_samples=hyper["num_samples"],
-        temperature=hyper["temperature"],
-        prior_natural=hyper.get("prior_lamda", 0.0),
-        noise=walk.noise,
-        compat=True,
-    )
-    with torch.no_grad():
-        for key, p in walk.params.items():
-            optimizer.state[p]["natural"] = walk.tensor(walk.case["lambda_init"][key])
-            p.copy_(optimizer.state[p]["natural"].tanh())
-    for number, step in enumerate(walk.steps):
-        for sample in step["samples"]:
-            if "u" in sample:
-                walk.hand(sample["u"])
-            with optimizer.sampled_params(train=True):
-                walk.check_params(sample["w"])
-                walk.losses(walk.rows(number)).mean().backward()
-        optimizer.step()
-        for key, p in walk.params.items():
-            walk.check(optimizer.state[p]["natural"], step["after"]["lambda"][key])
-            walk.check(reweight * optimizer.state[p]["momentum"], step["after"]["momentum"][key])
-            if hyper["num_samples"]:
-                walk.check(p, step["after"]["mu_as_stored"][key])
-
-
-def test_all_published_cases_are_here():
-    assert len(CASES) == 5
 
 
 def weights(*values: float) -> nn.Parameter:

@@ -6,71 +6,9 @@ import math
 
 import pytest
 import torch
-from tests.optimizers.published import Published, published
 from torch import nn
 
 import bayesrule as br
-
-CASES = {name: (case, problem) for name, case, problem in published("vogn")}
-
-
-def of_2018(walk: Published) -> br.VOGN:
-    """Total scaling: P = N (s + delta); the mean moves by the new precision."""
-    hyper, ess = walk.hyper, walk.hyper["train_set_size"]
-    decay = hyper["prior_prec"] / ess
-    return br.VOGN(
-        walk.params.values(),
-        hyper["lr"],
-        ess,
-        betas=(0.0, hyper["beta"]),
-        weight_decay=decay,
-        hess_init=hyper["prec_init"] / ess - decay,
-        mc_samples=hyper["num_samples"],
-        noise=walk.noise,
-    )
-
-
-def of_2024(walk: Published) -> br.VOGN:
-    """A temperature T: s + delta is T over the published variance, ess is N / T, both rates are T times the published."""
-    hyper, T = walk.hyper, walk.hyper["temperature"]
-    decay = hyper["prior_precision"] / hyper["data_size"]
-    return br.VOGN(
-        walk.params.values(),
-        hyper["lr"] * T,
-        hyper["data_size"] / T,
-        betas=(hyper["momentum_grad"], 1 - T * (1 - hyper["momentum_hess"])),
-        weight_decay=decay,
-        hess_init=T / hyper["std_init"] ** 2 - decay,
-        damping=hyper["dampening"],
-        debias=False,
-        mean_precision="old",
-        mc_samples=hyper["mc_samples"],
-        noise=walk.noise,
-    )
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_same_mean_precision_and_momentum_as_the_published_code(name):
-    walk = Published(name, *CASES[name])
-    old = "train_set_size" in walk.hyper
-    optimizer = (of_2018 if old else of_2024)(walk)
-    group = optimizer.param_groups[0]
-    for number, step in enumerate(walk.steps):
-        walk.hand(*(sample["eps"] for sample in step["samples"]))
-        loss = optimizer.step(lambda number=number: walk.losses(walk.rows(number)))
-        walk.check(loss, sum(sample["loss"] for sample in step["samples"]) / len(step["samples"]))
-        walk.check_params(step["after"]["mean" if old else "params"])
-        for key, p in walk.params.items():
-            metric = optimizer.state[p]["hess"] + group["weight_decay"]
-            if old:
-                walk.check(group["ess"] * metric, step["after"]["precision"][key])
-            else:
-                walk.check((walk.hyper["temperature"] / metric).log() / 2, step["after"]["log_std"][key])
-                walk.check(optimizer.state[p]["momentum"], step["after"]["momentum_grad"][key])
-
-
-def test_all_published_cases_are_here():
-    assert len(CASES) == 4
 
 
 class Network(nn.Module):

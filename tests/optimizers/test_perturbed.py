@@ -6,49 +6,9 @@ import math
 
 import pytest
 import torch
-from tests.optimizers.published import Published, published
 from torch import nn
 
 import bayesrule as br
-
-CASES = {name: (case, problem) for name, case, problem in published("vadam")}
-
-
-def ours(walk: Published) -> br.BayesOptimizer:
-    """The optimizer of a case, in our names."""
-    hyper, ess = walk.hyper, walk.hyper["train_set_size"]
-    settings = dict(
-        lr=hyper["lr"],
-        ess=ess,
-        weight_decay=hyper["prior_prec"] / ess,
-        hess_init=(hyper["prec_init"] - hyper["prior_prec"]) / ess,
-        noise=walk.noise,
-    )
-    if "beta" in hyper:
-        return br.Vprop(walk.params.values(), alpha=hyper["beta"], **settings)
-    return br.Vadam(walk.params.values(), betas=tuple(hyper["betas"]), **settings)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_same_weights_and_averages_as_the_published_code(name):
-    walk = Published(name, *CASES[name])
-    optimizer = ours(walk)
-    for number, step in enumerate(walk.steps):
-        for sample in step["samples"]:
-            walk.hand(sample["eps"])
-            with optimizer.sampled_params(train=True):
-                walk.check_params(sample["theta"])
-                walk.losses(walk.rows(number)).mean().backward()
-        optimizer.step()
-        walk.check_params(step["after"]["params"])
-        for key, p in walk.params.items():
-            walk.check(optimizer.state[p][optimizer.names.hess], step["after"]["exp_avg_sq"][key])
-            if "exp_avg" in step["after"]:
-                walk.check(optimizer.state[p]["exp_avg"], step["after"]["exp_avg"][key])
-
-
-def test_all_published_cases_are_here():
-    assert len(CASES) == 6
 
 
 @pytest.mark.parametrize("make", [br.Vadam, br.Vprop])

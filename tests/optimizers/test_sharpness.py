@@ -6,60 +6,9 @@ import math
 
 import pytest
 import torch
-from tests.optimizers.published import Published, published
 from torch import nn
 
 import bayesrule as br
-
-CASES = {name: (case, problem) for name, case, problem in published("sam", "bsam")}
-
-
-def ours(walk: Published) -> br.BayesOptimizer:
-    """The optimizer of a case, in our names."""
-    hyper, params = walk.hyper, walk.params.values()
-    shared = dict(lr=hyper["learningrate"], rho=hyper.get("rho", 0.0), m_sharpness=hyper.get("msharpness", 1))
-    if "Ndata" not in hyper:
-        return br.SAM(params, momentum=hyper["momentum"], weight_decay=hyper["wdecay"], **shared)
-    return br.BSAM(
-        params,
-        ess=hyper["Ndata"],
-        betas=(hyper["beta1"], hyper["beta2"]),
-        weight_decay=hyper["wdecay"],
-        damping=hyper["damping"],
-        hess_init=hyper["s_init"] - hyper["wdecay"],
-        noise=walk.noise,
-        **shared,
-    )
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_same_weights_momentum_and_precision_as_the_published_code(name):
-    walk = Published(name, *CASES[name])
-    optimizer = ours(walk)
-    for number, step in enumerate(walk.steps):
-        parts = step.get("sub_batches", [walk.rows(number)])
-        for group in optimizer.param_groups:
-            group["lr"] = walk.hyper["learningrate"] * step["lr_factor"]
-        walk.hand(*step.get("eps", ()))
-
-        def closure(part: int = 0, parts=parts) -> torch.Tensor:
-            optimizer.zero_grad()
-            loss = walk.losses(parts[part]).mean()
-            loss.backward()
-            return loss
-
-        loss = optimizer.step(closure)
-        walk.check(loss, step["loss_at_perturbed"])
-        walk.check_params(step["after"]["params"])
-        for key, p in walk.params.items():
-            state = optimizer.state[p]
-            walk.check(state[optimizer.names.memory], step["after"]["momentum"][key])
-            if "s" in step["after"]:
-                walk.check(state["hess"] + walk.hyper["wdecay"], step["after"]["s"][key])
-
-
-def test_all_published_cases_are_here():
-    assert len(CASES) == 5 + 5
 
 
 def climbing(w: nn.Parameter, optimizer: br.BayesOptimizer, loss=lambda w: w.pow(4).sum()):

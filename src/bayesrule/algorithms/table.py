@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import inference_rows, optimizer_rows
+from . import inference_rows, optimizer_rows, published_rows
 
-ROWS = [*optimizer_rows.ROWS, *inference_rows.ROWS]
+ROWS = [*optimizer_rows.ROWS, *published_rows.ROWS, *inference_rows.ROWS]
 
 
 def table() -> list[dict[str, Any]]:

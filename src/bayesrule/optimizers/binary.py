@@ -171,7 +171,7 @@ class BayesBiNN(_Binary):
         return self.member(group, flats["hess"], flats["mean"]), Signs(group["prior_natural"])
 
     def blocks(self, group: Mapping[str, Any], old: Any, new: Any) -> Flats:
-        mean = old.from_natural(old.natural()).mean if group["compat"] and group["mc_samples"] else new.mean
+        mean = old.natural().tanh() if group["compat"] and group["mc_samples"] else new.mean
         return {"mean": mean, "hess": new.natural_parameter}
 
 
