@@ -18,7 +18,7 @@ def weights(*values: float) -> nn.Parameter:
 class TestBayesBiNN:
     def test_a_linear_loss_has_its_posterior_after_one_step_from_anywhere(self):
         w, a = weights(1.0, -2.0, 0.5), torch.tensor([0.3, -0.1, 0.02], dtype=torch.float64)
-        optimizer = br.BayesBiNN([w], lr=1.0, ess=10.0, mc_samples=0, natural_init=2.0, prior_natural=0.25)
+        optimizer = br.BayesBiNN([w], lr=10.0, ess=10.0, mc_samples=0, natural_init=2.0, prior_natural=0.25)
         (w @ a).backward()
         optimizer.step()
         torch.testing.assert_close(optimizer.state[w]["natural"], 0.25 - 10 * a)
@@ -76,7 +76,7 @@ class TestBayesBiNN:
 
     def test_a_run_goes_on_from_its_state_bit_by_bit(self):
         def make(w):
-            return br.BayesBiNN([w], lr=1e-3, ess=100.0, beta=0.9, natural_init=1.0, temperature=0.5)
+            return br.BayesBiNN([w], lr=0.1, ess=100.0, beta=0.9, natural_init=1.0, temperature=0.5)
 
         def walk(w, optimizer, steps):
             for _ in range(steps):

@@ -56,7 +56,7 @@ MODES = table(
     ("ogn", br.OGN, dict(lr=0.1, ess=500.0, weight_decay=1e-3, damping=0.01)),
     ("composed", br.BayesOptimizer, dict(rule=COMPOSED, lr=0.1, ess=500.0, weight_decay=1e-3)),
     ("ste", br.STE, dict(lr=0.01, weight_decay=1e-3)),
-    ("bayesbinn", br.BayesBiNN, dict(lr=1e-5, ess=500.0, beta=0.9, natural_init=1.0, temperature=0.5)),
+    ("bayesbinn", br.BayesBiNN, dict(lr=5e-3, ess=500.0, beta=0.9, natural_init=1.0, temperature=0.5)),
     default=("sgd-momentum", "adamw", "ivon", "ivon-low"),
 )
 

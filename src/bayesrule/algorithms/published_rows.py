@@ -114,11 +114,11 @@ def _sam(t: Trajectory) -> BayesOptimizer:
 
 
 def _bayesbinn(t: Trajectory) -> BayesBiNN:
-    """A ``reweight`` r of the prior: ess = N / r, and lr r times the published."""
+    """A ``reweight`` r of the prior: ess = N / r, and lr N times the published."""
     hyper = t.hyper
     optimizer = BayesBiNN(
         t.params.values(),
-        lr=hyper["lr"] * hyper["reweight"],
+        lr=hyper["lr"] * hyper["train_set_size"],
         ess=hyper["train_set_size"] / hyper["reweight"],
         beta=hyper["betas"],
         mc_samples=hyper["num_samples"],
@@ -276,5 +276,5 @@ ROWS = [
         _ste_twin,
         "Meng et al. 2020, sec. 3",
     ),
-    _published(BayesBiNN, "bayesbinn", "bayesbinn", "lr", "Meng et al. 2020, alg. 1", lr=1.0, ess=1.0),
+    _published(BayesBiNN, "bayesbinn", "bayesbinn", "lr / ess", "Meng et al. 2020, alg. 1", lr=1.0, ess=1.0),
 ]

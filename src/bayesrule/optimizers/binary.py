@@ -66,7 +66,8 @@ class BayesBiNN(_Binary):
         w = \tanh((\lambda + d) / \tau), \quad d = \tfrac12 \log\tfrac{u}{1-u}, \qquad
         G = \text{ess}\; \frac{1 - w^2}{\tau (1 - \mu^2)}\, g(w), \quad \mu = \tanh \lambda
 
-        v \leftarrow \beta v + (1 - \beta) (G + \lambda - \lambda_0), \qquad \lambda \leftarrow \lambda - \alpha\, \hat v
+        v \leftarrow \beta v + (1 - \beta) (G + \lambda - \lambda_0), \qquad
+        \lambda \leftarrow \lambda - \tfrac{\alpha}{\text{ess}}\, \hat v
 
     As an instance of the rule: Signs · Relaxed · Zero · Natural, with momentum over the whole step. The straight-through
     estimator, :class:`bayesrule.STE`, is its limit without noise and without the scale of the gradient.
@@ -76,9 +77,9 @@ class BayesBiNN(_Binary):
 
     Args:
         params: Parameters or groups. Only the sign that they have at first counts.
-        lr: Learning rate alpha, >= 0; ess times smaller than elsewhere: 1e-3 / ess to 1 / ess.
-        ess: Effective sample size, > 0, in examples. N / r is the published ``reweight`` r with N examples, if lr is r times
-            the published.
+        lr: Learning rate alpha, >= 0, for the gradient of the mean loss: ess times the published one. ess is the rate 1 of the
+            rule.
+        ess: Effective sample size, > 0, in examples. N / r is the published ``reweight`` r with N examples.
         beta: Of the momentum, in [0, 1).
         mc_samples: Draws that ``step(closure)`` takes; 0 looks at the mean instead.
         temperature: tau, > 0. Small is nearer to binary weights, and noisier.
@@ -96,7 +97,7 @@ class BayesBiNN(_Binary):
     Example:
         >>> import torch
         >>> w = torch.nn.Parameter(torch.tensor([0.3, -0.2]))
-        >>> opt = BayesBiNN([w], lr=1e-3, ess=100, natural_init=1.0)
+        >>> opt = BayesBiNN([w], lr=0.1, ess=100, natural_init=1.0)
         >>> for _ in range(300):
         ...     with opt.sampled_params(train=True):
         ...         (w @ torch.tensor([1.0, -1.0])).backward()
@@ -159,7 +160,7 @@ class BayesBiNN(_Binary):
         return BayesRule(expectation, Zero(), Natural(), Momentum(group["beta"], over="step"))
 
     def rates(self, group: Mapping[str, Any], step: Any) -> Rates:
-        return Rates(group["lr"], group["lr"], step)
+        return Rates(group["lr"] / group["ess"], 0.0, step)
 
     def begin(self, group: Mapping[str, Any], weights: Tensor) -> Tensor:
         return signs(weights) * group["natural_init"]

@@ -48,6 +48,12 @@ MOVES = ("move", "move_blindly", "move_on_average")
 SHARED: WeakKeyDictionary[type, dict[Any, Program]] = WeakKeyDictionary()
 """The programs of every class of optimizers, so that a second optimizer of a kind need not compile."""
 
+
+def recorded_by(kind: type) -> dict[Any, Program]:
+    """The programs of a class of optimizers."""
+    return SHARED.setdefault(kind, {})
+
+
 THEN = "then "
 """Before the names of numbers as they were when a draw was made whose offset is made again."""
 

@@ -28,7 +28,7 @@ from .checkpoints import check, restore
 from .closures import evaluate
 from .draws import LOOKS_TWICE, Draws
 from .examples import Examples
-from .execution import SHARED, Compile, Execution, Flats
+from .execution import Compile, Execution, Flats, recorded_by
 from .hyperparameters import Allowed, check_arguments, validate
 from .injection import Injected
 from .learned import adopt, learned
@@ -82,7 +82,7 @@ class Shell(Optimizer, ABC):
     @property
     def recorded(self) -> dict[Any, Program]:
         """The programs of all optimizers with the same slots."""
-        return SHARED.setdefault(type(self), {})
+        return recorded_by(type(self))
 
     # What a subclass fills in
 

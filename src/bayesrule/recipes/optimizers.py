@@ -29,7 +29,8 @@ class Choice:
         title: The name in print.
         kind: The class.
         settings: Defaults where they differ from the class's own; ``ess`` counts in training sets.
-        variational: Whether it learns a posterior: it then takes the seed of its draws and leaves the posterior behind.
+        variational: Whether it leaves a posterior behind.
+        binary: Whether weights become -1 and 1: those of layers, while what has less than two dimensions stays as it is.
         fixed: Arguments that are no settings.
     """
 
@@ -37,14 +38,18 @@ class Choice:
     kind: type[Optimizer]
     settings: Mapping[str, Any]
     variational: bool = False
+    binary: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> list[str]:
         """The names of all settings; ``betas`` is the two settings beta1 and beta2."""
-        names = list(inspect.signature(self.kind).parameters)
-        betas = ["beta1", "beta2"] if "betas" in names else []
-        return [*(name for name in names if name not in RESERVED), *betas]
+        betas = ["beta1", "beta2"] if "betas" in self._arguments else []
+        return [*(name for name in self._arguments if name not in RESERVED), *betas]
+
+    @property
+    def _arguments(self) -> list[str]:
+        return list(inspect.signature(self.kind).parameters)
 
     def make(self, model: nn.Module, settings: Mapping[str, Any], seed: int = 0) -> Optimizer:
         """The optimizer of a model's parameters.
@@ -56,11 +61,16 @@ class Choice:
         if "beta1" in self.options:
             default = inspect.signature(self.kind).parameters["betas"].default
             given["betas"] = (settings.get("beta1", default[0]), settings.get("beta2", default[1]))
-        if self.variational:
+        if "seed" in self._arguments:
             given["seed"] = seed
+        params = list(model.parameters())
+        if self.binary:
+            for p in params:
+                p.requires_grad_(p.dim() > 1)
+            params = [p for p in params if p.requires_grad]
         kind: Any = self.kind
         try:
-            return kind(model.parameters(), **given, **self.fixed)
+            return kind(params, **given, **self.fixed)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{self.title} does not take {dict(settings)}: {error}") from error
         except ValueError as error:
@@ -71,6 +81,13 @@ class Choice:
 SGD = {"lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999}
 IVON = {"lr": 0.2, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "beta2": 0.99999}
+VON = {"lr": 0.1, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "beta2": 0.99999}
+VOGN = {"lr": 0.1, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "damping": 0.01, "beta2": 0.99}
+VADAM = {"lr": 2e-3, "ess": 1e4, "weight_decay": 1e-4, "beta2": 0.999}
+VPROP = {"lr": 1e-3, "ess": 1e4, "weight_decay": 1e-4, "alpha": 0.99}
+BSAM = {"lr": 0.5, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-3, "rho": 0.01, "damping": 0.01, "beta2": 0.999}
+STE = {"lr": 1e-3, "clip": 1.0}
+BAYESBINN = {"lr": 1.0, "ess": 1.0, "natural_init": 1.0, "temperature": 0.1}
 
 OPTIMIZERS: dict[str, Choice] = {
     "sgd": Choice("SGD", br.SGD, SGD),
@@ -78,6 +95,15 @@ OPTIMIZERS: dict[str, Choice] = {
     "adam": Choice("Adam", br.Adam, {"lr": 1e-3, "beta2": 0.999}),
     "adamw": Choice("AdamW", br.AdamW, ADAMW),
     "ivon": Choice("IVON", br.IVON, IVON, variational=True),
+    "von": Choice("VON", br.VON, VON, variational=True),
+    "ogn": Choice("OGN", br.OGN, VOGN, variational=True),
+    "vogn": Choice("VOGN", br.VOGN, VOGN, variational=True),
+    "vadam": Choice("Vadam", br.Vadam, VADAM, variational=True),
+    "vprop": Choice("Vprop", br.Vprop, VPROP, variational=True),
+    "sam": Choice("SAM", br.SAM, {**SGD, "rho": 0.05}),
+    "bsam": Choice("BSAM", br.BSAM, BSAM, variational=True),
+    "ste": Choice("STE", br.STE, STE, binary=True),
+    "bayesbinn": Choice("BayesBiNN", br.BayesBiNN, BAYESBINN, binary=True),
     # torch's own, to compare with
     "torch-sgd": Choice("SGD", torch.optim.SGD, SGD),
     "torch-adamw": Choice("AdamW", torch.optim.AdamW, ADAMW, fixed={"fused": True}),

@@ -75,7 +75,14 @@ class Training:
         self.schedule, self.augment = SCHEDULES[schedule], augmentation(augment)
         self.bf16, self.patience, self.workers = bf16, patience, workers
         self.device = next(model.parameters()).device
-        self.variational = "ess" in optimizer.defaults
+        self.variational = "ess" in optimizer.defaults and getattr(optimizer, "is_gaussian", False)
+        self.by_example = bool(getattr(optimizer, "squares_examples", False))
+        if self.by_example and has_batch_norm(model):
+            raise ValueError(
+                f"{type(optimizer).__name__} needs the loss of every example by itself, which batch norm mixes; take another model"
+            )
+        if self.by_example and workers.size > 1:
+            raise ValueError(f"{type(optimizer).__name__} runs in one process here, and these are {workers.size}")
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.done = 0  # steps
         self.history: list[dict[str, Any]] = []
@@ -138,10 +145,15 @@ class Training:
         if not self.workers.is_first:  # which draws as if it were alone
             torch.manual_seed(self.workers.seed(self.seed, self.done))
 
-        def closure() -> Tensor:
+        parts = self.optimizer.param_groups[0].get("m_sharpness", 1)
+
+        def closure(part: int = 0) -> Tensor:
             self.optimizer.zero_grad()
+            x, y = inputs.tensor_split(parts)[part], labels.tensor_split(parts)[part]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = F.cross_entropy(self.model(inputs), labels)
+                loss = F.cross_entropy(self.model(x), y, reduction="none" if self.by_example else "mean")
+            if self.by_example:
+                return loss
             loss = loss if weight == 1 else loss * weight
             loss.backward()
             self.workers.average(self.model.parameters())
