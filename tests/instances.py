@@ -88,6 +88,9 @@ ALGORITHMS = [
     Algorithm("ivon-pairs", br.IVON, dict(SMALL_IVON, mc_samples=2, antithetic=True), "variational"),
     Algorithm("ivon-clipped", br.IVON, dict(SMALL_IVON, clip_radius=0.1, debias=False), "variational"),
     Algorithm("ivon-unscaled", br.IVON, dict(SMALL_IVON, lr=0.2, rescale_lr=False), "variational"),
+    Algorithm("von", br.VON, dict(lr=0.05, ess=50.0, hess_init=0.5, betas=(0.9, 0.999), weight_decay=0.01), "variational"),
+    Algorithm("vadam", br.Vadam, dict(lr=0.05, ess=500.0, hess_init=0.1, betas=(0.9, 0.9), weight_decay=0.01), "variational"),
+    Algorithm("vprop", br.Vprop, dict(lr=0.05, ess=500.0, hess_init=0.1, alpha=0.9, weight_decay=0.01), "variational"),
 ]
 
 TWINS = [a for a in ALGORITHMS if a.twin is not None]

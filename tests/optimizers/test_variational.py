@@ -581,5 +581,5 @@ def test_posterior_precision_is_ess_times_curvature_plus_decay(algorithm):
     optimizer = algorithm(problem.parameters())
     train(problem, optimizer, 3)
     group = optimizer.param_groups[0]
-    expected = group["ess"] * (state(optimizer, "hess") + group["weight_decay"])
+    expected = group["ess"] * (state(optimizer, optimizer.names.hess) + group["weight_decay"])
     torch.testing.assert_close(flat(optimizer.posterior(problem).precision.values()), expected, rtol=1e-14, atol=0)
