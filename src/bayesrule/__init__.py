@@ -33,6 +33,7 @@ _HOMES = {
     "optimizers.online_newton": "OGN VOGN VON",
     "optimizers.sharpness": "BSAM SAM",
     "optimizers.binary": "STE BayesBiNN",
+    "optimizers.eigenspace": "EVON",
     "families.signs": "HardSigns Signs",
     "estimators.relaxed": "Relaxed",
     "estimators.adversarial": "Adversarial Magnitude",

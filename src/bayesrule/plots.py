@@ -228,8 +228,11 @@ class Plot:
         self.owners[name] = [state[name] for state in states]
 
 
-def plots(params: Sequence[tuple[int, Tensor]], scratch: Scratch, limit: int) -> list[Plot]:
-    """Deal parameters, each with its noise address, into plots of one dtype and device."""
+def plots(params: Sequence[tuple[int, Tensor]], scratch: Scratch, limit: int, apart: bool = False) -> list[Plot]:
+    """Deal parameters, each with its noise address, into plots of one dtype and device; or each into one of its own."""
+    if apart:
+        whole = max(2 * BLOCK, *(2 * whole_blocks(p.numel()) for _, p in params), limit)
+        return [plot for member in params for plot in plots([member], scratch, whole)]
     kinds: dict[Any, list[tuple[int, Tensor]]] = {}
     for start, p in params:
         kinds.setdefault((p.dtype, p.device), []).append((start + beginning(p), p))

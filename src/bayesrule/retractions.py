@@ -55,10 +55,12 @@ class MeanAndPrecision(Retraction):
 
 class _Preconditioned(MeanAndPrecision):
     clip_radius: float
+    eps: float
     mean_precision: Literal["new", "old"]
 
     def slope(self, old: Gaussian, new: Gaussian, prior: Gaussian, look: Look, rates: Rates) -> Point:
         by = new if self.mean_precision == "new" else old
+        by = by if equal(self.eps, 0.0) else by.moved(hess=by.hess + self.eps)
         slope = by.precondition(look.gradient + old.prior_gradient(prior))
         return slope if equal(self.clip_radius, math.inf) else slope.clamp(-self.clip_radius, self.clip_radius)
 
@@ -75,10 +77,12 @@ class Additive(_Preconditioned):
     Args:
         clip_radius: Bound on each element of the preconditioned gradient, before the rate.
         mean_precision: Whether the new or the old precision moves the mean.
+        eps: Added to the metric where it divides.
     """
 
     clip_radius: float = math.inf
     mean_precision: Literal["new", "old"] = "new"
+    eps: float = 0.0
 
     def precision(self, q: Gaussian, curvature: Any, rho: Any) -> Gaussian:
         return q.moved(hess=lerp(q.hess, curvature, rho))
@@ -97,15 +101,22 @@ class Riemannian(_Preconditioned):
     Args:
         clip_radius: Bound on each element of the preconditioned gradient, before the rate.
         mean_precision: Whether the new or the old precision moves the mean; "new" in IVON, "old" in the source.
+        eps: Added to the metric where it divides.
+        curvature_ratio: Bound on the curvature, in units of h; inf is none.
 
     Source: W. Lin, M. Schmidt and M. E. Khan (2020), arXiv:2002.10060.
     """
 
     clip_radius: float = math.inf
     mean_precision: Literal["new", "old"] = "new"
+    eps: float = 0.0
+    curvature_ratio: float = math.inf
 
     def precision(self, q: Gaussian, curvature: Any, rho: Any) -> Gaussian:
-        correction = q.sandwich(curvature - q.hess)
+        damped = q if equal(self.eps, 0.0) else q.moved(hess=q.hess + self.eps)
+        if not equal(self.curvature_ratio, math.inf):
+            curvature = ((curvature / damped.hess).clamp(-self.curvature_ratio, self.curvature_ratio)) * damped.hess
+        correction = damped.sandwich(curvature - q.hess)
         return q.moved(hess=axpy(lerp(q.hess, curvature, rho), correction, 0.5 * rho**2))
 
 

@@ -293,10 +293,15 @@ class BayesRule:
 
     def move(self, q: Any, prior: Any, look: Look, rates: Rates, memory: Point | None = None) -> tuple[Any, Point | None]:
         """Take the step; return the new q and what is to be remembered. q is to be written under the prior."""
+        q, direction, memory = self.head(q, prior, look, rates, memory)
+        return self.retraction.along(q, direction, rates), memory
+
+    def head(self, q: Any, prior: Any, look: Look, rates: Rates, memory: Point | None = None) -> tuple[Any, Point, Point | None]:
+        """The first half of :meth:`move`: q with its precision moved, where the rest of it is to go, and the memory."""
         look, prior, memory = self.momentum.of_look(q, prior, look, memory, rates.step)
         q, direction = self.retraction.direction(q, prior, look, rates)
         direction, memory = self.momentum.of_direction(direction, memory, rates.step)
-        return self.retraction.along(q, direction, rates), memory
+        return q, direction, memory
 
     def step(self, q: Any, prior: Any, loss: Callable[[Point], Oracle], rate: float = 1.0, noise: Noise | None = None) -> Any:
         """Look and move once with alpha = rho = rate, remembering nothing.

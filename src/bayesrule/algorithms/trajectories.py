@@ -12,6 +12,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..optimizers.optimizer import BayesOptimizer
 
+DRAWN = ("eps", "u", "eps_eigen")
+"""Under which names draws were published: unit normals, uniforms, unit normals in a basis."""
+
 
 @dataclass
 class Trajectory:
@@ -76,7 +79,7 @@ class Trajectory:
         first = optimizer.param_groups[0]["lr"]
         for number, step in enumerate(self.case["steps"]):
             optimizer.param_groups[0]["lr"] = first * step.get("lr_factor", 1.0)
-            drawn = step["eps"] if "eps" in step else [s.get("eps", s.get("u")) for s in step.get("samples", ())]
+            drawn = step["eps"] if "eps" in step else [next((s[d] for d in DRAWN if d in s), None) for s in step.get("samples", ())]
             self.waiting += [dict(draw) for draw in drawn if draw]
             yield step, optimizer.step(self.closure(optimizer, step.get("sub_batches", [self.rows(number)]), at_each))
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class _Binary(BayesOptimizer):
     """The natural parameter is the state, and the mean stands in the parameters."""
 
-    is_gaussian = False
+    is_diagonal = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters become binary: their signs are where they begin."""

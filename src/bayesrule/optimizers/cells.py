@@ -71,6 +71,7 @@ class Host(Protocol):
     def ranges(self) -> Mapping[str, Any]: ...
     def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
     def start(self, group: Mapping[str, Any]) -> float: ...
+    def at(self, group: Mapping[str, Any], step: int) -> dict[str, Any]: ...
     def like_state(self, param: Tensor) -> Tensor: ...
 
 
@@ -84,6 +85,7 @@ class Layout:
 
     def __init__(self, host: Host, name: str, scratch: Scratch) -> None:
         self.host, self.name, self.scratch, self.limit = host, name, scratch, BUCKET
+        self.apart = False  # whether every parameter has a plot of its own
         self._plots: dict[int, tuple[Any, list[Plot], list[Tensor]]] = {}  # by group
         self._stale: set[int] = set()  # groups whose plots may be dealt anew
         self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}  # by group: "step" of every parameter, and all in one
@@ -132,7 +134,7 @@ class Layout:
         params = {id(p): p for p in self._members(index)}
         states = {key: self.state(group, p) for key, p in params.items()}
         steps = dict(zip(states, self._steps(index, list(states.values())), strict=True))
-        rule, seed = self.host.rule(group), int(group.get("seed", 0))
+        seed = int(group.get("seed", 0))
         for plot in dealt:
             within = [states[id(p)] for p in plot.params]
             own = [steps[id(p)] if id(p) in chosen else -1 for p in plot.params]
@@ -141,11 +143,13 @@ class Layout:
                 known = (state for state, n in zip(within, own, strict=True) if n == step)
                 remembers = step > 0 and any(self.host.names.memory in state for state in known)
                 inputs = {**numbers, "done": step, "seed": seed}
+                now = self.host.at(group, step)
+                rule = self.host.rule(now)
                 kept = self._kept(group, rule, plot, within)
-                yield Cell(plot, dict(group), rule, inputs, (*structure, "prior_mean" in kept), kept, step, remembers, only)
+                yield Cell(plot, now, rule, inputs, (*structure, "prior_mean" in kept), kept, step, remembers, only)
         for key, p in params.items():
             if not here(p).numel():
-                self._keep_nothing(group, rule, p, states[key])
+                self._keep_nothing(group, self.host.rule(group), p, states[key])
 
     def _keep_nothing(self, group: Mapping[str, Any], rule: BayesRule, param: Tensor, state: dict[str, Any]) -> None:
         """The state of a parameter of which nothing lies here: a checkpoint wants the same names and dtypes on every process."""
@@ -189,7 +193,7 @@ class Layout:
             for _, p in wanted:
                 self._check(p)
             self.sharded = any(is_shared_out(p) for p in every)
-            self._plots[index] = key, plots(wanted, self.scratch, self.limit), [p for _, p in wanted if p.numel()]
+            self._plots[index] = key, plots(wanted, self.scratch, self.limit, self.apart), [p for _, p in wanted if p.numel()]
         return self._plots[index][1]
 
     def _check(self, param: Tensor) -> None:

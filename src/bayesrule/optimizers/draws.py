@@ -60,6 +60,7 @@ class Host(Protocol):
 
     @property
     def climbs(self) -> bool: ...
+    def looking(self, cell: Cell) -> Cell: ...
     def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Gaussian, Gaussian]: ...
 
 
@@ -277,7 +278,9 @@ class Draws:
         if again:  # from the numbers that made it, whatever has become of them
             cells = written.cells
         else:
-            cells = [(cell, self._numbers(cell, stream, draw)) for cell in self.host.layout.cells(params) if cell.draws]
+            found = self.host.layout.cells(params)
+            found = list(map(self.host.looking, found)) if stream == EVALUATE else found
+            cells = [(cell, self._numbers(cell, stream, draw)) for cell in found if cell.draws]
         written.cells, self._left = [], []
         self._open = written
         OPEN.add(self)
@@ -328,10 +331,10 @@ class Draws:
 
     def _write_injected(self, injected: Injected, cell: Cell, flats: Flats, stream: int, draw: int) -> None:
         q, _ = self.host.belief(cell.group, flats)
-        cell.plot.keep(flats["mean"], flats["offset"], cell.only)
         draw_of = cell.rule.expectation.sample if stream == EVALUATE else cell.rule.expectation.offset
         offset = draw_of(q, InjectedNoise(injected, cell.plot, stream), draw)
-        flats["mean"].add_(offset)
+        if offset is not None:
+            self.host.execution.shift(cell, flats, offset)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -28,7 +28,7 @@ class Learner(Protocol):
     @property
     def names(self) -> Names: ...
     @property
-    def is_gaussian(self) -> bool: ...
+    def is_diagonal(self) -> bool: ...
     def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
     def like_state(self, param: Tensor) -> Tensor: ...
 
@@ -36,7 +36,7 @@ class Learner(Protocol):
 def learned(optimizer: Learner, model: nn.Module, num_data: int | None) -> Posterior:
     """The posterior over the parameters that an optimizer trains, by the model's names."""
     name = type(optimizer).__name__
-    if "ess" not in optimizer.defaults or not optimizer.is_gaussian:
+    if "ess" not in optimizer.defaults or not optimizer.is_diagonal:
         raise TypeError(f"{name} learns no posterior; train with bayesrule.IVON, or take Posterior.point(model)")
     ess = sorted({float(group["ess"]) for group in optimizer.param_groups})
     if len(ess) > 1:

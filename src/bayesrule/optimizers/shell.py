@@ -23,7 +23,7 @@ from ..posterior import Posterior
 from ..program import Program
 from ..rule import BayesRule, Rates
 from .attaching import Attached, attach
-from .cells import Layout, Names
+from .cells import Cell, Layout, Names
 from .checkpoints import check, restore
 from .closures import evaluate
 from .draws import LOOKS_TWICE, Draws
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 class Shell(Optimizer, ABC):
     """What all algorithms share: state, draws, steps, checkpoints. See :class:`bayesrule.BayesOptimizer` for its arguments."""
 
-    is_gaussian: ClassVar[bool] = True
+    is_diagonal: ClassVar[bool] = True
+    runs: ClassVar[type[Execution]] = Execution
     names: Names  # of the class, or of one optimizer
     ranges: ClassVar[Mapping[str, Allowed]]
 
@@ -71,7 +72,7 @@ class Shell(Optimizer, ABC):
 
     def _prepare(self, noise: Callable[[Tensor], Tensor] | None, compile: Compile, sync: Sync, noise_per_rank: bool) -> None:
         host, name = weakref.proxy(self), type(self).__name__  # no circle keeps a dropped optimizer alive
-        self.execution = Execution(host, name, self.recorded, compile)
+        self.execution = self.runs(host, name, self.recorded, compile)
         self.layout = Layout(host, name, self.execution.scratch)
         self.workers = Workers(host, name, sync, noise_per_rank)
         self.examples = Examples(host, name)
@@ -270,7 +271,7 @@ class Shell(Optimizer, ABC):
                 self.reminders.of_thawed(len(self.layout.left_out(params)))
                 for p in params:
                     p.grad = None
-                if self.is_gaussian and self.execution.steps % CHECK_EVERY == 1:
+                if self.is_diagonal and self.execution.steps % CHECK_EVERY == 1:
                     self.reminders.of_visibility(lambda: noise_visibility(self, None, below=2))
             if self.execution.steps == CHECK_EVERY and self.workers.active:
                 self.reminders.of_idle(*self.layout.idle(), CHECK_EVERY)
@@ -307,6 +308,14 @@ class Shell(Optimizer, ABC):
         if "prior_precision" in flats:
             pull = flats["prior_precision"] / ess
         return self.family(group, flats["mean"], flats.get("hess"), pull), Diagonal(flats.get("prior_mean", 0.0), 0.0, pull, ess)
+
+    def at(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """The hyper-parameters of a group after so many steps."""
+        return dict(group)
+
+    def looking(self, cell: Cell) -> Cell:
+        """A cell as it is for a draw that is not learned from."""
+        return cell
 
     def blocks(self, group: Mapping[str, Any], old: Any, new: Any) -> Flats:
         """What is kept of a cell after a step: the mean, which parameters hold, and the curvature."""

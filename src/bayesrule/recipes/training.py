@@ -75,7 +75,7 @@ class Training:
         self.schedule, self.augment = SCHEDULES[schedule], augmentation(augment)
         self.bf16, self.patience, self.workers = bf16, patience, workers
         self.device = next(model.parameters()).device
-        self.variational = "ess" in optimizer.defaults and getattr(optimizer, "is_gaussian", False)
+        self.variational = "ess" in optimizer.defaults and getattr(optimizer, "is_diagonal", False)
         self.by_example = bool(getattr(optimizer, "squares_examples", False))
         if self.by_example and has_batch_norm(model):
             raise ValueError(

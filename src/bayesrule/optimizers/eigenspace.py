@@ -1,0 +1,275 @@
+"""EVON: IVON in the coordinates in which gradients are least correlated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..bases import Basis, eigenvectors, followed, plain, whitened
+from ..estimators.curvatures import Reparameterized, SquaredGradient, Zero
+from ..estimators.expectations import Delta, MonteCarlo
+from ..families.gaussian import Diagonal
+from ..family import Gaussian
+from ..momentum import Momentum
+from ..retractions import Additive, Riemannian
+from ..rule import BayesRule, Curvature, Rates
+from ..vector import equal
+from .cells import Cell, Names
+from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
+from .optimizer import BayesOptimizer
+from .turning import Turning
+from .workers import Sync
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+
+class EVON(BayesOptimizer):
+    r"""Eigenspace variational online Newton: a posterior that is not diagonal, at the cost of SOAP.
+
+    Costs two tensors of state, as Adam, and for a matrix (m, n) two of (m, m) and two of (n, n); one more while a draw is open.
+    A step has five products of the matrix with its bases, and a QR decomposition of them every ``precondition_frequency`` steps.
+
+    .. math::
+        \Theta = M + Q_L N Q_R^T, \quad N_{ij} = \epsilon_{ij} / \sqrt{\text{ess}\,(h_{ij} + \delta)}, \qquad
+        G' = Q_L^T\, g(\Theta)\, Q_R, \quad f = \text{ess}\,(h + \delta)\, N G'
+
+        V \leftarrow \beta_1 V + (1 - \beta_1) G', \qquad
+        h \leftarrow h + \rho (f - h) + \tfrac{\rho^2}{2} (f - h)^2 / (h + \delta)
+
+        M \leftarrow M - \alpha\, W\big( Q_L\, (\hat V + \delta\, Q_L^T M Q_R) / (h + \delta)\, Q_R^T \big)
+
+    The bases are the eigenvectors of averages of :math:`G G^T` and :math:`G^T G`, followed by one orthogonal iteration every
+    few steps. W brings singular values near to 1 (``whiten``), as Muon does; without it this is the rule to the letter.
+
+    As an instance of the rule: IVON over a Gaussian that is diagonal in a basis of each axis. h stays when the basis moves.
+
+    Args:
+        params: Parameters or groups; a group may set any hyper-parameter, and ``noise_scale=0`` for no noise. Embeddings, heads and
+            norms are usually left to Adam.
+        lr: Learning rate alpha, >= 0; with ``whiten`` the size of a step in spectral norm.
+        ess: Effective sample size, > 0, in examples. inf: no noise, and the curvature is the squared gradient in the basis.
+        hess_init: h at the start, > 0.
+        betas: (beta1, beta2): of the momentum in [0, 1), of the curvature in [0, 1].
+        shampoo_beta: Of the averages that give the bases, in [0, 1); None is beta2. 0.995 in published runs.
+        eps: Added to h + delta where it divides.
+        weight_decay: delta, >= 0: the prior's precision is ess * delta.
+        precondition_frequency: Steps from one basis to the next.
+        max_precond_dim: Longer axes keep their coordinates; 0 is IVON.
+        merge_dims: Merge neighbouring axes as long as none is longer than that.
+        precondition_1d: Give vectors a basis, too.
+        phasing: Every other step, the first among them, is taken at the mean: it moves the bases, the others the curvature.
+        price_clip_ratio: Bound on f in units of h; None is none.
+        whiten: The W above; of a vector, its length 1.
+        correct_bias: Undo the start of the momentum at zero.
+        debias_beta2: Divide the step by 1 - beta2^t, as the published code does; for comparisons.
+        mc_samples: Draws that ``step(closure)`` takes.
+        compat: Take steps as the published code does: the first only finds the bases.
+        sync: Whether and how ranks train together, see :class:`bayesrule.BayesOptimizer`. Sharded parameters are refused.
+        seed: Seed of the noise.
+        noise: Unit normals for tests, in the basis: see there.
+
+    Raises:
+        ValueError: A hyper-parameter is outside its range; the message names group, value and range.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = x @ torch.tensor([[1.0, -2.0], [0.5, 0.0], [0.0, 3.0]])
+        >>> model = torch.nn.Linear(3, 2)
+        >>> opt = EVON(model.parameters(), lr=0.1, ess=200, hess_init=1.0, whiten=False)
+        >>> for _ in range(200):
+        ...     with opt.sampled_params(train=True):
+        ...         (model(x) - y).square().mean().backward()
+        ...     opt.step()
+        >>> round(model.weight[0, 1].item(), 1)
+        0.5
+
+    Differs from: the authors' code loses its first step, predicts at the mean in every other step if ``phasing``, casts its state
+    to the parameters' dtype on loading and finds bases in float32.
+    Source: B. Minut, N. Daheim et al. (2026), arXiv:2606.23357; N. Vyas et al. (2024), SOAP, arXiv:2409.11321.
+    """
+
+    names = Names("hess", "momentum", "mean")
+    is_diagonal = False
+    runs = Turning
+    ranges: ClassVar = {
+        "lr": AT_LEAST_ZERO,
+        "ess": Range("(0, inf]"),
+        "hess_init": POSITIVE,
+        "betas": Pair(FRACTION, Range("[0, 1]")),
+        "shampoo_beta": OrNone(FRACTION),
+        "eps": AT_LEAST_ZERO,
+        "weight_decay": AT_LEAST_ZERO,
+        "precondition_frequency": Count(1),
+        "max_precond_dim": Count(0),
+        "merge_dims": SWITCH,
+        "precondition_1d": SWITCH,
+        "phasing": SWITCH,
+        "price_clip_ratio": OrNone(POSITIVE),
+        "whiten": SWITCH,
+        "correct_bias": SWITCH,
+        "debias_beta2": SWITCH,
+        "mc_samples": Count(1),
+        "compat": SWITCH,
+        "seed": WHOLE,
+        "noise_scale": OneOf((0, 1, 0.0, 1.0)),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        ess: float,
+        hess_init: float,
+        *,
+        betas: tuple[float, float] = (0.95, 0.9999),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-10,
+        weight_decay: float = 1e-6,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        merge_dims: bool = False,
+        precondition_1d: bool = False,
+        phasing: bool = False,
+        price_clip_ratio: float | None = None,
+        whiten: bool = True,
+        correct_bias: bool = True,
+        debias_beta2: bool = False,
+        mc_samples: int = 1,
+        compat: bool = False,
+        sync: Sync = "auto",
+        seed: int = 0,
+        noise: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            ess=ess,
+            hess_init=hess_init,
+            betas=betas,
+            shampoo_beta=shampoo_beta,
+            eps=eps,
+            weight_decay=weight_decay,
+            precondition_frequency=precondition_frequency,
+            max_precond_dim=max_precond_dim,
+            merge_dims=merge_dims,
+            precondition_1d=precondition_1d,
+            phasing=phasing,
+            price_clip_ratio=price_clip_ratio,
+            whiten=whiten,
+            correct_bias=correct_bias,
+            debias_beta2=debias_beta2,
+            mc_samples=mc_samples,
+            compat=compat,
+            seed=seed,
+            noise_scale=1,
+        )
+        self._set_up(params, defaults, noise=noise, compile=False, sync=sync)
+
+    def _prepare(self, *how: Any) -> None:
+        super()._prepare(*how)
+        self.layout.apart = True
+
+    # The slots
+
+    def at(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:
+        clean = group["phasing"] and self._moves(group, step) % 2 == 0
+        return {**group, "clean": clean}
+
+    def looking(self, cell: Cell) -> Cell:
+        group = {**cell.group, "clean": False}
+        return cell._replace(group=group, rule=self.rule(group))
+
+    def rule(self, group: Mapping[str, Any]) -> BayesRule:
+        spreads = self._spreads(group) and not group.get("clean", False)
+        shared: dict[str, Any] = dict(eps=group["eps"])
+        ratio = math.inf if group["price_clip_ratio"] is None else group["price_clip_ratio"]
+        return BayesRule(
+            MonteCarlo(group["mc_samples"]) if spreads else Delta(),
+            self._curvature(group, spreads),
+            Riemannian(curvature_ratio=ratio, **shared) if self._spreads(group) else Additive(**shared),
+            Momentum(group["betas"][0], over="loss", debias=group["correct_bias"]),
+        )
+
+    def _spreads(self, group: Mapping[str, Any]) -> bool:
+        return bool(group["noise_scale"]) and not equal(group["ess"], math.inf)
+
+    def _curvature(self, group: Mapping[str, Any], spreads: bool) -> Curvature:
+        if spreads:
+            return Reparameterized()
+        return Zero() if self._spreads(group) else SquaredGradient()
+
+    def rates(self, group: Mapping[str, Any], step: Any) -> Rates:
+        moves, beta2 = self._moves(group, step), group["betas"][1]
+        scale = 1 - beta2**moves if group["correct_bias"] and group["debias_beta2"] else 1.0
+        return Rates(group["lr"] / scale, 1 - beta2, moves)
+
+    def family(self, group: Mapping[str, Any], mean: Tensor, hess: Any, weight_decay: Any) -> Gaussian:
+        return Diagonal(mean, hess, weight_decay, group["ess"])
+
+    # The basis
+
+    def _moves(self, group: Mapping[str, Any], step: int) -> int:
+        """Steps that moved the mean: all, but for the first of the published code."""
+        return max(step - 1, 0) if group["compat"] and group["max_precond_dim"] else step
+
+    def basis(self, cell: Cell) -> Basis:
+        """The basis of the parameter of a cell; its own coordinates until one is found."""
+        state = self.state[cell.plot.params[0]]
+        shape, chosen = self._chosen(cell)
+        return Basis(shape, state.get("basis", [None] * len(chosen)))
+
+    def _chosen(self, cell: Cell) -> tuple[tuple[int, ...], list[bool]]:
+        group, param = cell.group, cell.plot.params[0]
+        return plain(param.shape, group["max_precond_dim"], group["merge_dims"], group["precondition_1d"])
+
+    def wide(self, param: Tensor) -> tuple[int, ...]:
+        """The shape of a parameter with its axes merged."""
+        group = next(group for group in self.param_groups if any(param is p for p in group["params"]))
+        return plain(param.shape, group["max_precond_dim"], group["merge_dims"], group["precondition_1d"])[0]
+
+    def waits(self, cell: Cell) -> bool:
+        """Whether the published code would let this step pass."""
+        unknown = "basis" not in self.state[cell.plot.params[0]]
+        return bool(unknown and cell.group["compat"] and cell.group["max_precond_dim"])
+
+    def shaped(self, cell: Cell, direction: Tensor) -> Tensor:
+        """The step that is taken along a direction."""
+        return whitened(direction, cell.group["eps"]) if cell.group["whiten"] else direction
+
+    def settle(self, cell: Cell, gradient: Tensor) -> None:
+        """After a step: what the gradient says of the basis."""
+        group, state = cell.group, self.state[cell.plot.params[0]]
+        shape, chosen = self._chosen(cell)
+        gradient = gradient.to(cell.plot.dtype)
+        keep = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
+        step = self._moves(group, cell.step + 1)
+        new, turns = "basis" not in state, step % group["precondition_frequency"] == 0
+        if not any(chosen):
+            state["basis"], state["statistics"] = [None] * len(chosen), [None] * len(chosen)
+            return
+        if not (new or turns or not group["phasing"] or group["clean"]):
+            return
+        of_axes = Basis(shape, [gradient.new_empty(0) if axis else None for axis in chosen]).moments(gradient)
+        before = self.basis(cell)
+        if new:
+            state["statistics"] = [None if m is None else (1 - keep) * m for m in of_axes]
+            state["basis"] = [None if s is None else eigenvectors(_lifted(s)) for s in state["statistics"]]
+        else:
+            for s, m in zip(state["statistics"], of_axes, strict=True):
+                if s is not None and m is not None:
+                    s.mul_(keep).add_(m, alpha=1 - keep)
+            if turns:
+                pairs = zip(state["statistics"], state["basis"], strict=True)
+                state["basis"] = [None if s is None else followed(s, q) for s, q in pairs]
+        if (new or turns) and "momentum" in state:
+            momentum = state["momentum"]
+            momentum.copy_(self.basis(cell).turn(before.back(momentum)))
+
+
+def _lifted(moments: Tensor) -> Tensor:
+    return moments + 1e-30 * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)

@@ -1,0 +1,114 @@
+"""Steps in coordinates of their own: each parameter is turned to its basis, moved there, and turned back.
+
+The rule is the same, and so is what calls it: what is kept is flat as ever, gradients and means as they stand in the
+parameters, curvature, momentum and offsets in the basis.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..bases import Basis
+from ..estimators.oracle import Seen
+from ..program import Named
+from ..rule import Look
+from .cells import Cell
+from .execution import Author, Execution, Flats, _Recording
+
+TURNED = "turned"
+"""The block of an offset in the basis, while the sample is open."""
+
+
+class Turner(Author, Protocol):
+    """What is asked of an optimizer."""
+
+    def basis(self, cell: Cell) -> Basis: ...
+    def waits(self, cell: Cell) -> bool: ...
+    def settle(self, cell: Cell, gradient: Tensor) -> None: ...
+    def shaped(self, cell: Cell, direction: Tensor) -> Tensor: ...
+
+
+class Turning(Execution):
+    """Runs what :class:`Execution` runs, for plots of one parameter each, without recording anything."""
+
+    author: Turner
+
+    def advance(self, params: Any) -> None:
+        self.steps += 1
+
+    def run(self, kind: str, cell: Cell, flats: Flats, numbers: Named, drawn: Cell | None = None) -> tuple[str, ...]:
+        return tuple(getattr(self, f"_{kind}")(cell, flats, numbers))
+
+    def shift(self, cell: Cell, flats: Flats, offset: Tensor) -> None:
+        (mean,), (turned,) = cell.plot.views(flats["mean"]), cell.plot.views(offset)
+        cell.plot.flat(TURNED).copy_(offset)
+        flats["offset"].copy_(flats["mean"])
+        mean.add_(self.author.basis(cell).back(turned))
+
+    def _draw(self, cell: Cell, flats: Flats, numbers: Named, method: str = "offset") -> tuple[str, ...]:
+        self.shift(cell, flats, _Recording(self.author, cell, cell)._offset(flats, numbers, method))
+        return "mean", "offset"
+
+    def _look(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
+        return self._draw(cell, flats, numbers, "sample")
+
+    def _close(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
+        flats["mean"].copy_(flats["offset"])
+        flats["offset"].copy_(cell.plot.flat(TURNED))
+        cell.plot.drop(TURNED)
+        return "mean", "offset"
+
+    def _average(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
+        curvature = self._curvature(cell, flats, numbers)
+        flats["mean_gradient"].lerp_(flats["gradient"], numbers["weight"])
+        if curvature is None:
+            return ("mean_gradient",)
+        flats["mean_curvature"].lerp_(curvature, numbers["weight"])
+        return "mean_gradient", "mean_curvature"
+
+    def _average_blindly(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
+        flats["mean_gradient"].lerp_(flats["gradient"], numbers["weight"])
+        return ("mean_gradient",)
+
+    def _move(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
+        return self._moved(cell, flats, numbers, flats["gradient"], self._curvature(cell, flats, numbers))
+
+    def _move_blindly(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
+        return self._moved(cell, flats, numbers, flats["gradient"], None)
+
+    def _move_on_average(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
+        return self._moved(cell, flats, numbers, flats["mean_gradient"], flats.get("mean_curvature"))
+
+    def _curvature(self, cell: Cell, flats: Flats, numbers: Named) -> Tensor | None:
+        recording = _Recording(self.author, cell, cell)
+        _, rule, q, prior = recording._slots(cell, flats, numbers)
+        own: Tensor = flats["local"] if "local" in flats else flats["gradient"]
+        seen = Seen(self._turned(cell, own))
+        curvature: Tensor | None = rule.curvature(q, prior, flats.get("offset"), seen)
+        return curvature
+
+    def _turned(self, cell: Cell, flat: Tensor) -> Tensor:
+        """A flat tensor in the basis; what is idle is zero."""
+        turned = torch.zeros_like(flat)
+        (into,), (view,) = cell.plot.views(turned), cell.plot.views(flat)
+        into.copy_(self.author.basis(cell).turn(view))
+        return turned
+
+    def _moved(self, cell: Cell, flats: Flats, numbers: Named, gradient: Tensor, curvature: Tensor | None) -> tuple[str, ...]:
+        (raw,) = cell.plot.views(gradient)
+        if not self.author.waits(cell):
+            there = {**flats, "mean": self._turned(cell, flats["mean"])}
+            group, rule, q, prior = _Recording(self.author, cell, cell)._slots(cell, there, numbers)
+            rates = self.author.rates(group, numbers["done"] + 1)
+            memory = flats["memory"] if cell.remembers else None
+            look = Look(None, self._turned(cell, gradient), curvature)
+            new, direction, memory = rule.head(q, prior, look, rates, memory)
+            flats["hess"].copy_(new.hess)
+            flats["memory"].copy_(memory)
+            (along,), (mean,) = cell.plot.views(direction), cell.plot.views(flats["mean"])
+            mean.sub_(self.author.shaped(cell, self.author.basis(cell).back(along)), alpha=rates.mean)
+        self.author.settle(cell, raw)
+        return "mean", "hess", "memory"
