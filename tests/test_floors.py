@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "bayesrule"
 
 FLOORS = [
-    {"vector", "rounding", "shards"},
+    {"vector", "rounding", "shards", "bases"},
     {"rule", "family", "noise", "lowering"},
     {"families", "estimators", "retractions", "momentum", "program", "plots"},
     {"posterior", "drawing", "storage"},

@@ -21,10 +21,11 @@ MOVES = {
     "retractions.Riemannian.precision": 1,
     "retractions.SquareRoot.precision": 1,
 }
-# ... and those that name a member without one: the prior centered on q, the variable of a derivative, the prior, kept sites,
+# ... and those that name a member without one: the prior centered on q, a metric that divides, the variable of a derivative, the prior, kept sites,
 # a start of a test, other precisions of a posterior
 NAMES = {
     "momentum._seen": 1,
+    "retractions._damped": 1,
     "estimators.expectations.Pathwise._one.draw": 1,
     "algorithms.cvi.fit_sites": 1,
     "algorithms.inference_rows._pair.difference": 1,

@@ -74,13 +74,12 @@ def plain(shape: Size, limit: int, merge: bool, vectors: bool) -> tuple[tuple[in
 
 def eigenvectors(moments: Tensor) -> Tensor:
     """Eigenvectors of a positive matrix as columns, the largest eigenvalue first."""
-    return torch.linalg.eigh(moments)[1].flip(-1)
+    return torch.linalg.eigh(moments)[1].flip(-1).contiguous()  # as a checkpoint brings it: products round by strides
 
 
 def followed(moments: Tensor, basis: Tensor) -> Tensor:
     """One orthogonal iteration: a basis that has come nearer to the eigenvectors."""
-    basis, _ = torch.linalg.qr(moments @ basis)
-    return basis
+    return torch.linalg.qr(moments @ basis)[0].contiguous()
 
 
 def whitened(x: Tensor, eps: float = 1e-10) -> Tensor:

@@ -60,9 +60,13 @@ class _Preconditioned(MeanAndPrecision):
 
     def slope(self, old: Gaussian, new: Gaussian, prior: Gaussian, look: Look, rates: Rates) -> Point:
         by = new if self.mean_precision == "new" else old
-        by = by if equal(self.eps, 0.0) else by.moved(hess=by.hess + self.eps)
-        slope = by.precondition(look.gradient + old.prior_gradient(prior))
+        slope = _damped(by, self.eps).precondition(look.gradient + old.prior_gradient(prior))
         return slope if equal(self.clip_radius, math.inf) else slope.clamp(-self.clip_radius, self.clip_radius)
+
+
+def _damped(q: Gaussian, eps: Any) -> Gaussian:
+    """q with more in its metric, for a division."""
+    return q if equal(eps, 0.0) else q.moved(hess=q.hess + eps)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Riemannian(_Preconditioned):
     curvature_ratio: float = math.inf
 
     def precision(self, q: Gaussian, curvature: Any, rho: Any) -> Gaussian:
-        damped = q if equal(self.eps, 0.0) else q.moved(hess=q.hess + self.eps)
+        damped = _damped(q, self.eps)
         if not equal(self.curvature_ratio, math.inf):
             curvature = ((curvature / damped.hess).clamp(-self.curvature_ratio, self.curvature_ratio)) * damped.hess
         correction = damped.sandwich(curvature - q.hess)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -66,3 +67,201 @@ def test_same_places_weights_and_state_as_the_published_code(name):
 
 def test_all_published_cases_are_here():
     assert len(CASES) == 6 + 6
+
+
+class Network(torch.nn.Module):
+    """Matrices, a tensor of four axes, vectors and a number."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = dict(inner=(5, 4), outer=(3, 5), kernel=(2, 3, 2, 2), bias=(3,), scale=())
+        for name, shape in shapes.items():
+            self.register_parameter(
+                name, torch.nn.Parameter((torch.randn(shape, generator=generator, dtype=torch.float64) / 2).to(dtype))
+            )
+        self.x = torch.randn(24, 4, generator=generator, dtype=torch.float64).to(dtype)
+        self.y = torch.randint(3, (24,), generator=generator)
+
+    def loss(self, step: int = 0) -> torch.Tensor:
+        rows = slice(step % 3 * 8, step % 3 * 8 + 8)
+        logits = torch.tanh(self.x[rows] @ self.inner.T) @ self.outer.T * (1 + self.scale) + self.bias
+        return torch.nn.functional.cross_entropy(logits, self.y[rows]) + (self.kernel - 0.3).square().mean()
+
+
+HYPER = dict(lr=0.05, ess=100.0, hess_init=0.5, betas=(0.9, 0.95), weight_decay=0.01, precondition_frequency=3, whiten=False)
+
+
+def learn(model: Network, optimizer: br.BayesOptimizer, steps: int, begin: int = 0) -> torch.Tensor:
+    for step in range(begin, begin + steps):
+        with optimizer.sampled_params(train=True):
+            model.loss(step).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class TestInvariants:
+    def test_without_a_basis_it_is_ivon(self):
+        """The same draws, too: noise is by the element, not by how parameters are dealt."""
+        mine, theirs = Network(), Network()
+        evon = br.EVON(mine.parameters(), **HYPER, max_precond_dim=0, price_clip_ratio=None)
+        hyper = {name: HYPER[name] for name in ("lr", "ess", "hess_init", "betas", "weight_decay")}
+        ivon = br.IVON(theirs.parameters(), **hyper, rescale_lr=False)
+        torch.testing.assert_close(learn(mine, evon, 8), learn(theirs, ivon, 8), rtol=1e-8, atol=1e-8)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_rotating_the_problem_rotates_the_path(self, side):
+        """loss(R W) or loss(W R), from a start that is rotated back, with the noise in the basis."""
+        generator = torch.Generator().manual_seed(3)
+        turn = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
+        start, target = (torch.randn(4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+        a, b = (torch.randn(4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+
+        def loss(w: torch.Tensor) -> torch.Tensor:
+            return (a @ (w - target) @ b).square().mean() + (w - target).pow(4).mean()
+
+        def there(w: torch.Tensor) -> torch.Tensor:
+            return turn @ w if side == "left" else w @ turn
+
+        plain = torch.nn.Parameter(start.clone())
+        turned = torch.nn.Parameter(turn.T @ start if side == "left" else start @ turn.T)
+        paths = []
+        for w, seen in ((plain, lambda w: w), (turned, there)):
+            # until there is a basis, noise would be in coordinates that are not rotated
+            optimizer = br.EVON([w], **{**HYPER, "phasing": True, "ess": 1e6, "lr": 0.02})
+            path = []
+            for _ in range(20):
+                optimizer.step(lambda w=w, seen=seen: loss(seen(w)).backward())
+                path.append(seen(w.detach()).clone())
+                state = optimizer.state[w]
+                for i, q in enumerate(state["basis"]):  # a sign for each vector, the same in both
+                    other = turn @ q if seen is there and (i == 0) == (side == "left") else q
+                    other = turn.T @ q if seen is there and side == "right" and i == 1 else other
+                    sign = other.sum(0).sign()
+                    state["basis"][i] = q * sign
+                    shape = (-1, 1) if i == 0 else (1, -1)
+                    state["momentum"].mul_(sign.view(shape))
+            paths.append(torch.stack(path))
+        torch.testing.assert_close(paths[0], paths[1], rtol=1e-6, atol=1e-6)
+
+    def test_the_curvature_at_most_halves(self):
+        model = Network()
+        optimizer = br.EVON(model.parameters(), **{**HYPER, "betas": (0.9, 0.2), "lr": 0.0, "eps": 0.0})
+        before = {p: torch.full_like(p, 0.5) for p in model.parameters()}
+        for step in range(12):
+            learn(model, optimizer, 1, step)
+            for p in model.parameters():
+                assert (optimizer.state[p]["hess"] + 0.01 >= (before[p] + 0.01) / 2 - 1e-12).all()
+                before[p] = optimizer.state[p]["hess"].clone()
+
+    def test_bases_stay_orthonormal_and_find_the_eigenvectors(self):
+        model = Network()
+        optimizer = br.EVON(model.parameters(), **{**HYPER, "shampoo_beta": 0.9, "precondition_frequency": 1})
+        learn(model, optimizer, 60)
+        state = optimizer.state[model.inner]
+        for q, moments in zip(state["basis"], state["statistics"], strict=True):
+            torch.testing.assert_close(q.T @ q, torch.eye(len(q), dtype=q.dtype), rtol=0, atol=1e-12)
+            turned = q.T @ moments @ q
+            assert (turned - turned.diag().diag()).norm() < 0.2 * turned.norm()
+
+    @pytest.mark.parametrize(
+        "hyper",
+        [{}, dict(phasing=True), dict(merge_dims=True, max_precond_dim=6), dict(precondition_1d=True), dict(whiten=True)],
+        ids=str,
+    )
+    def test_a_run_goes_on_from_its_state_bit_by_bit(self, hyper):
+        whole, first, second = Network(), Network(), Network()
+        once, begun = (br.EVON(m.parameters(), **{**HYPER, **hyper}) for m in (whole, first))
+        wanted = learn(whole, once, 10)
+        learn(first, begun, 5)
+        goes_on = br.EVON(second.parameters(), **{**HYPER, **hyper})
+        file = io.BytesIO()
+        torch.save((first.state_dict(), begun.state_dict()), file)
+        file.seek(0)
+        for part, state in zip((second, goes_on), torch.load(file, weights_only=True), strict=True):
+            part.load_state_dict(state)
+        assert torch.equal(learn(second, goes_on, 5, 5), wanted)
+
+    def test_state_keeps_its_precision_where_weights_have_less(self):
+        model = Network(torch.bfloat16)
+        optimizer = br.EVON(model.parameters(), **HYPER)
+        learn(model, optimizer, 4)
+        again = br.EVON(model.parameters(), **HYPER)
+        again.load_state_dict(optimizer.state_dict())
+        for p in model.parameters():
+            for name in ("hess", "momentum"):
+                assert again.state[p][name].dtype == torch.float32
+                assert torch.equal(again.state[p][name], optimizer.state[p][name])
+            for mine, theirs in zip(again.state[p]["basis"], optimizer.state[p]["basis"], strict=True):
+                assert mine is None if theirs is None else (mine.dtype == torch.float32 and torch.equal(mine, theirs))
+
+    def test_a_look_is_never_at_the_mean(self):
+        model = Network()
+        optimizer = br.EVON(model.parameters(), **HYPER, phasing=True)
+        for step in range(4):
+            before = model.inner.detach().clone()
+            with optimizer.sampled_params(train=False):
+                assert not torch.equal(model.inner, before)
+            assert torch.equal(model.inner, before)
+            clean = step % 2 == 0
+            with optimizer.sampled_params(train=True):
+                assert torch.equal(model.inner, before) == clean
+                model.loss(step).backward()
+            optimizer.step()
+
+    def test_draws_have_the_covariance_of_the_basis(self):
+        """(Q_R x Q_L) diag(1 / (ess (h + delta))) (Q_R x Q_L)^T."""
+        w = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
+        optimizer = br.EVON([w], **{**HYPER, "precondition_frequency": 1})
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            slope = torch.randn(2, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 3.0, 0.3])
+            optimizer.step(lambda slope=slope: (w * slope).sum().backward())
+        state, draws = optimizer.state[w], []
+        for _ in range(4000):
+            with optimizer.sampled_params(train=False):
+                draws.append(w.detach().flatten().clone())
+        left, right = state["basis"]
+        turn = torch.kron(left, right)
+        wanted = turn @ (1 / (100.0 * (state["hess"] + 0.01))).flatten().diag() @ turn.T
+        found = torch.stack(draws).T.cov()
+        assert (found - wanted).norm() < 0.1 * wanted.norm()
+        assert (wanted - wanted.diag().diag()).norm() > 0.05 * wanted.norm()
+
+
+class TestMisuse:
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            dict(hess_init=0.0),
+            dict(precondition_frequency=0),
+            dict(max_precond_dim=-1),
+            dict(price_clip_ratio=0.0),
+            dict(shampoo_beta=1.0),
+        ],
+    )
+    def test_hyperparameters_are_held_to_their_ranges(self, bad):
+        (name,) = bad
+        with pytest.raises(ValueError, match=f"EVON: parameter group 0: {name} must be .*, got"):
+            br.EVON([torch.nn.Parameter(torch.ones(2, 2))], **{**HYPER, **bad})
+
+    def test_a_posterior_by_weights_is_refused(self):
+        model = Network()
+        with pytest.raises(TypeError, match="EVON learns no posterior"):
+            br.EVON(model.parameters(), **HYPER).posterior(model)
+
+    def test_axes_that_are_too_long_keep_their_coordinates(self):
+        model = Network()
+        optimizer = br.EVON(model.parameters(), **HYPER, max_precond_dim=4)
+        learn(model, optimizer, 3)
+        assert [q is None for q in optimizer.state[model.inner]["basis"]] == [True, False]
+        assert [q is None for q in optimizer.state[model.kernel]["basis"]] == [False, False, False, False]
+
+    def test_state_of_another_shape_is_refused(self):
+        model, wider = Network(), Network()
+        optimizer = br.EVON(model.parameters(), **HYPER)
+        learn(model, optimizer, 2)
+        saved = optimizer.state_dict()
+        saved["state"][0]["basis"] = [torch.eye(2), torch.eye(4)]
+        with pytest.raises(ValueError, match="basis of parameter 0"):
+            br.EVON(wider.parameters(), **HYPER).load_state_dict(saved)

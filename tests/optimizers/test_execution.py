@@ -72,7 +72,7 @@ def run(make: type, hyper: dict[str, Any], steps: int, compile: Any, groups: Any
 def test_every_public_optimizer_is_held_to_agree():
     public = {getattr(br, name) for name in br.__all__}
     optimizers = {o for o in public if inspect.isclass(o) and issubclass(o, torch.optim.Optimizer) and not inspect.isabstract(o)}
-    assert optimizers == {row.values[0] for row in MODES}
+    assert {o for o in optimizers if "compile" in inspect.signature(o).parameters} == {row.values[0] for row in MODES}
 
 
 class TestAgreement:

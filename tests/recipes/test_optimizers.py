@@ -20,7 +20,8 @@ def test_every_setting_is_an_argument_and_every_default_arrives(name):
     for key, value in choice.settings.items():
         found = group["betas"][1] if key == "beta2" else group[key]
         assert found == (value * 100 if key == "ess" else value)
-    assert choice.variational == ("ess" in optimizer.defaults and not choice.binary) and all(
+    gaussian = getattr(optimizer, "is_diagonal", False)
+    assert choice.variational == ("ess" in optimizer.defaults and gaussian) and all(
         optimizer.defaults.get(k, v) == v for k, v in choice.fixed.items()
     )
 
@@ -29,9 +30,8 @@ def test_every_setting_is_an_argument_and_every_default_arrives(name):
 def test_the_decays_are_two_settings(name):
     default = inspect.signature(OPTIMIZERS[name].kind).parameters["betas"].default
     for given, expected in (({"beta1": 0.5}, (0.5, default[1])), ({"beta2": 0.7}, (default[0], 0.7)), ({}, default)):
-        optimizer = OPTIMIZERS[name].make(
-            nn.Linear(2, 2), {"lr": 0.1, **({"ess": 5.0} if "ess" in OPTIMIZERS[name].options else {}), **given}
-        )
+        required = {"ess": 5.0, "hess_init": 1.0} if "ess" in OPTIMIZERS[name].options else {}
+        optimizer = OPTIMIZERS[name].make(nn.Linear(2, 2), {"lr": 0.1, **required, **given})
         assert tuple(optimizer.param_groups[0]["betas"]) == expected
 
 
@@ -72,7 +72,7 @@ def test_what_is_given_overrides_the_defaults(name, given, expected):
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("adagrad", {}, "unknown optimizer 'adagrad'; .*there are: adam, adamw, bayesbinn, bsam, ivon"),
+        ("adagrad", {}, "unknown optimizer 'adagrad'; .*there are: adam, adamw, bayesbinn, bsam, evon, ivon"),
         ("sgd", {"ess": 5.0}, r"sgd has no setting ess \(got 5.0\); its settings are lr, momentum, .*weight_decay"),
         ("sgd", {"momentun": 5.0}, "did you mean 'momentum'"),
         ("ivon", {"seed": 5}, "ivon has no setting seed"),

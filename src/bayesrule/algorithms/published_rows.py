@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..optimizers.binary import STE, BayesBiNN
+from ..optimizers.eigenspace import EVON
+from ..optimizers.injection import Injected
 from ..optimizers.online_newton import OGN, VOGN, VON
 from ..optimizers.optimizer import BayesOptimizer
 from ..optimizers.perturbed import Vadam, Vprop
 from ..optimizers.sharpness import BSAM, SAM
+from ..optimizers.variational import IVON
 from ..rule import BayesRule
 from .rows import Row, golden, largest
 from .trajectories import Trajectory
@@ -258,8 +261,44 @@ def _ste_twin() -> float:
     return gap
 
 
+def _evon_twin() -> float:
+    """IVON in the coordinates of bases that stay: W = Q_L U Q_R^T, with the same draws of U."""
+    x, y = _data()
+    start = torch.tensor([[0.3, -0.2, 0.1], [0.5, 0.4, -0.6]], dtype=torch.float64)
+
+    def loss(w: Tensor) -> Tensor:
+        value: Tensor = torch.nn.functional.binary_cross_entropy_with_logits((x @ w.T).prod(1), y)
+        return value
+
+    hyper: dict[str, Any] = dict(lr=0.05, ess=16.0, hess_init=0.5, betas=(0.9, 0.95), weight_decay=0.01)
+    w = nn.Parameter(start.clone())
+    ours = EVON([w], **hyper, compat=True, precondition_frequency=10**6, whiten=False, eps=0.0)
+    ours.step(lambda: loss(w).backward())  # finds the bases, and moves nothing
+    left, right = ours.state[w]["basis"]
+    u = nn.Parameter(left.T @ start @ right)
+    theirs = IVON([u], **hyper, rescale_lr=False)
+    normals, gap = torch.Generator().manual_seed(0), 0.0
+    drawn: list[Tensor] = []
+    for optimizer in (ours, theirs):
+        optimizer.draws.injected = Injected(lambda _: drawn[-1])
+    for _ in range(20):
+        drawn.append(torch.randn(2, 3, generator=normals, dtype=torch.float64))
+        ours.step(lambda: loss(w).backward())
+        theirs.step(lambda: loss(left @ u @ right.T).backward())
+        gap = max(gap, largest(w.detach(), left @ u.detach() @ right.T))
+    return gap
+
+
 _VADAM, _SAM = "Khan, Nielsen et al. 2018", "Foret et al. 2021"
 ROWS = [
+    Row(
+        "EVON",
+        lambda: _slots(EVON, lr=1.0, ess=1.0, hess_init=1.0),
+        "lr, 1 - beta2",
+        "IVON in a basis that stays, 20 steps",
+        _evon_twin,
+        "Minut et al. 2026",
+    ),
     Row("VON", lambda: _slots(VON, lr=1.0, ess=1.0), "lr, 1 - beta2", "by hand, 20 steps", _von_twin, f"{_VADAM}, sec. 3"),
     Row("OGN", lambda: _slots(OGN, lr=1.0, ess=1.0), "lr, 1 - beta2", "by hand, 20 steps", _ogn_twin, f"{_VADAM}, sec. 3"),
     _published(VOGN, "vogn", "vogn", "lr, 1 - beta2", "Osawa et al. 2019", lr=1.0, ess=1.0),

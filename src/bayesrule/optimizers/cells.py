@@ -200,7 +200,7 @@ class Layout:
         if param.dtype.itemsize >= 4 and param in self.host.state:  # it holds its mean itself
             self.host.state[param].pop(self.host.names.mean, None)
         for name, tensor in self.host.state.get(param, {}).items():
-            if name != "step" and tensor.shape != param.shape:
+            if name != "step" and isinstance(tensor, Tensor) and tensor.shape != param.shape:
                 raise ValueError(
                     f"{self.name}: a parameter has shape {tuple(param.shape)}, its {name} shape {tuple(tensor.shape)}: it was "
                     "given another shape after steps; make a new optimizer"

@@ -24,6 +24,7 @@ class Loading(Protocol):
     @property
     def ranges(self) -> Mapping[str, Any]: ...
     def like_state(self, param: Tensor) -> Tensor: ...
+    def wide(self, param: Tensor) -> tuple[int, ...]: ...
 
 
 def check(optimizer: Loading, saved: Mapping[str, Any]) -> None:
@@ -52,6 +53,9 @@ def check(optimizer: Loading, saved: Mapping[str, Any]) -> None:
                 f"{name}: the state was saved without a posterior as the prior, and this optimizer has one; make it without prior="
             )
         for key, value in state.items():
+            if isinstance(value, list):
+                _check_axes(name, index, key, value, optimizer.wide(param))
+                continue
             shape = tuple(torch.as_tensor(value).shape)
             if key != "step" and shape != param.shape:
                 why = "it was saved for another model"
@@ -81,12 +85,23 @@ def restore(optimizer: Loading, saved: Mapping[str, Any]) -> None:
     """Take the tensors of a state over as they are: torch has cast them to the dtype of the parameters."""
     for _, param, state in _pairs(optimizer, saved):
         for key, value in state.items():
-            optimizer.state[param][key] = _taken(optimizer, key, param, torch.as_tensor(value).detach())
+            optimizer.state[param][key] = _taken(optimizer, key, param, value)
         if param.dtype.itemsize >= 4:  # it holds its mean itself
             optimizer.state[param].pop(optimizer.names.mean, None)
 
 
-def _taken(optimizer: Loading, key: str, param: Tensor, value: Tensor) -> Tensor:
+def _check_axes(name: str, index: int, key: str, axes: list[Any], sizes: tuple[int, ...]) -> None:
+    found = [None if axis is None else tuple(axis.shape) for axis in axes]
+    if len(found) != len(sizes) or any(shape not in (None, (n, n)) for shape, n in zip(found, sizes, strict=True)):
+        raise ValueError(
+            f"{name}: {key} of parameter {index} has shapes {found}, its axes have {list(sizes)}: it was saved for another model"
+        )
+
+
+def _taken(optimizer: Loading, key: str, param: Tensor, value: Any) -> Any:
+    if isinstance(value, list):
+        return [None if axis is None else axis.detach().to(param.device, copy=True) for axis in value]
+    value = torch.as_tensor(value).detach()
     if key == "step":
         return value.clone()
     if key == optimizer.names.memory and value.dtype.itemsize < 4:

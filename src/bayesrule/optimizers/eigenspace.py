@@ -17,6 +17,7 @@ from ..family import Gaussian
 from ..momentum import Momentum
 from ..retractions import Additive, Riemannian
 from ..rule import BayesRule, Curvature, Rates
+from ..shards import is_shared_out
 from ..vector import equal
 from .cells import Cell, Names
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
@@ -173,6 +174,17 @@ class EVON(BayesOptimizer):
     def _prepare(self, *how: Any) -> None:
         super()._prepare(*how)
         self.layout.apart = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group.
+
+        Raises:
+            ValueError: Its parameters lie on several processes in parts, which have no bases of the whole.
+        """
+        super().add_param_group(param_group)
+        if any(map(is_shared_out, self.param_groups[-1]["params"])):
+            self.param_groups.pop()
+            raise ValueError("EVON needs whole matrices, and these are sharded; use IVON, or DistributedDataParallel")
 
     # The slots
 

@@ -317,6 +317,10 @@ class Shell(Optimizer, ABC):
         """A cell as it is for a draw that is not learned from."""
         return cell
 
+    def wide(self, param: Tensor) -> tuple[int, ...]:
+        """The axes of a parameter that may have a basis."""
+        return tuple(param.shape)
+
     def blocks(self, group: Mapping[str, Any], old: Any, new: Any) -> Flats:
         """What is kept of a cell after a step: the mean, which parameters hold, and the curvature."""
         return {"mean": new.mean, "hess": new.hess}

@@ -250,7 +250,8 @@ class Workers:
 
     def _kept(self, param: Tensor) -> list[Tensor]:
         state: Mapping[str, Any] = self.host.state.get(param, {})
-        return [state[name] for name in sorted(state)]
+        held = [state[name] for name in sorted(state)]
+        return [t for each in held for t in (each if isinstance(each, list) else [each]) if t is not None]
 
     def _hyperparameters(self) -> list[Any]:
         groups = self.host.param_groups

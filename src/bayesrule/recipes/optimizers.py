@@ -81,6 +81,7 @@ class Choice:
 SGD = {"lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999}
 IVON = {"lr": 0.2, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "beta2": 0.99999}
+EVON = {"lr": 0.03, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "beta2": 0.999}
 VON = {"lr": 0.1, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "beta2": 0.99999}
 VOGN = {"lr": 0.1, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "damping": 0.01, "beta2": 0.99}
 VADAM = {"lr": 2e-3, "ess": 1e4, "weight_decay": 1e-4, "beta2": 0.999}
@@ -95,6 +96,7 @@ OPTIMIZERS: dict[str, Choice] = {
     "adam": Choice("Adam", br.Adam, {"lr": 1e-3, "beta2": 0.999}),
     "adamw": Choice("AdamW", br.AdamW, ADAMW),
     "ivon": Choice("IVON", br.IVON, IVON, variational=True),
+    "evon": Choice("EVON", br.EVON, EVON),
     "von": Choice("VON", br.VON, VON, variational=True),
     "ogn": Choice("OGN", br.OGN, VOGN, variational=True),
     "vogn": Choice("VOGN", br.VOGN, VOGN, variational=True),

@@ -255,18 +255,23 @@ class Training:
     def _tensors(self) -> dict[str, Tensor]:
         """Of the model and the optimizer, by name."""
         states = self.optimizer.state_dict()["state"]
-        kept = {f"optimizer.{i}.{name}": t for i, state in states.items() for name, t in state.items() if t is not None}
+        kept = {f"optimizer.{i}.{name}": t for i, state in states.items() for name, t in _unfolded(state)}
         return {f"model.{name}": t for name, t in self.model.state_dict().items()} | kept
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
-        model, states = {}, dict[int, dict[str, Tensor]]()
+        model, states = {}, dict[int, dict[str, Any]]()
         for key, tensor in tensors.items():
             room, _, name = key.partition(".")
             if room == "model":
                 model[name] = tensor
             elif room == "optimizer":
                 number, _, name = name.partition(".")
-                states.setdefault(int(number), {})[name] = tensor
+                state = states.setdefault(int(number), {})
+                name, _, place = name.partition(".")
+                if place:  # the lists of a state come in their order
+                    state.setdefault(name, []).append(tensor if tensor.numel() else None)
+                else:
+                    state[name] = tensor
         self.model.load_state_dict(model)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
 
@@ -298,6 +303,16 @@ def batches_of(part: Part, data: Data, device: torch.device, workers: Workers = 
     batches = torch.arange(len(part)).split(fitting(data.shape, BATCH, FORWARD))[workers.rank :: workers.size]
     for batch, stored in zip(batches, part.stream(batches), strict=True):
         yield data.scale(stored.to(device)), part.labels[batch].to(device)
+
+
+def _unfolded(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an optimizer's state by name; of a list by numbers, with nothing for None."""
+    for name, value in state.items():
+        if isinstance(value, list):
+            for i, each in enumerate(value):
+                yield f"{name}.{i:03}", torch.zeros(0) if each is None else each
+        elif value is not None:
+            yield name, value
 
 
 def anchor(data: Data, device: torch.device) -> list[Tensor]:
