@@ -62,7 +62,7 @@ class Turning(Execution):
         return "mean", "offset"
 
     def _average(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
-        curvature = self._curvature(cell, flats, numbers)
+        curvature = self._curvature(cell, flats, numbers, self._turned(cell, flats["gradient"]))
         flats["mean_gradient"].lerp_(flats["gradient"], numbers["weight"])
         if curvature is None:
             return ("mean_gradient",)
@@ -74,37 +74,44 @@ class Turning(Execution):
         return ("mean_gradient",)
 
     def _move(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
-        return self._moved(cell, flats, numbers, flats["gradient"], self._curvature(cell, flats, numbers))
+        turned = self._turned(cell, flats["gradient"])
+        return self._moved(cell, flats, numbers, flats["gradient"], turned, self._curvature(cell, flats, numbers, turned))
 
     def _move_blindly(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
-        return self._moved(cell, flats, numbers, flats["gradient"], None)
+        return self._moved(cell, flats, numbers, flats["gradient"], self._turned(cell, flats["gradient"]), None)
 
     def _move_on_average(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
-        return self._moved(cell, flats, numbers, flats["mean_gradient"], flats.get("mean_curvature"))
+        gradient = flats["mean_gradient"]
+        return self._moved(cell, flats, numbers, gradient, self._turned(cell, gradient), flats.get("mean_curvature"))
 
-    def _curvature(self, cell: Cell, flats: Flats, numbers: Named) -> Tensor | None:
-        recording = _Recording(self.author, cell, cell)
-        _, rule, q, prior = recording._slots(cell, flats, numbers)
-        own: Tensor = flats["local"] if "local" in flats else flats["gradient"]
-        seen = Seen(self._turned(cell, own))
-        curvature: Tensor | None = rule.curvature(q, prior, flats.get("offset"), seen)
+    def _curvature(self, cell: Cell, flats: Flats, numbers: Named, turned: Tensor) -> Tensor | None:
+        """What the gradient, turned, says of the curvature; with noise per rank it is that of this rank."""
+        own = self._turned(cell, flats["local"]) if "local" in flats else turned
+        _, rule, q, prior = _Recording(self.author, cell, cell)._slots(cell, flats, numbers)
+        curvature: Tensor | None = rule.curvature(q, prior, flats.get("offset"), Seen(own))
         return curvature
 
     def _turned(self, cell: Cell, flat: Tensor) -> Tensor:
         """A flat tensor in the basis; what is idle is zero."""
-        turned = torch.zeros_like(flat)
-        (into,), (view,) = cell.plot.views(turned), cell.plot.views(flat)
-        into.copy_(self.author.basis(cell).turn(view))
-        return turned
+        (view,) = cell.plot.views(flat)
+        turned = self.author.basis(cell).turn(view)
+        if turned.numel() == flat.numel():
+            return turned.reshape(-1)
+        whole = torch.zeros_like(flat)
+        cell.plot.views(whole)[0].copy_(turned)
+        return whole
 
-    def _moved(self, cell: Cell, flats: Flats, numbers: Named, gradient: Tensor, curvature: Tensor | None) -> tuple[str, ...]:
+    def _moved(
+        self, cell: Cell, flats: Flats, numbers: Named, gradient: Tensor, turned: Tensor, curvature: Tensor | None
+    ) -> tuple[str, ...]:
         (raw,) = cell.plot.views(gradient)
         if not self.author.waits(cell):
-            there = {**flats, "mean": self._turned(cell, flats["mean"])}
+            pulls = cell.group["weight_decay"] != 0.0  # else the mean has no part in the direction
+            there = {**flats, "mean": self._turned(cell, flats["mean"]) if pulls else flats["mean"]}
             group, rule, q, prior = _Recording(self.author, cell, cell)._slots(cell, there, numbers)
             rates = self.author.rates(group, numbers["done"] + 1)
             memory = flats["memory"] if cell.remembers else None
-            look = Look(None, self._turned(cell, gradient), curvature)
+            look = Look(None, turned, curvature)
             new, direction, memory = rule.head(q, prior, look, rates, memory)
             flats["hess"].copy_(new.hess)
             flats["memory"].copy_(memory)
