@@ -26,6 +26,8 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "loading": "loading",
     "bindings": "bindings",
     "processes": "processes",
+    "eigenspace": "eigenspace",
+    "per_example": "per_example",
 }
 
 

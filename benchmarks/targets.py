@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 COMPILED, EAGER = "IVON, compiled", "IVON, eager"
+PROBLEMS = ("Kronecker quadratic", "logistic regression")
 PAIRS = ("Gamma, Poisson", "Beta, Bernoulli", "NormalGamma, Normal")
 
 
@@ -90,4 +91,17 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("traffic: IVON, same noise", "traffic of two processes / AdamW: same noise", 1.01),
     Target("traffic: IVON, noise per rank", "traffic of two processes / AdamW: noise per rank", 2.0),
+    Target("EVON beside SOAP: EVON", "EVON / SOAP: 12 layers of 256", 1.2),
+    Target("EVON beside SOAP: EVON, phasing", "EVON with phasing / SOAP: 12 layers of 256", 1.2),
+    Target("SAM beside two steps: SAM", "SAM / two steps of SGD: ResNet-20, batch 128", 1.05),
+    Target("SAM beside two steps: bSAM", "bSAM / two steps of AdamW: ResNet-20, batch 128", 1.05),
+    *(
+        Target(f"covariance, {problem}: EVON / IVON", f"nats from the exact Gaussian, EVON / IVON: {problem}", 1.0)
+        for problem in PROBLEMS
+    ),
+    *(
+        Target(f"per example, {work}: {what}", f"{what} / training epoch: {work}", bound)
+        for work, bounds in (("MLP 0.86M, 1,000 examples", (5, 1)), ("ResNet-20, 128 examples", (8, 1.4)))
+        for what, bound in zip(("variances of all 10 outputs", "variance of one output"), bounds, strict=True)
+    ),
 )

@@ -21,8 +21,8 @@ MOVES = {
     "retractions.Riemannian.precision": 1,
     "retractions.SquareRoot.precision": 1,
 }
-# ... and those that name a member without one: the prior centered on q, a metric that divides, the variable of a derivative, the prior, kept sites,
-# a start of a test, other precisions of a posterior
+# ... and those that name a member without one: the prior centered on q, a metric that divides, the variable of a derivative, the
+# prior, kept sites, a start of a test, other precisions of a posterior
 NAMES = {
     "momentum._seen": 1,
     "retractions._damped": 1,

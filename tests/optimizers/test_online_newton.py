@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ class Network(nn.Module):
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.tanh(self.inner(x)))
+
     def losses(self) -> torch.Tensor:
-        return nn.functional.cross_entropy(self.outer(torch.tanh(self.inner(self.x))), self.y, reduction="none")
+        return nn.functional.cross_entropy(self(self.x), self.y, reduction="none")
 
     def squares(self) -> list[torch.Tensor]:
         """By hand: a backward pass for each example."""
@@ -111,6 +115,76 @@ class TestSquares:
             slopes = torch.randn(4, 3, generator=generator, dtype=torch.float64)
             optimizer.step(lambda slopes=slopes: slopes @ w)
             assert (optimizer.state[w]["hess"] >= 0.3 * (1 - rho) ** step).all()
+
+
+class TestAttached:
+    """Layers tell what a backward for each example tells."""
+
+    @staticmethod
+    def by_hand(model: Network, optimizer: br.BayesOptimizer, steps: int = 4) -> list[torch.Tensor]:
+        for _ in range(steps):
+            optimizer.step(model.losses)
+        return [*model.parameters(), *(optimizer.state[p]["hess"] for p in model.parameters())]
+
+    @pytest.mark.parametrize("binding", ["loop", "context", "closure"])
+    def test_vogn_takes_the_same_steps(self, binding):
+        model, twin = Network(), Network()
+        optimizer, other = (br.VOGN(m.parameters(), 0.1, 12.0) for m in (model, twin))
+        wanted = self.by_hand(twin, other)
+        optimizer.attach(model)
+        for _ in range(4):
+            if binding == "closure":
+                optimizer.step(model.losses)
+                continue
+            with optimizer.sampled_params(train=True) if binding == "context" else nullcontext():
+                model.losses().mean().backward()
+            optimizer.step()
+        found = [*model.parameters(), *(optimizer.state[p]["hess"] for p in model.parameters())]
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+    def test_ogn_takes_the_same_steps(self):
+        model, twin = Network(), Network()
+        optimizer, other = (br.OGN(m.parameters(), 0.1, 12.0) for m in (model, twin))
+        optimizer.attach(model)
+        for a, b in zip(self.by_hand(model, optimizer), self.by_hand(twin, other), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+    def test_several_draws_are_averaged(self):
+        model, twin = Network(), Network()
+        optimizer, other = (br.VOGN(m.parameters(), 0.1, 12.0, mc_samples=3) for m in (model, twin))
+        optimizer.attach(model)
+        for a, b in zip(self.by_hand(model, optimizer), self.by_hand(twin, other), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+    def test_an_evaluation_within_a_draw_does_not_count(self):
+        model, twin = Network(), Network()
+        optimizer, other = (br.VOGN(m.parameters(), 0.1, 12.0) for m in (model, twin))
+        optimizer.attach(model)
+        wanted = self.by_hand(twin, other, 2)
+        for _ in range(2):
+            model.losses().mean().backward()
+            model.eval()
+            with torch.no_grad():
+                model.losses()
+            model.train()
+            optimizer.step()
+        torch.testing.assert_close(model.inner.weight, wanted[0], rtol=1e-10, atol=1e-12)
+
+    def test_a_draw_that_is_lost_leaves_nothing(self):
+        model = Network()
+        optimizer = br.VOGN(model.parameters(), 0.1, 12.0)
+        optimizer.attach(model)
+        before = model.inner.weight.detach().clone()
+        with pytest.raises(KeyError), optimizer.sampled_params(train=True):
+            model.losses().mean().backward()
+            raise KeyError("in the data")
+        assert torch.equal(model.inner.weight, before)
+        twin = Network()
+        wanted = self.by_hand(twin, br.VOGN(twin.parameters(), 0.1, 12.0), 1)
+        model.losses().mean().backward()
+        optimizer.step()
+        torch.testing.assert_close(model.inner.weight, wanted[0], rtol=1e-10, atol=1e-12)
 
 
 class TestVON:

@@ -170,6 +170,7 @@ class Trace(TorchFunctionMode):
         self._inside: dict[nn.Module, Params] = {}
         self._probe: list[bool] | None = None
         self._handles: list[Any] = []
+        self._over = False
 
     def __enter__(self) -> Trace:
         for module in self.model.modules():
@@ -185,6 +186,7 @@ class Trace(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._over = True  # for whoever removes hooks while they are being called
         for handle in self._handles:
             handle.remove()
         self._stack.clear()
@@ -213,10 +215,10 @@ class Trace(TorchFunctionMode):
 
     @property
     def _rests(self) -> bool:
-        return not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+        return self._over or not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if self._rests or self._probe is not None:
             return
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
@@ -229,7 +231,7 @@ class Trace(TorchFunctionMode):
         self._stack.append(Frame(module))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
         if self._rests or not (self._stack or self._probe is not None):
             return None
         flat, structure = tree_flatten((args, kwargs))

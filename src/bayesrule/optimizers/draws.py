@@ -142,6 +142,7 @@ class Draws:
             self.looks.reopen()
             self._write(self._train, TRAIN, self.looks.begun, again=True)
             self.host.workers.listen(fresh=False)
+            self.host.examples.open(fresh=False)
         else:
             if self.looks.waiting and self.looks.is_empty and not self._automatic:
                 self.host.reminders.of_backward()
@@ -151,7 +152,7 @@ class Draws:
             self._train.block = None if self.host.frugal else STASH
             self._write(self._train, TRAIN, self.looks.begun)
             self.host.workers.listen(fresh=True)
-            self.host.examples.forget()
+            self.host.examples.open()
         self._joinable = joinable or automatic
         return True
 
@@ -184,6 +185,7 @@ class Draws:
         """
         train = self.is_training
         self._restore(keep_offset=train)
+        self.host.examples.close()
         if train and self._strangers.are_in_the_way():
             self.looks.lose()
             raise RuntimeError(
@@ -198,6 +200,7 @@ class Draws:
         """Bring the mean back and forget the draw with its gradient."""
         train = self.is_training
         self._restore()
+        self.host.examples.close(keep=False)
         if train:
             self._strangers.are_in_the_way()
             self.looks.lose()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..estimators.per_example import Squares
 from .cells import Layout
 
 SQUARES = "squares"
 """The block of the mean over examples of squared gradients."""
 
 BUDGET = 2**28
-"""Bytes of gradients that are held at a time."""
+"""Bytes of gradients of single examples that are held at a time, where no layer tells their squares."""
 
 
 class Host(Protocol):
@@ -28,6 +31,8 @@ class Host(Protocol):
 class Examples:
     """The squared gradients of the examples of a draw.
 
+    The layers of attached models tell them beside one backward. Without, there is a backward for each example, many at a time.
+
     Args:
         host: The optimizer.
         name: Its name, for messages.
@@ -36,27 +41,93 @@ class Examples:
     def __init__(self, host: Host, name: str) -> None:
         self.host, self.name = host, name
         self.arrived = False
+        self._told: list[Squares] = []
+        self._recording: ExitStack | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Let the layers of a model tell."""
+        self._told.append(Squares(model))
 
     def forget(self) -> None:
-        """A new draw: no examples yet."""
+        """No examples yet."""
         self.arrived = False
 
-    def learn(self, losses: Any) -> Tensor:
-        """Put the gradient of the mean of losses into ``p.grad``, and keep the mean of the squares; the mean loss.
+    # Recording
+
+    def open(self, fresh: bool = True) -> None:
+        """A draw opens: forwards and backwards from here on are noted.
 
         Args:
-            losses: One for each example, shape (examples,), with their graph.
+            fresh: Whether it is a new one.
+        """
+        self.arrived = False
+        if self._told and self.host.squares_examples:
+            self._recording = ExitStack()
+            for squares in self._told:
+                if fresh:
+                    squares.clear()
+                self._recording.enter_context(squares.recording())
+
+    def close(self, keep: bool = True) -> None:
+        """It closes.
+
+        Args:
+            keep: Whether what was noted counts.
+        """
+        recording, self._recording = self._recording, None
+        if recording is None:
+            return
+        if not keep:
+            with suppress(_Lost), recording:
+                raise _Lost
+            return
+        recording.close()
+        found = {p: total / squares.examples for squares in self._told for p, total in squares.sums.items() if squares.examples}
+        if found:
+            self._keep(found)
+
+    # A closure
+
+    def learn(self, closure: Callable[..., Any], *part: int) -> Tensor:
+        """Call a closure, put the gradient of the mean of its losses into ``p.grad``, and keep their squares; the mean loss.
 
         Raises:
-            TypeError: They are something else.
+            TypeError: The closure returns something else than one loss for each example, with its graph.
         """
-        if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.requires_grad:
-            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
-            raise TypeError(
-                f"{self.name} squares gradients example by example: its closure returns one loss for each, shape (examples,), and "
-                f"does not call backward(); got {got}"
-            )
-        params = self.host.layout.trainable()
+        alone = self._recording is None
+        if alone:
+            self.open()
+        try:
+            losses = self._checked(closure(*part))
+            params = self.host.layout.trainable()
+            for p in params:
+                p.grad = None
+            if self._tells(params):
+                losses.mean().backward()
+            else:
+                self._one_by_one(losses, params)
+        except BaseException:
+            self.close(keep=False)
+            raise
+        if alone:
+            self.close()
+        return losses.detach().mean()
+
+    def _checked(self, losses: Any) -> Tensor:
+        if isinstance(losses, Tensor) and losses.dim() == 1 and losses.requires_grad:
+            return losses
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+        raise TypeError(
+            f"{self.name} squares gradients example by example: its closure returns one loss for each, shape (examples,), and does "
+            f"not call backward(); got {got}"
+        )
+
+    def _tells(self, params: list[Tensor]) -> bool:
+        """Whether attached models hold all parameters."""
+        told = {id(p) for squares in self._told for p in squares.model.parameters()}
+        return all(id(p) in told for p in params)
+
+    def _one_by_one(self, losses: Tensor, params: list[Tensor]) -> None:
         size = sum(p.numel() * p.element_size() for p in params)
         rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device).split(max(1, BUDGET // max(size, 1)))
         sums: dict[Tensor, Tensor] = {}
@@ -68,20 +139,19 @@ class Examples:
                 if each is not None:
                     sums[p] = sums.get(p, 0.0) + each.sum(0)
                     squares[p] = squares.get(p, 0.0) + each.square().sum(0)
-        for p in params:
-            p.grad = sums[p] / len(losses) if p in sums else None
+        for p, total in sums.items():
+            p.grad = total / len(losses)
         self._keep({p: total / len(losses) for p, total in squares.items()})
-        return losses.detach().mean()
+
+    # Keeping
 
     @torch.no_grad()
-    def _keep(self, squares: dict[Tensor, Tensor]) -> None:
+    def _keep(self, squares: Mapping[Any, Tensor]) -> None:
         for plot in self.host.layout.plots():
-            block = plot.flat(SQUARES)
-            if not self.arrived:
-                block.zero_()
+            block = plot.flat(SQUARES).zero_()
             for i, (view, p) in enumerate(zip(plot.views(block), plot.params, strict=True)):
                 if p in squares:
-                    view.add_(plot.bucket.piece(squares[p], i))
+                    view.copy_(plot.bucket.piece(squares[p], i))
         self.arrived = True
 
     def check(self) -> None:
@@ -92,6 +162,10 @@ class Examples:
         """
         if not self.arrived:
             raise RuntimeError(
-                f"{self.name} squares gradients example by example, and saw none: pass step() a closure that returns one loss for "
-                "each example, shape (examples,)"
+                f"{self.name} squares gradients example by example, and saw none: attach(model), or pass step() a closure that "
+                "returns one loss for each example, shape (examples,)"
             )
+
+
+class _Lost(Exception):
+    """What was noted does not count."""

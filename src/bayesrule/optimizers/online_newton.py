@@ -155,8 +155,8 @@ class VON(_OnlineNewton):
 class VOGN(_OnlineNewton):
     r"""Variational online Gauss-Newton: the curvature is the mean square of the gradients of single examples, at draws.
 
-    Costs two tensors of state and two more in a step. The gradients of single examples cost most: a backward pass for each, many
-    at a time.
+    Costs two tensors of state and two more in a step. After ``attach(model)`` layers tell the squares beside one backward, for
+    about half a backward more; without, there is a backward for each example, many at a time.
 
     .. math::
         \theta = m + \epsilon / \sqrt{\text{ess}\,(s + \delta)}, \qquad
@@ -167,8 +167,9 @@ class VOGN(_OnlineNewton):
     As an instance of the rule: Diagonal · MonteCarlo · EmpiricalFisher · Additive, with momentum over loss and prior. Squares
     are never negative, so the precision stays positive.
 
-    A step needs a closure that returns the loss of *every example*, shape (examples,), and does not call ``backward()``. Models
-    whose examples meet in a norm over the batch have no such losses: put it into eval mode.
+    Attached, the training loop stays as it is, with the mean of the losses of a batch going backward once in a draw. Else a step
+    needs a closure that returns the loss of *every example*, shape (examples,), and does not call ``backward()``. A norm over the
+    batch mixes examples: put it into eval mode.
 
     The posterior is N(m, 1 / (ess (s + delta))).
 

@@ -202,7 +202,10 @@ class Shell(Optimizer, ABC):
             >>> model(torch.ones(2)).square().sum().backward()
             >>> opt.step()
         """
-        return attach(self, model)
+        attached = attach(self, model)
+        if self.squares_examples:
+            self.examples.attach(model)
+        return attached
 
     def wanted_draws(self) -> int:
         """How many draws make one look; 0 for an algorithm that does not draw."""
