@@ -15,7 +15,12 @@ PICTURES = {
     "gp_classification": "gp_classification.png",
     "training_loop": "training_loop.png",
 }
-WITHOUT = {"attach": (), "lightning_digits": ("lightning",), "accelerate_loop": ("accelerate",)}  # a picture, and what they need
+WITHOUT = {
+    "attach": (),
+    "compose": (),
+    "lightning_digits": ("lightning",),
+    "accelerate_loop": ("accelerate",),
+}  # a picture, and what they need
 WITHOUT |= dict.fromkeys(("hf_trainer", "peft_lora"), ("transformers", "accelerate", "peft"))
 
 
@@ -144,3 +149,12 @@ def test_peft(show):
     assert number(text, "nats a letter of English", 1) < number(text, "nats a letter of English") - 0.2
     assert "the model itself is unchanged True" in text
     assert "adapter_model.safetensors, posterior.safetensors" in text
+
+
+def test_compose(show):
+    found = {line[:28].strip(): [float(number) for number in line[28:].split()] for line in show("compose").splitlines()[1:]}
+    assert set(found) == {"IVON", "IVON that climbs", "IVON, squares of examples", "Adam", "Adam, squares of examples"}
+    assert all(right > 0.85 for right, *_ in found.values())
+    assert found["IVON that climbs"][1] < found["IVON"][1]
+    assert found["IVON, squares of examples"][2] < found["IVON"][2]
+    assert found["Adam, squares of examples"][1] < found["Adam"][1]
