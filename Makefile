@@ -6,7 +6,7 @@ READY := .venv/.ready
 RIVALS := .venv/.rivals
 HOSTS := .venv/.hosts
 
-.PHONY: demo help test slow lint format doctest check integrations bench clean
+.PHONY: demo help test slow lint format doctest check table integrations bench clean
 .DELETE_ON_ERROR:
 
 demo: runs/demo/report.html ## install, then train AdamW, SGD and IVON side by side (the default)
@@ -41,6 +41,9 @@ doctest: $(READY) ## the examples in the docstrings
 	$(BIN)/pytest --doctest-modules src --ignore=src/bayesrule/integrations/lightning.py --ignore=src/bayesrule/integrations/transformers.py
 
 check: lint test doctest ## everything a change must pass
+
+table: $(READY) ## write docs/table.md
+	$(BIN)/python -c "from bayesrule.algorithms.table import page; print(page(), end='')" > docs/table.md
 
 $(HOSTS): $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[hf,lightning]"

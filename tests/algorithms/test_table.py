@@ -1,6 +1,7 @@
 """The table of algorithms: complete, computed when asked, and every row close to its twin."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +53,9 @@ def test_the_table_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     br.table()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_page_is_the_table():
+    written = (Path(__file__).parents[2] / "docs" / "table.md").read_text()
+    assert written == module.page(), "docs/table.md is stale: make table"
+    assert written.count("\n|") >= 2 + 25

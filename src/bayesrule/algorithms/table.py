@@ -8,6 +8,14 @@ from . import inference_rows, optimizer_rows, published_rows
 
 ROWS = [*optimizer_rows.ROWS, *published_rows.ROWS, *inference_rows.ROWS]
 
+BOUNDS = (1e-12, 1e-9, 1e-6, float("inf"))
+HEAD = """# Every algorithm as an instance of the rule
+
+Written by `make table`; `bayesrule table` computes it. The parts are read off the algorithm's own rule. The difference is the largest
+from the twin, computed in float64.
+
+"""
+
 
 def table() -> list[dict[str, Any]]:
     """Every algorithm of the library as an instance of the rule.
@@ -23,3 +31,14 @@ def table() -> list[dict[str, Any]]:
         True
     """
     return [row.read() for row in ROWS]
+
+
+def page() -> str:
+    """The table as a page: with what holds on any machine, so that a difference is a bound of its size."""
+    rows = table()
+    keys = list(rows[0])
+    lines = [keys, ["---"] * len(keys)]
+    for row in rows:
+        bound = next(bound for bound in BOUNDS if row["difference"] < bound)
+        lines.append([f"< {bound:g}" if key == "difference" else row[key] for key in keys])
+    return HEAD + "".join("| " + " | ".join(line) + " |\n" for line in lines)
