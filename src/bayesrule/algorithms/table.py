@@ -11,8 +11,8 @@ ROWS = [*optimizer_rows.ROWS, *published_rows.ROWS, *inference_rows.ROWS]
 BOUNDS = (1e-12, 1e-9, 1e-6, float("inf"))
 HEAD = """# Every algorithm as an instance of the rule
 
-Written by `make table`; `bayesrule table` computes it. The parts are read off the algorithm's own rule. The difference is the largest
-from the twin, computed in float64.
+Written by `make table`; `bayesrule table` computes it. The parts are read off the algorithm's own rule; those of EVON act in its
+basis. The difference is the largest from the twin, computed in float64.
 
 """
 
