@@ -114,21 +114,31 @@ def computed_in(tensors: Sequence[Tensor]) -> dict[int, torch.dtype]:
 
 
 def _gathering(tensors: Sequence[Tensor]) -> Iterator[Any]:
-    """The modules of FSDP2's ``fully_shard`` that gather some of these tensors, or have gathered they do not say what."""
+    """The modules of FSDP2's ``fully_shard`` that gather some of these tensors."""
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     wanted = set(map(id, tensors))
     for module in list(states):
-        if isinstance(module, _kind()) and any(id(p) in wanted or not is_shared_out(p) for p in _own(module)):
+        if isinstance(module, kind) and any(id(p) in wanted for p in _own(module)):
             yield module
 
 
-def _own(module: nn.Module) -> Iterator[Tensor]:
-    """The parameters of a module but for those of parts that gather their own."""
-    yield from module.parameters(recurse=False)
-    for child in module.children():
-        if not isinstance(child, _kind()):
-            yield from _own(child)
+def _own(module: Any) -> Iterator[Tensor]:
+    """The parameters that a module of FSDP2's gathers, as optimizers know them: those that it holds may be others by now."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    for group in groups:
+        for each in () if group is None else group.fsdp_params:
+            yield each.sharded_param
 
 
-def _kind() -> Any:
-    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+def replicas(tensor: Tensor, like: Tensor) -> int:
+    """On how many processes of the mesh of ``like`` lies what lies here of a tensor."""
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    if not is_shared_out(tensor):
+        return int(mesh.size())
+    cut: Any = tensor
+    parts = 1
+    for i, placement in enumerate(cut.placements):
+        parts *= 1 if placement.is_replicate() else cut.device_mesh.size(i)
+    return int(mesh.size()) // parts

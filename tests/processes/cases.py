@@ -204,9 +204,12 @@ def checkpointed(folder: str, steps: int, save: bool) -> dict[str, Tensor]:
     return everything(model, optimizer)
 
 
-def sharded_after_looks(look: bool) -> Tensor:
-    """The training losses of a sharded model, with evaluations in between or without."""
-    model = sharded()
+def sharded_after_looks(look: bool, reshard: bool | int | None = None) -> Tensor:
+    """The losses of a sharded model in training and evaluation, with more evaluations in between or without."""
+    model = Logistic()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model.first, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
     optimizer = ivon(model)
     losses = []
     for _ in range(3):
@@ -216,10 +219,96 @@ def sharded_after_looks(look: bool) -> Tensor:
         with optimizer.sampled_params(train=True):
             loss = model.train()(torch.arange(16))
             loss.backward()
-        losses.append(loss.detach())
+        if look:
+            with torch.no_grad():
+                model.eval()(torch.arange(16))
         optimizer.step()
+        with torch.no_grad():
+            losses += [loss.detach(), model.eval()(torch.arange(16))]
     optimizer.posterior(model)
     return torch.stack(losses)
+
+
+def climbing(model: nn.Module, shares: Callable[[int], list[Tensor]], forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    optimizer = br.SAM(model.parameters(), 0.05, rho=0.1, compile=False)
+    for step in range(3):
+
+        def closure(step: int = step) -> None:
+            optimizer.zero_grad()
+            for rows in shares(step):
+                (forward(rows) / len(shares(step))).backward()
+
+        optimizer.step(closure)
+    return everything(model, optimizer)
+
+
+def climbing_replicated() -> dict[str, Tensor]:
+    """SAM on four ranks of which two hold the same parts."""
+    model = Logistic()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    return climbing(model, lambda step: [rows_of(step, dist.get_rank(), 4)], model)
+
+
+def two_jobs() -> list[int]:
+    """Two sharded models on two ranks each, left alone; a gradient of the second is not finite, and it makes more steps."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("job", "shard"))["shard"]
+    model = Logistic()
+    fully_shard(model, mesh=mesh)
+    optimizer = ivon(model, sync=False)
+    for step in range(3 if rank < 2 else 5):
+        with optimizer.sampled_params(train=True):
+            model(torch.arange(16)).backward()
+            if step == 1 and rank == 3:
+                model.wide.grad.to_local()[-1, -1] = float("nan")
+        optimizer.step()
+    return [int(optimizer.state[model.wide]["step"]), optimizer.dropped_draws]
+
+
+def mended() -> list[int]:
+    """A gradient that is not finite on one rank, and whose mean is mended before the step."""
+    model = Logistic()
+    optimizer = ivon(model, noise_per_rank=True)
+    wrapped = DistributedDataParallel(model)
+    for step in range(3):
+        with optimizer.sampled_params(train=True):
+            loss = wrapped(rows_of(step, dist.get_rank(), 2))
+            (loss + (model.wide[0, 0] * float("inf") if step == 1 and dist.get_rank() == 1 else 0)).backward()
+        for p in model.parameters():
+            torch.nan_to_num_(p.grad, 0.0, 0.0, 0.0)
+        optimizer.step()
+    finite = all(bool(t.isfinite().all()) for t in everything(model, optimizer).values())
+    return [int(optimizer.state[model.wide]["step"]), optimizer.dropped_draws, int(finite)]
+
+
+def cancelling(ranks: int | None = None) -> dict[str, Tensor]:
+    """Gradients of ranks that cancel in their mean but for 1e-6; of as many draws in one process with `ranks`."""
+    w = nn.Parameter(torch.tensor([0.3]))
+    model = nn.ParameterDict({"w": w})
+    optimizer = br.IVON([w], 0.01, 100.0, betas=(0.9, 0.5), compile=False, noise_per_rank=ranks is None)
+    size = dist.get_world_size() if ranks is None else ranks
+    for part in [dist.get_rank()] if ranks is None else range(ranks):
+        with optimizer.sampled_params(train=True):
+            (w * ((1.0 if part else -1.0) + 1e-6 * part)).sum().backward()
+        if ranks is None:
+            dist.all_reduce(w.grad)
+            w.grad /= size
+    optimizer.step()
+    return everything(model, optimizer)
+
+
+def stale(added: bool) -> int:
+    """A sharded model with gradients from before the draw, cleared before the draw's own come, or added to."""
+    model = sharded()
+    optimizer = ivon(model)
+    model(torch.arange(16)).backward()
+    with optimizer.sampled_params(train=True):
+        loss = model(torch.arange(16))
+        if not added:
+            optimizer.zero_grad()  # the model itself would clear those that it has gathered
+        loss.backward()
+    optimizer.step()
+    return int(optimizer.state[model.wide]["step"])
 
 
 def sharded_nans() -> list[int]:
@@ -377,6 +466,17 @@ def misused(case: str) -> None:
         with optimizer.sampled_params(train=True):
             scaler.scale(model(torch.arange(16) + rank)).backward()
         scaler.step(optimizer)
+        return
+    elif case == "gradients by hand":
+        optimizer = ivon(model, noise_per_rank=True)
+        params = dict(model.named_parameters())
+        with optimizer.sampled_params(train=True):
+            found = torch.func.grad(lambda held: torch.func.functional_call(model, held, (torch.arange(16),)))(
+                {name: p.detach() for name, p in params.items()}
+            )
+            for name, p in params.items():
+                p.grad = found[name]
+        optimizer.step()
         return
     elif case == "columns":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))

@@ -99,6 +99,12 @@ class TestDataParallel:
     def test_whether_gradients_are_averaged_is_seen_in_every_step(self, launch, hyper, per_rank):
         agree(launch(2, cases.ddp, dict(noise_per_rank=per_rank, **hyper)), cases.one(2, hyper, per_rank))
 
+    def test_gradients_that_cancel_leave_the_curvature_of_each(self, launch):
+        agree(launch(2, cases.cancelling), cases.cancelling(2), 1e-5)
+
+    def test_a_mean_that_was_mended_mends_no_curvature(self, launch):
+        assert launch(2, cases.mended) == [[2, 1, 1]] * 2
+
     @pytest.mark.parametrize(
         ("where", "found"), [("in the draws of all", [2, 1, 1]), ("after the draws of one rank", [3, 1, 1])], ids=str
     )
@@ -138,9 +144,23 @@ class TestSharded:
     def test_is_one_process_where_parts_are_uneven_or_empty(self, launch):
         agree(launch(4, cases.fsdp, {}), cases.one(4, {}, per_rank=False))
 
-    def test_sees_the_draw_after_an_evaluation(self, launch):
-        looked, plain = launch(2, cases.sharded_after_looks, True)[0], launch(2, cases.sharded_after_looks, False)[0]
+    @pytest.mark.parametrize(("size", "reshard"), [(2, None), (2, False), (2, True), (4, 2)], ids=str)
+    def test_sees_the_draw_after_an_evaluation_and_the_mean_after_a_step(self, launch, size, reshard):
+        looked, plain = (launch(size, cases.sharded_after_looks, look, reshard)[0] for look in (True, False))
         assert not isinstance(looked, str) and torch.equal(looked, plain), looked
+
+    def test_climbs_as_far_as_one_process_where_parts_are_replicated(self, launch):
+        model = cases.Logistic()
+        wanted = cases.climbing(model, lambda step: [cases.rows_of(step, part, 4) for part in range(4)], model)
+        agree(launch(4, cases.climbing_replicated), wanted)
+
+    def test_jobs_that_are_left_alone_have_nothing_to_do_with_one_another(self, launch):
+        assert launch(4, cases.two_jobs) == [[3, 0], [3, 0], [4, 1], [4, 1]]
+
+    def test_gradients_from_before_a_draw_may_be_cleared_but_not_added_to(self, launch):
+        assert launch(2, cases.stale, False) == [1, 1]
+        for found in launch(2, cases.stale, True):
+            assert "gradients from before this draw stood in p.grad" in found.strip().splitlines()[-1]
 
     def test_drops_a_draw_everywhere_or_nowhere(self, launch):
         assert launch(2, cases.sharded_nans) == [[1, 2, 2, 2, 2, 2]] * 2
@@ -189,6 +209,7 @@ MISUSES = {
     "attached within a sharded model": "attach the whole model",
     "attached after it was sharded": "make the optimizer after it",
     "a scaler without a wrapper": "wrap the model in DistributedDataParallel",
+    "gradients by hand": "is what backward\\(\\) brings to it",
     "columns": r"supported are Replicate and one Shard\(0\)",
     "FSDP1": "FSDP1",
     "FSDP1 with original parameters": "FSDP1",

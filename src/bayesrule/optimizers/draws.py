@@ -175,7 +175,7 @@ class Draws:
                 flats.pop("memory", None)
                 self.host.execution.run("climb", cell, flats, {**cell.inputs, **numbers})
                 cell.plot.put(flats["mean"], cell.only)
-        self._written_to()
+        self.written_to()
 
     def end(self) -> None:
         """Bring the mean back; what backpropagation left in ``p.grad`` waits to be read.
@@ -293,7 +293,7 @@ class Draws:
         except BaseException:
             self.discard()
             raise
-        self._written_to()
+        self.written_to()
         if self.is_automatic and written.block:  # an optimizer that is dropped leaves the mean behind
             self._will = weakref.finalize(self, _put_back, [(cell, _versions(cell)) for cell, _ in written.cells])
             self._will.atexit = False
@@ -301,7 +301,7 @@ class Draws:
     def _numbers(self, cell: Cell, stream: int, draw: int) -> dict[str, Any]:
         return {**cell.inputs, "stream": stream, "draw": draw, "first": cell.plot.where.first}
 
-    def _written_to(self) -> None:
+    def written_to(self) -> None:
         """Nobody may compute with what was in the parameters before."""
         torch.clear_autocast_cache()
         if self.host.workers.sharded:
@@ -354,7 +354,7 @@ class Draws:
         OPEN.discard(self)
         if self._will is not None:
             self._will.detach()
-        self._written_to()
+        self.written_to()
         if written is not self._train:
             for cell, _ in written.cells:
                 if written.block != STASH:

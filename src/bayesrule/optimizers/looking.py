@@ -114,7 +114,7 @@ class Looks:
         squares = 0.0
         for plot in plots:
             block = plot.flat(FIRST).copy_(plot.read(_gradients(plot.params), "gradient"))
-            squares += plot.dot(block, block)
+            squares += self.host.workers.dot(plot, block, block)
         clear(params)
         return math.sqrt(self.host.workers.total([squares])[0])
 
@@ -198,8 +198,9 @@ class Looks:
 
     def _common(self, changes: Sequence[tuple[Cell, Tensor, Tensor]]) -> float:
         """The factor between gradients before and after, by least squares."""
-        sizes = sum(cell.plot.dot(before, before) for cell, before, _ in changes)
-        products = sum(cell.plot.dot(before, after) for cell, before, after in changes)
+        dot = self.host.workers.dot
+        sizes = sum(dot(cell.plot, before, before) for cell, before, _ in changes)
+        products = sum(dot(cell.plot, before, after) for cell, before, after in changes)
         size, product = self.host.workers.total([sizes, products])
         return product / size if size else 1.0
 
@@ -250,8 +251,10 @@ class Looks:
             )
         self._averaged = {p: None for p, weight in zip(params, every.present, strict=True) if weight}
         self._curved = {id(plot) for plot, weight in zip(plots, every.seen, strict=True) if weight}
-        factors = {p: size / n for p, size, n in zip(params, every.sizes, every.aligned, strict=True) if size and n}
-        factors = {p: factor for p, factor in factors.items() if abs(factor - 1) > 1e-5}  # else it is 1, but for rounding
+        factors = every.factors(params)
+        if not all(math.isfinite(float(total.sum())) for total in every.curvatures):  # of gradients that were mended since
+            self.dropped += 1
+            return None
         degrees = {id(cell.plot): cell.rule.curvature.degree for cell in self.host.layout.cells(params)}
         for plot, weight, total in zip(plots, every.seen, every.curvatures, strict=True):
             scales = [factors.get(p, 1.0) ** degrees[id(plot)] / (weight or 1.0) for p in plot.params]
@@ -264,7 +267,7 @@ class Looks:
         """What this rank brings, all times the weight of its draws."""
         workers, drew = self.host.workers, self.begun or int(self._lost)
         alone = self.waiting and not self._averaged and workers.listens  # its gradient may have been rescaled since
-        products, sizes = self._rescaled(plots) if alone else ({}, {})
+        products, sizes, heard = self._rescaled(plots) if alone else ({}, {}, {})
         if not self.begun and (fresh := self._with_gradient()):  # a step at the mean: it shows no curvature
             if self._finite(fresh):
                 self._average(fresh, "average_blindly")
@@ -280,6 +283,7 @@ class Looks:
             seen,
             [weight and weight * products.get(p, 0.0) for p in params],
             [weight and weight * sizes.get(p, 0.0) for p in params],
+            [weight and weight * heard.get(p, 0.0) for p in params],
             [weight * (p in self._averaged) for p in params],
             [_weighted(plot.joined(self._means(plot)[1]), w) for plot, w in zip(plots, seen, strict=True)],
             self._gradients_of(plots, weight) if workers.apart else [],
@@ -288,21 +292,22 @@ class Looks:
     def _gradients_of(self, plots: Sequence[Plot], weight: float) -> list[Tensor]:
         return [_weighted(plot.joined(self._means(plot)[0]), weight) for plot in plots]
 
-    def _rescaled(self, plots: Sequence[Plot]) -> tuple[dict[Tensor, float], dict[Tensor, float]]:
-        """By parameter: the inner product of this rank's gradient with the one in ``p.grad``, and the square of that.
+    def _rescaled(self, plots: Sequence[Plot]) -> tuple[dict[Tensor, float], dict[Tensor, float], dict[Tensor, float]]:
+        """By parameter: the inner product of this rank's gradient with the one in ``p.grad``, and the squares of that and of this.
 
         If ``p.grad`` is f times the mean over ranks, or on each rank f times its own, f is the sum over ranks of the squares over
         that of the products, whoever unscaled or clipped.
         """
         products = dict.fromkeys(self.host.layout.trainable(), 0.0)
-        sizes = dict(products)
+        sizes, heard = dict(products), dict(products)
         for plot in plots:
             after = plot.read(_gradients(plot.params), "gradient")
             for p, a, b in zip(plot.params, plot.views(plot.flat(LOCAL)), plot.views(after), strict=True):
                 products[p] += float(a.reshape(-1).dot(b.reshape(-1)))
                 sizes[p] += float(b.square().sum())
+                heard[p] += float(a.square().sum())
         self._read = {}
-        return products, sizes
+        return products, sizes, heard
 
     def shown(self) -> list[Tensor]:
         """The gradients of this step, wherever they stand, of parameters that lie here as a whole."""

@@ -269,7 +269,7 @@ class Shell(Optimizer, ABC):
                 flats = how(cell)
                 cell.plot.put(flats["mean"], cell.only)
             self.layout.count(params)
-            torch.clear_autocast_cache()
+            self.draws.written_to()
             if drawn:
                 self.reminders.of_thawed(len(self.layout.left_out(params)))
                 for p in params:

@@ -51,8 +51,10 @@ class Strangers:
             self._stood[param] = _stands(param)
 
     def _added(self, param: Tensor) -> None:
-        if self._old.pop(param, None) is not None:
-            self._mixed |= self._stood[param]
+        old = self._old.pop(param, None)
+        if old is not None:
+            # a shard gets its gradient without the first hook: added to in place, or replaced
+            self._mixed |= self._stood.get(param, param.grad is old)
 
     def are_in_the_way(self) -> bool:
         """Whether one of them was added to, or stands there still."""

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..plots import Plot
-from ..shards import beginning, here, is_shared_out
+from ..shards import beginning, here, is_shared_out, replicas
 from .cells import Layout
 from .fingerprints import digest, fingerprint, odd_one
 
@@ -152,12 +152,25 @@ class Workers:
     # Agreeing
 
     def total(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over the parts of the parameters, wherever they lie."""
+        """Sums over all that holds parts of the parameters."""
         if not self.sharded:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self._device())
-        dist.all_reduce(tensor)
+        mesh: Any = self._shard().device_mesh  # type: ignore[attr-defined]
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(tensor, group=mesh.get_group(dimension))
         return tensor.tolist()
+
+    def dot(self, plot: Plot, a: Tensor, b: Tensor) -> float:
+        """The inner product of two flat tensors, whose :meth:`total` counts every element once."""
+        if not self.sharded:
+            return plot.dot(a, b)
+        shard = self._shard()
+        pieces = zip(plot.params, plot.views(a), plot.views(b), strict=True)
+        return float(sum(x.reshape(-1).dot(y.reshape(-1)) / replicas(p, shard) for p, x, y in pieces))
+
+    def _shard(self) -> Tensor:
+        return next(p for p in self.host.layout.trainable() if is_shared_out(p))
 
     def _device(self) -> torch.device:
         return self.host.layout.trainable()[0].device
@@ -268,20 +281,51 @@ class Share(NamedTuple):
     seen: list[float]  # by plot: the weight of the draws that showed curvature
     aligned: list[float]  # by parameter: the inner product of this rank's gradient with the one in p.grad
     sizes: list[float]  # by parameter: the square of the one in p.grad
+    heard: list[float]  # by parameter: the square of this rank's gradient
     present: list[float]  # by parameter: the weight of the draws that gave a gradient
     curvatures: list[Tensor]  # by plot
     gradients: list[Tensor]  # by plot, where nobody else averages them
 
     def summed(self, workers: Workers) -> Share:
         """The sum over all ranks: one all-reduce for each dtype and device."""
-        lists = (self.marks, self.seen, self.aligned, self.sizes, self.present)
+        lists = (self.marks, self.seen, self.aligned, self.sizes, self.heard, self.present)
         numbers = [self.weight, self.square, self.drew, *(n for each in lists for n in each)]
         first, *blocks = workers.summed([self.curvatures[0].new_tensor(numbers), *self.curvatures, *self.gradients])
         weight, square, drew, *rest = first.tolist()
         cuts = list(accumulate(map(len, lists), initial=0))
-        marked, seen, aligned, sizes, present = (rest[i:j] for i, j in pairwise(cuts))
+        marked, seen, aligned, sizes, heard, present = (rest[i:j] for i, j in pairwise(cuts))
         plots = len(self.curvatures)
-        return Share(weight, square, drew, marked, seen, aligned, sizes, present, blocks[:plots], blocks[plots:])
+        return Share(weight, square, drew, marked, seen, aligned, sizes, heard, present, blocks[:plots], blocks[plots:])
+
+    def factors(self, params: Sequence[Tensor]) -> dict[Tensor, float]:
+        """Of a sum: by what each parameter's gradient was rescaled after backpropagation, where it was.
+
+        The gradients of the ranks may cancel in their mean, so that little but rounding is left of it, and of its product with
+        each: what it says of the factor is then worth less than what all parameters say together.
+
+        Raises:
+            RuntimeError: Gradients came that backpropagation did not bring.
+        """
+        eps = max(torch.finfo(p.dtype).eps for p in params)
+        whole = _factor(sum(self.sizes), sum(self.aligned), sum(self.heard), eps) or 1.0
+        found = {}
+        for p, size, aligned, heard in zip(params, self.sizes, self.aligned, self.heard, strict=True):
+            if size and not heard:
+                raise RuntimeError(
+                    "with noise_per_rank=True the gradient of a rank is what backward() brings to it, and here p.grad came "
+                    "otherwise (torch.func, or by hand): take gradients by backward(), or drop noise_per_rank"
+                )
+            factor = _factor(size, aligned, heard, torch.finfo(p.dtype).eps) or whole
+            if size and abs(factor - 1) > 1e-5:  # else it is 1, but for rounding
+                found[p] = factor
+        return found
+
+
+def _factor(size: float, aligned: float, heard: float, eps: float) -> float | None:
+    """The factor that squares and products tell; None where it differs from 1 by no more than their rounding may make it."""
+    rounding = 16 * eps * (size * heard) ** 0.5
+    unsure = abs(size - aligned) <= rounding and rounding >= 1e-5 * abs(aligned)
+    return None if unsure or not aligned else size / aligned
 
 
 def _adder(targets: list[tuple[Tensor, Plot, int]]) -> Callable[[Tensor], None]:
