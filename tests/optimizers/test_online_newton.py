@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -170,6 +172,21 @@ class TestAttached:
             model.train()
             optimizer.step()
         torch.testing.assert_close(model.inner.weight, wanted[0], rtol=1e-10, atol=1e-12)
+
+    def test_neither_keeps_the_other_alive_and_removed_it_tells_no_more(self):
+        model = Network()
+        optimizer = br.VOGN(model.parameters(), 0.1, 12.0)
+        hooks = optimizer.attach(model)
+        hooks.remove()
+        with optimizer.sampled_params(train=True):
+            model.losses().mean().backward()
+        with pytest.raises(RuntimeError, match="saw none"):
+            optimizer.step()
+        optimizer.attach(model)
+        gone = weakref.ref(model)
+        del model, hooks
+        gc.collect()
+        assert gone() is None and optimizer.param_groups
 
     def test_a_draw_that_is_lost_leaves_nothing(self):
         model = Network()

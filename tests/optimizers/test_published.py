@@ -18,7 +18,6 @@ CASES = [
     for file, read in READ.items()
     for case in read["cases"]
 ]
-LOSSES = ("loss_at_perturbed",)
 
 
 @pytest.mark.parametrize(("file", "case", "problem"), CASES)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..estimators.per_example import Squares
 from ..shards import gathered_around, is_shared_out
 from .draws import Draws
 from .reminders import Reminders
@@ -58,6 +59,11 @@ class SavesMean:
             optimizer.draws.pause()
         _remove(self._handles)
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it was not removed."""
+        return bool(self._handles)
+
     def serves(self, model: nn.Module) -> Drawing | None:
         """The optimizer, where the model is attached and no copy."""
         return self._optimizer() if self._optimizer is not None and model in self._models else None
@@ -84,6 +90,7 @@ class SavesMean:
 class Attached(SavesMean):
     """Beside these, the hooks that open the draw of a step in front of a training forward, and close it for any other."""
 
+    squares: Squares | None = None  # where the layers of the model tell an optimizer the squares of examples
     _looked_around = False
     _running = False  # whether the model itself is in a training forward: what it calls is part of that, in whatever mode
 

@@ -161,7 +161,10 @@ class Draws:
     def climb(self) -> None:
         """Go from the gradient that stands in ``p.grad`` to where it leads; cells that climb keep it as their first look."""
         written, looks = self._open, self.looks
-        assert written is self._train and written.block, "only an open draw that keeps its mean can climb"
+        if written is not self._train:
+            raise RuntimeError(
+                "the draw was closed within the closure, by opt.eval(), state_dict() or posterior(); call them after step()"
+            )
         numbers = {"size": looks.first_look()}
         drawn = {id(cell.plot) for cell, _ in written.cells}
         for cell in self.host.layout.cells(self.host.layout.trainable()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, Protocol
@@ -28,6 +29,15 @@ class Host(Protocol):
     def squares_examples(self) -> bool: ...
 
 
+class Teller(Protocol):
+    """Hooks of a model by which an optimizer is attached to it."""
+
+    squares: Squares | None
+
+    @property
+    def is_in_place(self) -> bool: ...
+
+
 class Examples:
     """The squared gradients of the examples of a draw.
 
@@ -41,12 +51,17 @@ class Examples:
     def __init__(self, host: Host, name: str) -> None:
         self.host, self.name = host, name
         self.arrived = False
-        self._told: list[Squares] = []
+        self._attached: weakref.WeakSet[Teller] = weakref.WeakSet()
         self._recording: ExitStack | None = None
 
-    def attach(self, model: nn.Module) -> None:
-        """Let the layers of a model tell."""
-        self._told.append(Squares(model))
+    def attach(self, attached: Teller, model: nn.Module) -> None:
+        """Let the layers of a model tell, for as long as it is attached; neither keeps the other alive."""
+        attached.squares = Squares(model)
+        self._attached.add(attached)
+
+    @property
+    def _told(self) -> list[Squares]:
+        return [each.squares for each in self._attached if each.squares is not None and each.is_in_place]
 
     def forget(self) -> None:
         """No examples yet."""

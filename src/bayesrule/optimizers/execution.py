@@ -153,7 +153,7 @@ class Execution:
         key = kind, of_rule, tuple(flats), cell.plot.dtype
         program = self.programs.get(key) or self._shared.get(key)
         if program is None:
-            recorded = getattr(_Recording(self.author, cell, drawn or cell), kind)
+            recorded = getattr(Recording(self.author, cell, drawn or cell), kind)
             program = self._shared[key] = Program.record(recorded, list(flats), list(numbers))
         self.programs[key] = program
         narrow = flats.get("memory")
@@ -182,7 +182,7 @@ def _parts(flats: Flats, limit: int) -> Iterator[Flats]:
         yield {name: flat[slice(*ends[name])] for name, flat in flats.items()}
 
 
-class _Recording:
+class Recording:
     """The programs as functions of symbols."""
 
     def __init__(self, author: Author, cell: Cell, drawn: Cell) -> None:

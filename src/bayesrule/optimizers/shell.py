@@ -204,7 +204,7 @@ class Shell(Optimizer, ABC):
         """
         attached = attach(self, model)
         if self.squares_examples:
-            self.examples.attach(model)
+            self.examples.attach(attached, model)
         return attached
 
     def wanted_draws(self) -> int:

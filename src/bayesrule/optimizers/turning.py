@@ -16,7 +16,7 @@ from ..estimators.oracle import Seen
 from ..program import Named
 from ..rule import Look
 from .cells import Cell
-from .execution import Author, Execution, Flats, _Recording
+from .execution import Author, Execution, Flats, Recording
 
 TURNED = "turned"
 """The block of an offset in the basis, while the sample is open."""
@@ -49,7 +49,7 @@ class Turning(Execution):
         mean.add_(self.author.basis(cell).back(turned))
 
     def _draw(self, cell: Cell, flats: Flats, numbers: Named, method: str = "offset") -> tuple[str, ...]:
-        self.shift(cell, flats, _Recording(self.author, cell, cell)._offset(flats, numbers, method))
+        self.shift(cell, flats, Recording(self.author, cell, cell)._offset(flats, numbers, method))
         return "mean", "offset"
 
     def _look(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ class Turning(Execution):
     def _curvature(self, cell: Cell, flats: Flats, numbers: Named, turned: Tensor) -> Tensor | None:
         """What the gradient, turned, says of the curvature; with noise per rank it is that of this rank."""
         own = self._turned(cell, flats["local"]) if "local" in flats else turned
-        _, rule, q, prior = _Recording(self.author, cell, cell)._slots(cell, flats, numbers)
+        _, rule, q, prior = Recording(self.author, cell, cell)._slots(cell, flats, numbers)
         curvature: Tensor | None = rule.curvature(q, prior, flats.get("offset"), Seen(own))
         return curvature
 
@@ -108,7 +108,7 @@ class Turning(Execution):
         if not self.author.waits(cell):
             pulls = cell.group["weight_decay"] != 0.0  # else the mean has no part in the direction
             there = {**flats, "mean": self._turned(cell, flats["mean"]) if pulls else flats["mean"]}
-            group, rule, q, prior = _Recording(self.author, cell, cell)._slots(cell, there, numbers)
+            group, rule, q, prior = Recording(self.author, cell, cell)._slots(cell, there, numbers)
             rates = self.author.rates(group, numbers["done"] + 1)
             memory = flats["memory"] if cell.remembers else None
             look = Look(None, turned, curvature)
