@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..bases import Basis, eigenvectors, followed, plain, whitened
+from ..bases import Bases, Basis, eigenvectors, followed, plain, whitened
 from ..estimators.curvatures import Reparameterized, SquaredGradient, Zero
 from ..estimators.expectations import Delta, MonteCarlo
+from ..families.eigen import Eigen
 from ..families.gaussian import Diagonal
 from ..family import Gaussian
+from ..joints import Joint
 from ..momentum import Momentum
+from ..parts import Part
 from ..retractions import Additive, Riemannian
 from ..rule import BayesRule, Curvature, Rates
 from ..shards import is_shared_out
-from ..vector import equal
+from ..vector import Vector, equal
 from .cells import Cell, Names
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
+from .learned import marginal, spreads
 from .optimizer import BayesOptimizer
 from .turning import Turning
 from .workers import Sync
@@ -234,6 +238,18 @@ class EVON(BayesOptimizer):
         state = self.state[cell.plot.params[0]]
         shape, chosen = self._chosen(cell)
         return Basis(shape, state.get("basis", [None] * len(chosen)))
+
+    def together(self, names: Mapping[Tensor, str]) -> tuple[Part, ...]:
+        turned: dict[str, tuple[Tensor, Tensor, Basis]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                axes = self.state[param].get("basis", [])
+                if param in names and spreads(group) and any(q is not None for q in axes):
+                    turned[names[param]] = *marginal(self, group, param), Basis(self.wide(param), list(axes))
+        if not turned:
+            return ()
+        means, spectra, bases = zip(*turned.values(), strict=True)
+        return (Joint(tuple(turned), tuple(m.shape for m in means), Eigen(Vector(means), Bases(bases), Vector(spectra))),)
 
     def _chosen(self, cell: Cell) -> tuple[tuple[int, ...], list[bool]]:
         group, param = cell.group, cell.plot.params[0]

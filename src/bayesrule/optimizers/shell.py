@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..families.gaussian import Diagonal
 from ..family import Gaussian
+from ..parts import Part
 from ..posterior import Posterior
 from ..program import Program
 from ..rule import BayesRule, Rates
@@ -333,6 +334,10 @@ class Shell(Optimizer, ABC):
         return param.new_zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32))
 
     # The posterior
+
+    def together(self, names: Mapping[Tensor, str]) -> tuple[Part, ...]:
+        """The parameters that vary together in q, or are no Gaussians, by their names."""
+        return ()
 
     def posterior(self, model: nn.Module, num_data: int | None = None) -> Posterior:
         """What was learned, by the model's parameter names; see :meth:`bayesrule.Posterior.from_optimizer`."""
