@@ -16,6 +16,7 @@ from .families.gaussian import Diagonal, Full
 from .families.low_rank import DiagonalPlusFactor, LowRank
 from .families.mixture import Mixture
 from .families.signs import Signs
+from .families.spike_slab import SpikeAndSlab
 from .families.structure import Elementwise, Structured
 from .noise import Noise
 from .parts import Law, Named, OneOf, Part
@@ -42,7 +43,7 @@ class Joint(Part):
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
-        return not isinstance(self.q, Signs)
+        return not isinstance(self.q, Signs | SpikeAndSlab)
 
     @property
     def _kind(self) -> Kind:
@@ -78,11 +79,13 @@ class Joint(Part):
     def solve(self, v: Named) -> dict[str, Tensor]:
         if isinstance(self.q, Signs):
             return {name: v[name] * variance for name, variance in self.variance.items()}
+        if isinstance(self.q, SpikeAndSlab):
+            raise TypeError("units that are there or not have no precision; use sample")
         return self.named(self.q.solve(self.point(v)))
 
     def root_solve(self, v: Named) -> dict[str, Tensor]:
-        if isinstance(self.q, Signs):
-            raise TypeError("binary weights are no linear function of normals; use sample")
+        if isinstance(self.q, Signs | SpikeAndSlab):
+            raise TypeError(f"a draw of {self.structure!r} is no linear function of normals; use sample")
         return self.named(self.q.root_solve(self.point(v)))
 
     def log_prob(self, theta: Named) -> Tensor:
@@ -105,6 +108,8 @@ class Joint(Part):
         return kl
 
     def rescaled(self, factor: float) -> Joint:
+        if isinstance(self.q, SpikeAndSlab):
+            raise TypeError("a power of weights that are there or not is none; retrain with another p")
         if isinstance(self.q, Signs):
             return replace(self, q=replace(self.q, natural_parameter=self.q.natural_parameter * factor, expected_value=None))
         return replace(self, q=replace(self.q, ess=self.q.ess * factor))
@@ -165,6 +170,12 @@ def _write_signs(part: Joint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {f"natural.{name}": t for name, t in part.named(part.q.natural_parameter).items()}, {}
 
 
+def _probability(value: Any) -> float:
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"a probability must be in (0, 1], got {value!r}")
+    return value
+
+
 KINDS = [
     Kind("eigen", Eigen, lambda q: q.precision_diagonal, _write_eigen, _read_eigen),
     Kind(
@@ -176,6 +187,13 @@ KINDS = [
         lambda q: q.precision.diagonal + (q.precision.factor**2).sum(1),
         _write_low_rank,
         lambda means, _, kept, __: LowRank(_joined(means), DiagonalPlusFactor(kept["diagonal"], kept["factor"])),
+    ),
+    Kind(
+        "dropout",
+        SpikeAndSlab,
+        lambda q: 1 / q.variance,
+        lambda part: ({} if part.q.units is None else {"units": part.q.units}, {"keep": float(part.q.keep)}),
+        lambda means, _, kept, about: SpikeAndSlab(_joined(means), _probability(about["keep"]), kept.get("units")),
     ),
     Kind(
         "signs",
@@ -236,8 +254,10 @@ def law_of(q: Any, shapes: Mapping[str, Size]) -> Law:
         return _law_of_mixture(q, shapes)
     if isinstance(q, Signs):
         q = replace(q, natural_parameter=_row(q.natural_parameter), expected_value=None, ess=1.0)
-    elif not isinstance(q, Structured | LowRank):
-        raise TypeError(f"a {type(q).__name__} is no distribution of a model's weights; take a Gaussian, a Mixture or Signs")
+    elif not isinstance(q, Structured | LowRank | SpikeAndSlab):
+        raise TypeError(
+            f"a {type(q).__name__} is no distribution of a model's weights; take a Gaussian, a Mixture, Signs or a SpikeAndSlab"
+        )
     elif isinstance(q, Eigen) and not isinstance(q.mean, Vector):
         q = replace(q, mean=Vector([q.mean]), basis=Bases([q.basis]), hess=Vector([q._precisions]), weight_decay=0.0, ess=1.0)
     part = Joint(names, sizes, q)

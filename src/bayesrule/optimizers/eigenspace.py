@@ -20,7 +20,6 @@ from ..momentum import Momentum
 from ..parts import Part
 from ..retractions import Additive, Riemannian
 from ..rule import BayesRule, Curvature, Rates
-from ..shards import is_shared_out
 from ..vector import Vector, equal
 from .cells import Cell, Names
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
@@ -101,6 +100,7 @@ class EVON(BayesOptimizer):
 
     names = Names("hess", "momentum", "mean")
     is_diagonal = False
+    needs_whole = True
     runs = Turning
     ranges: ClassVar = {
         "lr": AT_LEAST_ZERO,
@@ -175,20 +175,8 @@ class EVON(BayesOptimizer):
         )
         self._set_up(params, defaults, noise=noise, compile=False, sync=sync)
 
-    def _prepare(self, *how: Any) -> None:
-        super()._prepare(*how)
-        self.layout.apart = True
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group.
-
-        Raises:
-            ValueError: Its parameters lie on several processes in parts, which have no bases of the whole.
-        """
-        super().add_param_group(param_group)
-        if any(map(is_shared_out, self.param_groups[-1]["params"])):
-            self.param_groups.pop()
-            raise ValueError("EVON needs whole matrices, and these are sharded; use IVON, or DistributedDataParallel")
+    def together_in(self, group: Mapping[str, Any]) -> bool | None:
+        return False
 
     # The slots
 
@@ -259,6 +247,9 @@ class EVON(BayesOptimizer):
         """The shape of a parameter with its axes merged."""
         group = next(group for group in self.param_groups if any(param is p for p in group["params"]))
         return plain(param.shape, group["max_precond_dim"], group["merge_dims"], group["precondition_1d"])[0]
+
+    def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]:
+        return [(n, n) for n in self.wide(param)]
 
     def waits(self, cell: Cell) -> bool:
         """Whether the published code would let this step pass."""
