@@ -42,7 +42,7 @@ class Joint(Part):
         return self._kind.structure
 
     @property
-    def symmetric(self) -> bool:  # type: ignore[override]
+    def is_gaussian(self) -> bool:  # type: ignore[override]
         return not isinstance(self.q, Signs | SpikeAndSlab)
 
     @property

@@ -95,6 +95,11 @@ class Posterior:
         found = sorted({part.structure for part in self.parts})
         return "+".join([*found, *(["diag"] if self._law.apart else [])])
 
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether it is one Gaussian, of whatever structure: with a density that is not zero anywhere."""
+        return all(part.is_gaussian for part in self.parts)
+
     @cached_property
     def _law(self) -> Law:
         return Law(self.mean, self.precision, self.parts)
