@@ -575,7 +575,7 @@ class TestPrior:
             br.IVON(model.named_parameters(), **SMALL_IVON, prior=br.Posterior.point(model))
 
 
-@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.kind == "variational"], ids=named)
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.keeps == "precision"], ids=named)
 def test_posterior_precision_is_ess_times_curvature_plus_decay(algorithm):
     problem = Network()
     optimizer = algorithm(problem.parameters())
