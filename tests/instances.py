@@ -329,6 +329,7 @@ ALGORITHMS = [
         "rule-sgd",
         br.BayesOptimizer,
         dict(lr=0.05, weight_decay=0.01),
+        "nothing",
         rule=br.BayesRule(br.Delta(), br.Zero(), br.Additive(), br.HeavyBall(0.9)),
         twin=torch.optim.SGD,
         alone=dict(ess=10.0, hess_init=1.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -57,6 +58,16 @@ class TestBayesBiNN:
                 far.append((1 - w.abs()).mean().item())
                 w.sum().backward()
         assert far[0] > far[1] > far[2] and far[2] < 0.02
+
+    @pytest.mark.parametrize(("draws", "rests"), [(2, True), (1, False)])
+    def test_an_even_loss_leaves_even_odds(self, draws, rests):
+        """At mirrored draws; one alone takes a side."""
+        w, uniform = nn.Parameter(torch.ones(3, dtype=torch.float64)), itertools.cycle([0.2, 0.8])
+        hyper = dict(natural_init=0.0, mc_samples=draws, noise=lambda p: torch.full_like(p, next(uniform)))
+        optimizer = br.BayesBiNN([w], lr=1.0, ess=10.0, **hyper)
+        for _ in range(3):
+            optimizer.step(lambda: (w**4 - 0.3 * w**2).sum().backward())
+        assert (optimizer.state[w]["natural"].abs().max().item() < 1e-14) == rests
 
     @pytest.mark.parametrize(
         "bad", [dict(temperature=0.0), dict(beta=1.0), dict(mc_samples=-1), dict(natural_init=-1.0), dict(ess=0.0)]

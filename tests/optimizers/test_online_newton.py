@@ -60,6 +60,18 @@ class TestSquares:
         torch.testing.assert_close(found[0], found[2], rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(found[1], found[2], rtol=1e-12, atol=1e-14)
 
+    def test_of_a_linear_regression_they_are_weighted_by_residuals_which_gauss_newton_is_not(self):
+        generator = torch.Generator().manual_seed(2)
+        x, y = (torch.randn(n, generator=generator, dtype=torch.float64) for n in ((8, 3), (8,)))
+        w = nn.Parameter(torch.tensor([0.4, -0.3, 0.8], dtype=torch.float64))
+        optimizer = br.OGN([w], 0.0, 8.0, betas=(0.0, 0.0))
+        optimizer.step(lambda: (x @ w - y).square() / 2)
+        residuals = (x @ w - y).detach()
+        torch.testing.assert_close(optimizer.state[w]["hess"], (residuals[:, None] * x).square().mean(0))
+        oracle = br.LinearLoss(x, br.likelihoods.Gaussian(), y)(w.detach())
+        torch.testing.assert_close(oracle.gauss_newton(), x.T @ x)
+        assert ((optimizer.state[w]["hess"] - x.square().mean(0)).abs() > 0.05).all()
+
     def test_at_the_mode_of_a_logistic_regression_it_is_the_gauss_newton_diagonal_on_average_over_labels(self):
         generator = torch.Generator().manual_seed(1)
         x, w = torch.randn(6, 3, generator=generator, dtype=torch.float64), nn.Parameter(torch.tensor([0.4, -0.3, 0.8]).double())

@@ -1,4 +1,4 @@
-"""Vadam and Vprop walk as the published code does, and without noise as Adam and RMSprop."""
+"""Vadam and Vprop: what they want to know, and what they learn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAM and bSAM walk as the published code does; without a radius they are SGD and a Gaussian without climbing."""
+"""SAM and bSAM: where they climb to, and what they refuse."""
 
 from __future__ import annotations
 
@@ -72,6 +72,37 @@ class TestClimbing:
         closure, seen = climbing(w, optimizer)
         optimizer.step(closure)
         assert [part for _, part in seen] == [(0,), (0,), (1,), (1,), (2,), (2,)]
+
+    def test_a_step_of_sam_on_a_quadratic_is_its_closed_form(self):
+        """(A + rho A^2 / |A w|) w instead of A w."""
+        A, w = torch.tensor([[2.0, 0.6, 0.0], [0.6, 1.0, 0.3], [0.0, 0.3, 0.5]], dtype=torch.float64), weights()
+        optimizer, wanted = br.SAM([w], lr=0.1, momentum=0.0, rho=0.4, weight_decay=0.02), weights().detach()
+        for _ in range(5):
+            optimizer.step(climbing(w, optimizer, lambda w: w @ A @ w / 2)[0])
+            slope = A @ wanted
+            wanted = wanted - 0.1 * (slope + 0.4 * A @ slope / slope.norm() + 0.02 * wanted)
+            torch.testing.assert_close(w.detach(), wanted, rtol=1e-11, atol=1e-11)
+
+    def test_without_a_radius_bsam_steps_by_the_gradient_at_the_mean_and_curves_by_that_of_the_draw(self):
+        w = weights()
+        hyper = dict(ess=10.0, betas=(0.0, 0.8), rho=0.0, weight_decay=0.1, damping=0.05, hess_init=0.4)
+        optimizer = br.BSAM([w], lr=0.01, noise=torch.ones_like, **hyper)
+        before = w.detach().clone()
+        optimizer.step(climbing(w, optimizer)[0])
+        seen = 4 * (before + 1 / math.sqrt(10 * 0.5)) ** 3
+        torch.testing.assert_close(w.detach(), before - 0.01 * (4 * before**3 + 0.1 * before) / 0.5)
+        torch.testing.assert_close(optimizer.state[w]["hess"], 0.8 * 0.4 + 0.2 * (math.sqrt(0.5) * seen.abs() + 0.05))
+
+    @pytest.mark.parametrize(("ess", "alike"), [(math.inf, True), (100.0, False)])
+    def test_with_infinite_ess_bsam_has_no_chance_in_it(self, ess, alike):
+        found = []
+        for seed in (0, 1):
+            w = weights()
+            optimizer = br.BSAM([w], 0.01, ess, seed=seed)
+            for _ in range(3):
+                optimizer.step(climbing(w, optimizer)[0])
+            found.append(w.detach())
+        assert torch.equal(*found) == alike
 
     def test_a_zero_gradient_stays_where_it_is(self):
         w = nn.Parameter(torch.zeros(3))
