@@ -60,18 +60,17 @@ class TestSquares:
         torch.testing.assert_close(found[0], found[2], rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(found[1], found[2], rtol=1e-12, atol=1e-14)
 
-    def test_one_example_squared_is_its_squared_gradient(self):
-        """B = 1: VOGN is Vadam's curvature with VON's scaling."""
-        w = [nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64)) for _ in range(2)]
-        vogn = br.VOGN([w[0]], 0.1, 10.0, betas=(0.0, 0.9), noise=torch.ones_like)
-        ivon = br.IVON(
-            [w[1]], 0.1, 10.0, hess_approx="gradsq", gradsq_scale=1.0, betas=(0.0, 0.9), rescale_lr=False, noise=torch.ones_like
-        )
-        vogn.step(lambda: w[0].pow(3).sum()[None])
-        ivon.step(lambda: w[1].pow(3).sum().backward())
-        with torch.no_grad():  # but for the second-order term of IVON
-            gap = (vogn.state[w[0]]["hess"] - 1.0) / 0.1
-            torch.testing.assert_close(ivon.state[w[1]]["hess"], vogn.state[w[0]]["hess"] + 0.005 * gap**2 / (1.0 + 1e-4))
+    def test_of_a_linear_regression_they_are_weighted_by_residuals_which_gauss_newton_is_not(self):
+        generator = torch.Generator().manual_seed(2)
+        x, y = (torch.randn(n, generator=generator, dtype=torch.float64) for n in ((8, 3), (8,)))
+        w = nn.Parameter(torch.tensor([0.4, -0.3, 0.8], dtype=torch.float64))
+        optimizer = br.OGN([w], 0.0, 8.0, betas=(0.0, 0.0))
+        optimizer.step(lambda: (x @ w - y).square() / 2)
+        residuals = (x @ w - y).detach()
+        torch.testing.assert_close(optimizer.state[w]["hess"], (residuals[:, None] * x).square().mean(0))
+        oracle = br.LinearLoss(x, br.likelihoods.Gaussian(), y)(w.detach())
+        torch.testing.assert_close(oracle.gauss_newton(), x.T @ x)
+        assert ((optimizer.state[w]["hess"] - x.square().mean(0)).abs() > 0.05).all()
 
     def test_at_the_mode_of_a_logistic_regression_it_is_the_gauss_newton_diagonal_on_average_over_labels(self):
         generator = torch.Generator().manual_seed(1)
@@ -107,16 +106,6 @@ class TestSquares:
         optimizer = br.VOGN([used, unused], 0.1, 10.0)
         optimizer.step(lambda: used * torch.tensor([1.0, 2.0]))
         assert not torch.equal(used, torch.ones(2)) and torch.equal(unused, torch.ones(2))
-
-    @pytest.mark.parametrize("rho", [0.5, 0.01])
-    def test_the_precision_stays_above_a_falling_floor(self, rho):
-        w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-        optimizer = br.VOGN([w], 0.1, 10.0, betas=(0.9, 1 - rho), hess_init=0.3, weight_decay=0.05)
-        generator = torch.Generator().manual_seed(0)
-        for step in range(1, 40):
-            slopes = torch.randn(4, 3, generator=generator, dtype=torch.float64)
-            optimizer.step(lambda slopes=slopes: slopes @ w)
-            assert (optimizer.state[w]["hess"] >= 0.3 * (1 - rho) ** step).all()
 
 
 class TestAttached:
@@ -205,18 +194,6 @@ class TestAttached:
 
 
 class TestVON:
-    def test_the_scale_of_the_loss_is_that_of_ess(self):
-        """(loss, h0, delta, ess) -> (c loss, c h0, c delta, ess / c) leaves every mean."""
-        found = []
-        for c in (1.0, 7.0):
-            w = nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
-            hyper = dict(hess_init=0.4 * c, weight_decay=0.02 * c, betas=(0.9, 0.9))
-            optimizer = br.VON([w], 0.01, 1000.0 / c, noise=torch.ones_like, **hyper)
-            for _ in range(5):
-                optimizer.step(lambda w=w, c=c: (c * w.pow(4).sum()).backward())
-            found.append((w.detach().clone(), optimizer.state[w]["hess"] / c))
-        torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
-
     def test_without_the_second_order_term_it_is_ivon(self):
         """The same step but for rho^2 / 2 (f - h)^2 / (h + delta), which a rate of one in a thousand hides."""
         mine, ivon = (nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64)) for _ in range(2))
