@@ -24,7 +24,8 @@ class Algorithm:
         name: Of the row.
         make: The optimizer.
         hyper: Its hyper-parameters, which its twin shares.
-        keeps: What is left beside the weights: nothing, the precision of every weight, one in a basis, or odds of signs.
+        keeps: What is left beside the weights: nothing, the precision of every weight, one in a basis or of blocks, odds of
+            signs, how likely units are there, or several means and precisions.
         closure: What ``step(closure)`` asks for: the loss and its gradients, once or twice, or the loss of every example.
         rule: The slots, for a :class:`bayesrule.BayesOptimizer`.
         twin: An optimizer of torch that takes the same steps.
@@ -33,13 +34,13 @@ class Algorithm:
         scales: Powers of c by which hyper-parameters change with a loss that is c times as large, so that no step changes.
         scaled_with: Hyper-parameters for which that holds.
         floor: The least curvature that a step leaves, from the group and the curvature before it.
-        turns: Whether its path turns with the problem.
+        turns: Whether its path turns with the problem, of vectors.
     """
 
     name: str
     make: Callable[..., Optimizer]
     hyper: dict[str, Any]
-    keeps: Literal["nothing", "precision", "basis", "odds"] = "precision"
+    keeps: Literal["nothing", "precision", "basis", "blocks", "odds", "units", "several"] = "precision"
     closure: Literal["once", "twice", "examples"] = "once"
     rule: br.BayesRule | None = None
     twin: Callable[..., Optimizer] | None = None
@@ -324,6 +325,65 @@ ALGORITHMS = [
         dict(lr=0.3, ess=64.0, beta=0.5, natural_init=1.0, temperature=0.5),
         "odds",
         scales=dict(lr=-1, ess=-1),
+    ),
+    Algorithm(
+        "iblr",
+        br.IBLR,
+        dict(lr=0.1, ess=50.0, hess_init=0.5, betas=(0.9, 0.99), weight_decay=0.01),
+        "blocks",
+        scales=OF_POSTERIOR,
+    ),
+    Algorithm(
+        "iblr-frozen-cold",
+        br.IBLR,
+        dict(lr=0.1, weight_decay=0.05),
+        "blocks",
+        twin=torch.optim.SGD,
+        alone=dict(FROZEN, ess=math.inf),
+        scales=OF_POSTERIOR,
+        turns=True,
+    ),
+    Algorithm(
+        "slang",
+        br.SLANG,
+        dict(lr=0.1, ess=64.0, rank=2, hess_init=0.5, betas=(0.9, 0.9), weight_decay=0.01),
+        "blocks",
+        "examples",
+        scales={name: power for name, power in OF_SQUARES.items() if name != "damping"},
+        scaled_with=FLAT,
+    ),
+    Algorithm(
+        "slang-frozen-cold",
+        br.SLANG,
+        dict(lr=0.1, weight_decay=0.05),
+        "blocks",
+        "examples",
+        twin=torch.optim.SGD,
+        alone=dict(FROZEN, ess=math.inf, rank=2),
+        scales=OF_POSTERIOR,
+        turns=True,
+    ),
+    Algorithm("dropout", br.Dropout, dict(lr=0.1, p=0.3, momentum=0.5, weight_decay=0.01), "units", scales=OF_RATE, turns=True),
+    Algorithm(
+        "dropout-of-nothing",
+        br.Dropout,
+        dict(lr=0.05, momentum=0.9, weight_decay=0.01),
+        "units",
+        twin=torch.optim.SGD,
+        alone=dict(p=0.0),
+        scales=OF_RATE,
+        turns=True,
+    ),
+    Algorithm("multi-ivon", br.MultiIVON, dict(SMALL_IVON, components=2), "several", scales=dict(OF_POSTERIOR, lr=-1)),
+    Algorithm(
+        "multi-ivon-of-one",
+        br.MultiIVON,
+        dict(lr=0.1, weight_decay=0.05),
+        "several",
+        twin=torch.optim.SGD,
+        alone=dict(ess=1e30, betas=(0.0, 1.0), hess_init=0.3, components=1),
+        scales=dict(OF_POSTERIOR, lr=-1),
+        turns=True,
     ),
     Algorithm(
         "rule-sgd",

@@ -35,7 +35,7 @@ TAKES_SEVERAL = [
     (a, name)
     for a in ALGORITHMS
     for name in ("mc_samples", "m_sharpness")
-    if a.takes(name) and not a.hyper.get("antithetic") and a.alone.get("ess") != math.inf
+    if a.takes(name) and not a.hyper.get("antithetic") and a.alone.get("ess") != math.inf and a.alone.get("p") != 0.0
 ]
 
 
@@ -47,7 +47,7 @@ def noise_of(algorithm: Algorithm, mirrored: bool = False) -> dict[str, Any]:
     """An argument for the same noise in every draw, or for that of the other sign; of signs it is uniform in (0, 1)."""
     if not algorithm.takes("noise"):
         return {}
-    value = (0.3 if mirrored else 0.7) if algorithm.keeps == "odds" else (-0.4 if mirrored else 0.4)
+    value = (0.3 if mirrored else 0.7) if algorithm.keeps in ("odds", "units") else (-0.4 if mirrored else 0.4)
     return {"noise": lambda p: torch.full_like(p, value)}
 
 
@@ -174,7 +174,7 @@ def test_scaling_the_loss_moves_no_weight(algorithm, c):
         same(state(one, one.names.hess) * c ** algorithm.scales["hess_init"], state(other, other.names.hess), 1e-10)
 
 
-@every
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.keeps != "blocks"], ids=named)  # a group is a block
 def test_splitting_parameters_into_groups_changes_nothing(algorithm):
     whole, split = Network(), Network()
     first, *others, last = split.parameters()
@@ -205,7 +205,7 @@ def mirrored() -> Quadratic:
     return problem
 
 
-@every
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.name != "multi-ivon"], ids=named)  # whose noise is its own
 def test_flipping_the_signs_of_a_problem_flips_the_path(algorithm):
     plain, other = Quadratic(), mirrored()
     path = train(plain, algorithm(plain.parameters(), **noise_of(algorithm)), 10)

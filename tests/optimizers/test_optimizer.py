@@ -63,12 +63,12 @@ class TestState:
     @pytest.mark.filterwarnings("ignore:.*above the rounding of its dtype")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_is_tensors_only_in_float32_or_wider_with_a_step_of_no_dimension(self, algorithm, dtype):
-        """EVON has lists besides, of a tensor or None for each axis."""
+        """EVON has lists besides, of a tensor or None for each axis, and blocks have rows of a matrix."""
         problem = Quadratic(dtype)
         optimizer = algorithm(problem.parameters())
         train(problem, optimizer, 3)
         for w in problem.parameters():
-            axes = {"basis", "statistics"} if algorithm.keeps == "basis" else set()
+            axes = {"basis": {"basis", "statistics"}, "blocks": {"matrix", "factor"}}.get(algorithm.keeps, set())
             for name, value in optimizer.state[w].items():
                 assert isinstance(value, list if name in axes else Tensor)
                 values = [axis for axis in value if axis is not None] if name in axes else [value]
@@ -77,7 +77,8 @@ class TestState:
                     assert value.shape == ()
                     assert value.item() == 3
                 else:
-                    assert all(each.shape == (w.shape if each is value else 2 * w.shape) for each in values)
+                    shapes = optimizer.lists(w, name) if name in axes else [w.shape]
+                    assert all(tuple(each.shape) in shapes for each in values)
                     assert all(each.dtype == torch.promote_types(dtype, torch.float32) for each in values)
 
     @pytest.mark.parametrize("make", [br.IVON, br.Adam], ids=lambda c: c.__name__)

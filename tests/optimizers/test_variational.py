@@ -537,3 +537,22 @@ def test_posterior_precision_is_ess_times_curvature_plus_decay(algorithm):
     group = optimizer.param_groups[0]
     expected = group["ess"] * (state(optimizer, optimizer.names.hess) + group["weight_decay"])
     torch.testing.assert_close(flat(optimizer.posterior(problem).precision.values()), expected, rtol=1e-14, atol=0)
+
+
+VISIBLE = {
+    "evon": lambda p: br.EVON(p, 0.1, 50.0, 1.0),
+    "bayesbinn": lambda p: br.BayesBiNN(p, 0.1, 50.0, natural_init=1.0),
+    "iblr": lambda p: br.IBLR(p, 0.1, 50.0),
+    "slang": lambda p: br.SLANG(p, 0.1, 50.0),
+    "multi-ivon": lambda p: br.MultiIVON(p, 0.1, 50.0),
+    "dropout": lambda p: br.Dropout(p, 0.1, p=0.5),
+}
+
+
+@pytest.mark.parametrize("kind", VISIBLE)
+def test_visibility_is_by_the_variance_of_every_weight_where_weights_vary_together(kind):
+    problem = Network(torch.float32)
+    optimizer = VISIBLE[kind](problem.named_parameters())
+    found = optimizer.noise_visibility(torch.bfloat16)
+    assert set(found) <= {name for name, _ in problem.named_parameters()} and "inner.weight" in found
+    assert found["inner.weight"] > 0.9
