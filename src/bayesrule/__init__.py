@@ -38,6 +38,7 @@ _HOMES = {
     "estimators.relaxed": "Relaxed",
     "estimators.adversarial": "Adversarial Magnitude",
     "families.low_rank": "DiagonalPlusFactor LowRank",
+    "families.kronecker": "Kronecker KroneckerProduct",
     "families.mixture": "Mixture",
     "families.latent": "FunctionSpace WeightSpace",
     "estimators.factored": "GaussNewtonFactor",
