@@ -5,6 +5,7 @@ matrix it keeps (`keep`). Everything is compared in float64 with matrices, with 
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -270,8 +271,7 @@ class GaussianContract(ABC):
     def test_a_prior_counts_by_its_precision_whatever_its_ess(self, retraction: br.Retraction) -> None:
         """Yesterday's posterior may have had more data."""
         q, prior = self.make(0), self.make(1)
-        mean, ess = prior.mean, prior.ess
-        again = type(prior)(mean, hess=prior.metric / 4, weight_decay=prior.metric * 0, ess=4 * ess)
+        again = replace(prior, hess=prior.metric / 4, weight_decay=prior.metric * 0, ess=4 * prior.ess)
         self.same(again, prior)
         rule = br.BayesRule(br.Delta(), br.Zero(), retraction)
         moved = [rule.move(q.under(p), p, self.look(q, 0), br.Rates(0.3, 0.3))[0] for p in (prior, again)]

@@ -37,6 +37,7 @@ _HOMES = {
     "families.signs": "HardSigns Signs",
     "estimators.relaxed": "Relaxed",
     "estimators.adversarial": "Adversarial Magnitude",
+    "families.eigen": "Eigen",
     "families.low_rank": "DiagonalPlusFactor LowRank",
     "families.kronecker": "Kronecker KroneckerProduct",
     "families.mixture": "Mixture",

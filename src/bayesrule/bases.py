@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 from torch import Size, Tensor
+
+from .vector import Vector
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,43 @@ class Basis:
             y = y.movedim(0, -1) if q is None else torch.tensordot(y, q, dims=([0], [side]))
         return y.reshape(x.shape)
 
+    def squared(self) -> Basis:
+        """The squares of its numbers: what turns variances of independent coordinates into those of elements, and back."""
+        return Basis(self.shape, [None if q is None else q * q for q in self.axes])
+
+    def to(self, other: Basis) -> Basis:
+        """From this basis into another of the same shape: ``a.to(b).turn(a.turn(x))`` is ``b.turn(x)``."""
+        pairs = zip(self.axes, other.axes, strict=True)
+        return Basis(self.shape, [q if p is None else p.T if q is None else p.T @ q for p, q in pairs])
+
     def moments(self, x: Tensor) -> list[Tensor | None]:
         """For each axis that has a basis, the products of its slices, shape (n, n)."""
         y = x.reshape(self.shape)
         unfolded = [None if q is None else y.movedim(i, 0).reshape(y.shape[i], -1) for i, q in enumerate(self.axes)]
         return [None if u is None else u @ u.T for u in unfolded]
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The bases of several tensors, which are turned together."""
+
+    parts: Sequence[Basis]
+
+    def turn(self, x: Vector) -> Vector:
+        """A vector in the bases."""
+        return Vector([basis.turn(part) for basis, part in zip(self.parts, x, strict=True)])
+
+    def back(self, x: Vector) -> Vector:
+        """What :meth:`turn` gave, as it was."""
+        return Vector([basis.back(part) for basis, part in zip(self.parts, x, strict=True)])
+
+    def squared(self) -> Bases:
+        """Each squared."""
+        return Bases([basis.squared() for basis in self.parts])
+
+    def to(self, other: Any) -> Bases:
+        """From each into that of another."""
+        return Bases([basis.to(into) for basis, into in zip(self.parts, other.parts, strict=True)])
 
 
 def merged(shape: Size, limit: int) -> tuple[int, ...]:
