@@ -5,6 +5,7 @@ import torch
 from tests.contracts import SEEDS, GaussianContract, close, normal, positive, symmetric
 
 import bayesrule as br
+from bayesrule.bases import Basis
 from bayesrule.estimators.factored import GaussNewtonFactor
 from bayesrule.families.kronecker import Kronecker, KroneckerProduct
 
@@ -228,6 +229,18 @@ def test_expectations_over_draws_and_in_closed_form(expectation, curvature):
         close(q.precision.matrix, exact.precision.matrix, 0.05)
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (1, 2)])
+def test_a_grid_of_few_elements_is_the_expectation(shape):
+    size = shape[0] * shape[1]
+    loss, prior = br.LinearLoss(X[:, :size], br.likelihoods.Bernoulli(), Y), br.Isotropic(torch.zeros(shape, dtype=torch.float64))
+    by_grid, exact = (
+        br.BayesRule(*how, br.Additive()).step(member(0, shape), prior, loss, 0.3)
+        for how in ((br.GaussHermite(40), br.Hessian()), (br.Exact(), br.Zero()))
+    )
+    close(by_grid.mean, exact.mean, 1e-8)
+    close(by_grid.precision.matrix, exact.precision.matrix, 1e-8)
+
+
 def test_price_with_its_control_variate_is_exact_on_the_posterior_of_a_quadratic():
     """Not so without: the curvature of one draw is far off."""
     q, prior = member(0, weight_decay=0.0), br.Isotropic(PRIOR.mean, 0.5)
@@ -307,6 +320,7 @@ def test_float32_stays_float32():
         (lambda q: q.hess + 1.0, "sum of Kronecker products"),
         (lambda q: q.under(br.Full(q.mean.flatten())), r"prior over matrices of shape \(3, 2\)"),
         (lambda q: q.under(br.Full(q.mean)), r"prior over matrices of shape \(3, 2\)"),  # a batch of three
+        (lambda q: q.under(br.Eigen(q.mean, Basis(SHAPE, [None, None]))), r"prior over matrices of shape \(3, 2\)"),
         (lambda q: q.under(br.LowRank(q.mean.flatten())), r"prior over matrices of shape \(3, 2\)"),
         (lambda q: q.kl(br.Isotropic(q.mean.T)), r"prior over matrices of shape \(3, 2\)"),
         (lambda q: br.Diagonal(q.mean).under(q), "needs a prior of its own structure, got a Kronecker"),

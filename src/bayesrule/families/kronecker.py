@@ -344,7 +344,8 @@ class Kronecker(Gaussian):
 
     def _precision_of(self, other: Any) -> Any:
         """The precision of a Gaussian over matrices of this shape: diagonal, or a Kronecker product."""
-        if getattr(other, "matrices", True) or other.mean.shape != self.mean.shape:
+        known = isinstance(other, Kronecker) or getattr(other, "matrices", True) is False
+        if not known or other.mean.shape != self.mean.shape:
             raise TypeError(
                 f"a Kronecker needs a prior over matrices of shape {tuple(self.mean.shape)}: Isotropic, Diagonal or Kronecker"
             )
