@@ -229,10 +229,9 @@ def test_expectations_over_draws_and_in_closed_form(expectation, curvature):
         close(q.precision.matrix, exact.precision.matrix, 0.05)
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (1, 2)])
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
 def test_a_grid_of_few_elements_is_the_expectation(shape):
-    size = shape[0] * shape[1]
-    loss, prior = br.LinearLoss(X[:, :size], br.likelihoods.Bernoulli(), Y), br.Isotropic(torch.zeros(shape, dtype=torch.float64))
+    loss, prior = br.LinearLoss(X[:, :2], br.likelihoods.Bernoulli(), Y), br.Isotropic(torch.zeros(shape, dtype=torch.float64))
     by_grid, exact = (
         br.BayesRule(*how, br.Additive()).step(member(0, shape), prior, loss, 0.3)
         for how in ((br.GaussHermite(40), br.Hessian()), (br.Exact(), br.Zero()))

@@ -164,9 +164,9 @@ def test_the_expectation_that_the_loss_knows_is_fulls():
 
 
 def test_a_grid_of_few_elements_is_the_expectation():
-    loss, prior = br.LinearLoss(X[:, :3], br.likelihoods.Bernoulli(), Y), br.Isotropic(torch.zeros(3, dtype=torch.float64))
+    loss, prior = br.LinearLoss(X[:, :2], br.likelihoods.Bernoulli(), Y), br.Isotropic(torch.zeros(2, dtype=torch.float64))
     by_grid, exact = (
-        br.BayesRule(*how, br.Additive()).step(member(0, 2, 3), prior, loss, 0.3)
+        br.BayesRule(*how, br.Additive()).step(member(0, 1, 2), prior, loss, 0.3)
         for how in ((br.GaussHermite(40), GaussNewtonFactor()), (br.Exact(), br.Zero()))
     )
     close(by_grid.mean, exact.mean, 1e-8)
