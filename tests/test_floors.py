@@ -12,7 +12,7 @@ FLOORS = [
     {"vector", "rounding", "shards", "bases"},
     {"rule", "family", "noise", "lowering"},
     {"families", "estimators", "retractions", "momentum", "program", "plots"},
-    {"posterior", "drawing", "storage"},
+    {"posterior", "drawing", "storage", "archive", "joints", "parts"},
     {"optimizers", "algorithms"},
     {"uses"},
     {"integrations"},
@@ -20,11 +20,19 @@ FLOORS = [
 ]
 # (who imports, from whom) on the same floor; never the reverse
 SAME_FLOOR = {
+    ("bases", "vector"),
     ("rule", "noise"),
     ("family", "noise"),
     ("family", "rule"),
     ("posterior", "drawing"),
-    ("posterior", "storage"),
+    ("posterior", "archive"),
+    ("posterior", "joints"),
+    ("posterior", "parts"),
+    ("archive", "storage"),
+    ("archive", "joints"),
+    ("archive", "parts"),
+    ("joints", "parts"),
+    ("drawing", "parts"),
     ("algorithms", "optimizers"),
     ("cli", "recipes"),
 }

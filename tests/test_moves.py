@@ -22,13 +22,15 @@ MOVES = {
     "retractions.SquareRoot.precision": 1,
 }
 # ... and those that name a member without one: the prior centered on q, a metric that divides, the variable of a derivative, the
-# prior, kept sites, a start of a test, other precisions of a posterior
+# prior, kept sites, a start of a test, other precisions of a posterior, a member in other coordinates, the moments of a mixture
 NAMES = {
     "momentum._seen": 1,
     "retractions._damped": 1,
     "estimators.expectations.Pathwise._one.draw": 1,
     "algorithms.cvi.fit_sites": 1,
     "algorithms.inference_rows._pair.difference": 1,
+    "joints.law_of": 1,
+    "posterior.Posterior.mixture": 1,
     "posterior.Posterior.exact": 1,
     "posterior.Posterior.rescale": 1,
     "algorithms.cvi.tuned.settled": 1,

@@ -472,7 +472,7 @@ class TestFiles:
         gaussian(0).save(path)
         before = path.read_bytes()
         with pytest.raises(TypeError):
-            gaussian(1, structure=object()).save(path)  # no JSON
+            gaussian(1, ess=torch.tensor(2.0)).save(path)  # no JSON
         assert path.read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 

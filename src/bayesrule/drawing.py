@@ -3,49 +3,61 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .noise import DITHER, POSTERIOR, CounterNoise, Where, addresses
+from .noise import DITHER, POSTERIOR, TOGETHER, CounterNoise, Where, addresses
+from .parts import Part
 from .plots import Plot, plots
 from .program import Program, Runner
+from .rounding import stochastic
 from .vector import BUCKET
+
+
+class Drawn(Protocol):
+    """What is asked of a posterior."""
+
+    @property
+    def mean(self) -> Mapping[str, Tensor]: ...
+    @property
+    def precision(self) -> Mapping[str, Tensor]: ...
+    @property
+    def parts(self) -> Sequence[Part]: ...
 
 
 class Draws:
     r"""Draws of a posterior, written in place into the same tensors one after another: theta = m + S^-1/2 eps.
 
-    S^-1/2 is computed once and kept, as is the mean where it does not lie ready. A draw takes scratch of a few buckets beyond.
+    Weights that vary together are drawn by their parts. For independent ones S^-1/2 is computed once and kept, as is the mean
+    where it does not lie ready. A draw takes scratch of a few buckets beyond.
 
     Args:
-        mean: m, name -> tensor.
-        precision: The diagonal of S, name -> tensor.
+        posterior: What to draw from.
         into: Name -> tensor of the mean's shape, for every name; reckoned in float32, or theirs if wider.
         seed: Which draws, any whole number.
         compile: Whether ``torch.compile`` makes the noise: some seconds the first time, three times as fast from then on.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        mean: Mapping[str, Tensor],
-        precision: Mapping[str, Tensor],
-        into: Mapping[str, Tensor],
-        seed: int,
-        compile: bool = False,
-    ) -> None:
+    def __init__(self, posterior: Drawn, into: Mapping[str, Tensor], seed: int, compile: bool = False) -> None:
         self.seed = whole_number("seed", seed)
         self._runner = Runner("predict", compile)
+        self._parts, self._into = posterior.parts, into
+        together = {name for part in posterior.parts for name in part.names}
+        mean = {name: m for name, m in posterior.mean.items() if name not in together}
+        precision = posterior.precision
+        self._plots: list[tuple[Plot, Tensor, Tensor]] = []
+        if not mean:
+            return
         starts = addresses(m.numel() for m in mean.values())
         names = {id(into[name]): name for name in mean}
         written = {t.untyped_storage().data_ptr() for t in into.values()}
         limit = 4 * BUCKET if compile else BUCKET
-        self._plots: list[tuple[Plot, Tensor, Tensor]] = []
         for plot in plots([(start, into[name]) for start, name in zip(starts, mean, strict=True)], self._runner.scratch, limit):
             members, device = [names[id(p)] for p in plot.params], plot.params[0].device
             center = plot.read([mean[name].to(device) for name in members], "draw")
@@ -63,7 +75,18 @@ class Draws:
             flats = {"sample": plot.blank(), "mean": mean, "spread": spread, "pairs": plot.where.numbers}
             self._runner.run(_sample(plot.dtype), flats, {**numbers, "first": plot.where.first})
             plot.put(flats["sample"], dither=CounterNoise(self.seed, DITHER, draw=draw, where=plot.where))
+        for number, part in enumerate(self._parts):
+            self._put(part.sample(CounterNoise(self.seed, TOGETHER, step=number, draw=draw)), number, draw)
         torch.clear_autocast_cache()
+
+    def _put(self, named: Mapping[str, Tensor], number: int, draw: int) -> None:
+        """Write tensors by name; parameters that round do so by chance."""
+        for index, (name, value) in enumerate(named.items()):
+            p = self._into[name]
+            if p.dtype.itemsize < min(4, value.dtype.itemsize):
+                chance = CounterNoise(self.seed, DITHER, step=number + 1 + index * 64, draw=draw).uniform(value)
+                value = stochastic(value, chance, p.dtype)
+            p.copy_(value)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -72,6 +95,12 @@ class Draws:
         for plot, mean, _ in self._plots:
             flat = plot.mean()
             plot.put(flat.lerp_(mean, 2.0))
+        for part in self._parts:
+            if not part.symmetric:
+                raise ValueError(f"draws of a {part.structure!r} have no mirror images; take antithetic=False")
+            for name, mean in part.mean.items():
+                p = self._into[name]
+                p.copy_(2 * mean.to(p.device) - p.to(mean.dtype))
         torch.clear_autocast_cache()
 
 

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .archive import BLOCKS, read, write
 from .drawing import Draws, kept, whole_number
-from .families.gaussian import Diagonal
-from .storage import write_tensors
-from .vector import Vector
-
-FORMAT, VERSION = "bayesrule-posterior", 1
-_BLOCKS = ("mean", "precision", "prior_mean", "prior_precision")
+from .joints import law_of
+from .parts import Law, OneOf, Part
 
 
 @dataclass(frozen=True)
 class Posterior:
-    r"""The Gaussian :math:`q(\theta) = N(m, S^{-1})` over named weights, S diagonal. A value: nothing changes it.
+    r"""What is known of named weights: :math:`q(\theta) = N(m, S^{-1})`, S diagonal or not, and more. A value: nothing changes it.
+
+    ``mean``, ``precision`` and ``variance`` are by weight whatever the structure: the mean, the diagonals of S and of its inverse.
+    Where weights vary together, ``parts`` say how, and what is drawn, solved and saved is the whole.
 
     Args:
         mean: m, name -> tensor.
-        precision: The diagonal of S, name -> tensor shaped like the mean; > 0, inf for a weight that is known exactly.
+        precision: The diagonal of S, name -> tensor shaped like the mean; > 0, inf for a weight that is known exactly. Where
+            ``parts`` know it, it may be left out.
         prior_mean: Mean of the prior, name -> tensor shaped like the mean, or a number for all of it, shape ().
         prior_precision: Precision of the prior, likewise; >= 0, zero for a flat prior.
         ess: Effective sample size that multiplied the mean loss, in examples.
         num_data: Number of training examples, a whole number >= 1, where known.
-        structure: Structure of S: "diag".
+        parts: Weights that vary together, see ``bayesrule.parts``: made by an optimizer, :meth:`of` or :meth:`mixture`.
 
     Raises:
         ValueError: Names or shapes do not agree, a precision is not positive, a prior's is negative, or ``ess`` or
@@ -53,10 +52,14 @@ class Posterior:
     prior_precision: Mapping[str, Tensor] | None = None
     ess: float = 1.0
     num_data: int | None = None
-    structure: str = "diag"
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
-        for block in _BLOCKS[1:]:
+        if self.parts:
+            for block in ("mean", "precision"):
+                known = {name: t for part in self.parts for name, t in getattr(part, block).items()}
+                object.__setattr__(self, block, {**getattr(self, block), **known})
+        for block in BLOCKS[1:]:
             tensors = getattr(self, block)
             if tensors is None:
                 continue
@@ -86,6 +89,16 @@ class Posterior:
         if self.num_data is not None:
             object.__setattr__(self, "num_data", whole_number("num_data", self.num_data, 1, "; None where it is not known"))
 
+    @property
+    def structure(self) -> str:
+        """How weights vary: "diag", "eigen", "full", "low_rank", "signs" or "mixture", or several joined by "+"."""
+        found = sorted({part.structure for part in self.parts})
+        return "+".join([*found, *(["diag"] if self._law.apart else [])])
+
+    @cached_property
+    def _law(self) -> Law:
+        return Law(self.mean, self.precision, self.parts)
+
     # Made from
 
     @classmethod
@@ -114,9 +127,73 @@ class Posterior:
         mean = {name: p.detach().clone() for name, p in model.named_parameters()}
         return cls(mean, {name: torch.full_like(m, math.inf) for name, m in mean.items()})
 
+    @classmethod
+    def of(cls, q: Any, names: Mapping[str, Any], *, ess: float = 1.0, num_data: int | None = None) -> Posterior:
+        """A member of a family as a posterior over named weights.
+
+        Args:
+            q: A Gaussian of any structure, a Mixture, or Signs. Its theta is a tensor or Vector of one part for each name, or has
+                the elements of all in a row, shape (D,).
+            names: Name -> shape, or a tensor of that shape, such as ``dict(model.named_parameters())``; in the order of theta.
+            ess: Effective sample size, in examples, that is in q's precision.
+            num_data: Number of training examples, where known.
+
+        Raises:
+            TypeError: Of this family there is no posterior over weights.
+            ValueError: Names and shapes do not agree with theta.
+
+        Example:
+            >>> import bayesrule as br
+            >>> q = br.Full(torch.zeros(3), torch.eye(3) + 1)
+            >>> br.Posterior.of(q, {"weight": (2, 1), "bias": (1,)}).structure
+            'full'
+        """
+        law = law_of(q, {name: torch.Size(getattr(shape, "shape", shape)) for name, shape in names.items()})
+        return cls(law.mean, law.precision, ess=ess, num_data=num_data, parts=law.parts)
+
+    @classmethod
+    def mixture(cls, posteriors: Sequence[Posterior], weights: Sequence[float] | None = None) -> Posterior:
+        r"""One of several posteriors holds, as after trainings from several starts: :math:`\sum_k \pi_k q_k`.
+
+        It predicts as an ensemble whose members know their uncertainty. Costs the memory of all; a draw costs what one draw costs.
+
+        Args:
+            posteriors: Over the same names and shapes.
+            weights: The pi_k up to a factor, > 0; None is equal weights.
+
+        Raises:
+            ValueError: There is none, they disagree, or weights are no positive numbers.
+
+        Example:
+            >>> two = [Posterior({"w": torch.tensor([m])}, {"w": torch.tensor([4.0])}) for m in (-1.0, 1.0)]
+            >>> Posterior.mixture(two).variance["w"]
+            tensor([1.2500])
+
+        Source: W. Lin, M. E. Khan and M. Schmidt (2019), arXiv:1906.02914, for the family; Y. Shen et al. (2024), section 4, for
+        Multi-IVON.
+        """
+        weights = [1.0] * len(posteriors) if weights is None else list(weights)
+        if not posteriors or len(weights) != len(posteriors) or not all(0 < w < math.inf for w in weights):
+            raise ValueError(f"a mixture takes one positive weight for each of its posteriors, got {len(posteriors)} and {weights}")
+        first = posteriors[0]
+        for other in posteriors:
+            if odd := set(first.mean) ^ set(other.mean):
+                raise ValueError(f"the posteriors disagree on the name {min(odd)!r}")
+            for name, m in other.mean.items():
+                if m.shape != first.mean[name].shape:
+                    raise ValueError(f"the posteriors disagree on the shape of {name!r}: {tuple(m.shape)}")
+        laws = tuple(Law({name: p.mean[name] for name in first.mean}, p.precision, p.parts) for p in posteriors)
+        part = OneOf(laws, torch.tensor(weights, dtype=torch.float64).log().log_softmax(0))
+        ess = min(p.ess for p in posteriors)
+        return replace(first, mean=part.mean, precision=part.precision, parts=(part,), ess=ess)
+
+    def independent(self) -> Posterior:
+        """The Gaussian with the same mean and the diagonal of the same precision: weights no longer vary together."""
+        return replace(self, parts=())
+
     def exact(self) -> Posterior:
         """The mean, known exactly: every draw is the mean."""
-        return replace(self, precision={name: torch.full_like(m, math.inf) for name, m in self.mean.items()})
+        return replace(self, parts=(), precision={name: torch.full_like(m, math.inf) for name, m in self.mean.items()})
 
     def rescale(self, *, ess: float) -> Posterior:
         """The posterior raised to the power ess / self.ess: as if each example counted more or less, the prior with it."""
@@ -125,43 +202,39 @@ class Posterior:
         factor = ess / self.ess
         precision = {name: s * factor for name, s in self.precision.items()}
         prior = self.prior_precision and {name: s * factor for name, s in self.prior_precision.items()}
-        return replace(self, precision=precision, prior_precision=prior, ess=ess)
+        parts = tuple(part.rescaled(factor) for part in self.parts)
+        return replace(self, precision=precision, prior_precision=prior, ess=ess, parts=parts)
 
-    # The Gaussian
+    # The distribution
 
     @property
     def variance(self) -> dict[str, Tensor]:
         """The diagonal of S^-1, name -> tensor."""
-        return {name: 1 / s for name, s in self.precision.items()}
+        return self._law.variance
 
     def sample(self, seed: int, draw: int = 0) -> dict[str, Tensor]:
         """One draw of the weights, name -> tensor; the same for the same seed and number of the draw."""
         drawn = {name: torch.empty_like(m) for name, m in self.mean.items()}
-        Draws(self.mean, self.precision, drawn, seed).write(draw)
+        Draws(self, drawn, seed).write(draw)
         return drawn
 
     def matvec(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """S^-1 v, by name."""
-        return {name: v[name] / s for name, s in self.precision.items()}
+        return self._law.solve(v)
 
     def sqrt_matvec(self, eps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """S^-1/2 eps, by name: unit normals become offsets from the mean."""
-        return {name: eps[name] / s.sqrt() for name, s in self.precision.items()}
+        return self._law.root_solve(eps)
 
     def log_prob(self, theta: Mapping[str, Tensor]) -> Tensor:
         """Log density at theta in nats, shape ()."""
-        return self._gaussian.log_prob(Vector([theta[name] for name in self.mean]))
+        return self._law.log_prob(theta)
 
     def kl(self, other: Posterior) -> Tensor:
         """KL(self || other) in nats, shape ()."""
         if odd := set(self.mean) ^ set(other.mean):
             raise ValueError(f"the posteriors disagree on the name {min(odd)!r}")
-        theirs = Diagonal(Vector([other.mean[n] for n in self.mean]), Vector([other.precision[n] for n in self.mean]))
-        return self._gaussian.kl(theirs)
-
-    @property
-    def _gaussian(self) -> Diagonal:
-        return Diagonal(Vector(list(self.mean.values())), Vector(list(self.precision.values())))
+        return self._law.kl(other._law)
 
     # Meeting models and optimizers
 
@@ -171,6 +244,11 @@ class Posterior:
         Raises:
             ValueError: Number, names or shapes do not agree.
         """
+        if self.parts:
+            raise ValueError(
+                f"a prior is over independent weights, and this posterior has the structure {self.structure!r}; take its "
+                "independent() part"
+            )
         wanted = list(names) if names else list(self.mean)
         if len(wanted) != len(params):
             raise ValueError(f"the prior holds {len(self.mean)} tensors but the optimizer {len(params)}; pass named_parameters()")
@@ -206,11 +284,9 @@ class Posterior:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
-        blocks = {block: getattr(self, block) or {} for block in _BLOCKS}
-        tensors = {f"{block}.{name}": t for block, named in blocks.items() for name, t in named.items()}
+        blocks = {block: getattr(self, block) or {} for block in BLOCKS}
         said = dict(structure=self.structure, ess=self.ess, num_data=self.num_data, names=list(self.mean))
-        about = dict(format=FORMAT, version=VERSION, **said)
-        write_tensors(path, tensors, {"bayesrule": json.dumps(about)})
+        write(path, blocks, said, self._law if self.parts else None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "cpu", strip_prefix: str = "") -> Posterior:
@@ -226,56 +302,12 @@ class Posterior:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged, is no posterior, or is of a later format, or two names become one.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no posterior file at {os.fspath(path)!r}")
-        blocks: dict[str, dict[str, Tensor]] = {block: {} for block in _BLOCKS}
-        prefix = strip_prefix and f"{strip_prefix.removesuffix('.')}."
-        try:
-            with safe_open(path, framework="pt", device=device) as file:
-                about = _about(path, file.metadata())
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    block, _, name = key.partition(".")
-                    if block not in blocks:
-                        raise ValueError(f"{os.fspath(path)!r} is no posterior file: it holds a tensor {key!r}")
-                    if (short := name.removeprefix(prefix)) in blocks[block]:
-                        raise ValueError(f"{os.fspath(path)!r} holds {short!r} twice without {prefix!r}; take no strip_prefix")
-                    blocks[block][short] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file ({error}); take another copy") from error
-        order = [name.removeprefix(prefix) for name in about.get("names", ())]
-        for block, found in blocks.items():
-            blocks[block] = {**{name: found[name] for name in order if name in found}, **found}
+        blocks, about, parts = read(path, device, strip_prefix)
         mean, precision, prior_mean, prior_precision = blocks.values()
-        about = {key: about[key] for key in ("ess", "num_data", "structure")}
         try:
-            return cls(mean, precision, prior_mean or None, prior_precision or None, **about)
+            return cls(mean, precision, prior_mean or None, prior_precision or None, **about, parts=parts)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)!r}: {error}") from error
-
-
-def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    about: dict[str, Any] = {}
-    try:
-        about = json.loads((metadata or {})["bayesrule"])
-        known = about["format"] == FORMAT and isinstance(about["version"], int)
-    except (KeyError, TypeError, ValueError):
-        known = False
-    if not known:
-        raise ValueError(f"{os.fspath(path)!r} is no posterior file: its metadata does not say {FORMAT!r} and a version")
-    if about["version"] > VERSION:
-        raise ValueError(
-            f"{os.fspath(path)!r} has format version {about['version']}, this release reads {VERSION}; upgrade bayesrule"
-        )
-    fits = {
-        "structure": about.get("structure") == "diag",
-        "ess": isinstance(about.get("ess"), int | float),
-        "num_data": about.get("num_data") is None or isinstance(about["num_data"], int),
-        "names": isinstance(about.get("names", []), list) and all(isinstance(name, str) for name in about.get("names", [])),
-    }
-    for key, fit in fits.items():
-        if not fit:
-            raise ValueError(f"{os.fspath(path)!r} has a {key} that this release cannot read: {about.get(key)!r}")
-    return about
 
 
 @contextmanager
@@ -296,5 +328,5 @@ def sampled(model: nn.Module, posterior: Posterior, seed: int, draw: int = 0) ->
     """
     params = posterior.bind(model)
     with kept(params.values()):
-        Draws(posterior.mean, posterior.precision, params, seed).write(draw)
+        Draws(posterior, params, seed).write(draw)
         yield model

@@ -89,6 +89,10 @@ class Oracle(ABC):
         """Mean over examples of the squared gradient of each, shaped like theta."""
         raise self._cannot("give the gradient of each example")
 
+    def gradients(self) -> Tensor:
+        """Gradient of the loss of every example, shape (n, D)."""
+        raise self._cannot("give the gradient of each example")
+
     def diagonal(self) -> Point:
         """Diagonal of the Hessian of the mean loss, shaped like theta; all of it where the loss is a sum over elements."""
         raise self._cannot("give the diagonal of the Hessian")
@@ -137,6 +141,10 @@ class Expectation(ABC):
         """A draw of q to predict with, as an offset from the mean."""
         return self.offset(q, noise, draw)
 
+    def slope(self, q: Any, noise: Noise, draw: int) -> Point | None:
+        """How fast a draw moves with the mean, element by element; None where it moves as the mean does."""
+        return None
+
     def gradient(self, q: Any, offset: Point | None, gradient: Point) -> Point:
         """What the gradient that was seen at a draw says of E_q: itself, unless a draw is a relaxed one."""
         return gradient
@@ -156,13 +164,15 @@ class Curvature(ABC):
     Attributes:
         degree: How many gradients are multiplied in it; what rescales the gradient rescales it to this power.
         draws: How many random probes make one estimate.
-        squares_examples: Whether it asks for the gradient of every example.
+        squares_examples: Whether it asks for the gradient of every example, squared or not.
+        keeps_examples: Whether squares alone do not do.
         curves: Whether there is any: without, the precision stays as it is.
     """
 
     degree: int = 0
     draws: int = 0
     squares_examples: bool = False
+    keeps_examples: bool = False
     curves: bool = True
 
     @abstractmethod

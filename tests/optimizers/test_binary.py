@@ -99,10 +99,17 @@ class TestBayesBiNN:
         with pytest.raises(ValueError, match=f"BayesBiNN: parameter group 0: {name} must be .*, got"):
             br.BayesBiNN([weights(1.0)], **{"lr": 0.1, "ess": 10.0, **bad})
 
-    def test_there_is_no_gaussian_posterior(self):
+    def test_the_posterior_has_signs_whose_mean_is_that_of_the_weights(self):
         model = nn.Linear(2, 1)
-        with pytest.raises(TypeError, match="BayesBiNN learns no posterior"):
-            br.BayesBiNN(model.parameters(), 0.1, 10.0).posterior(model)
+        optimizer = br.BayesBiNN(model.parameters(), 0.1, 10.0, natural_init=0.7)
+        post = optimizer.posterior(model)
+        assert post.structure == "signs"
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(post.mean[name], p.detach())
+            torch.testing.assert_close(post.variance[name], 1 - p.detach() ** 2)
+            assert set(post.sample(0)[name].unique().tolist()) <= {-1.0, 1.0}
+        logits = br.predict(model.eval(), post, torch.ones(1, 2), num_samples=8, link="identity")
+        assert logits.variance.sum() > 0
 
 
 class Straight(torch.autograd.Function):

@@ -69,6 +69,14 @@ def test_all_published_cases_are_here():
     assert len(CASES) == 6 + 6
 
 
+def normal(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
 class Network(torch.nn.Module):
     """Matrices, a tensor of four axes, vectors and a number."""
 
@@ -245,10 +253,33 @@ class TestMisuse:
         with pytest.raises(ValueError, match=f"EVON: parameter group 0: {name} must be .*, got"):
             br.EVON([torch.nn.Parameter(torch.ones(2, 2))], **{**HYPER, **bad})
 
-    def test_a_posterior_by_weights_is_refused(self):
+    @pytest.mark.parametrize("hyper", [{}, dict(merge_dims=True, max_precond_dim=40), dict(precondition_1d=True)], ids=str)
+    def test_the_posterior_draws_what_the_optimizer_draws(self, hyper, tmp_path):
+        """The covariance of a weight in rows: that of steps through the bases, by unit normals in the basis."""
         model = Network()
-        with pytest.raises(TypeError, match="EVON learns no posterior"):
-            br.EVON(model.parameters(), **HYPER).posterior(model)
+        optimizer = br.EVON(model.parameters(), **HYPER, **hyper)
+        learn(model, optimizer, 5)
+        post = optimizer.posterior(model, num_data=7)
+        assert "eigen" in post.structure and post.num_data == 7
+        eps = {name: normal(3, *p.shape) for name, p in model.named_parameters()}
+        offsets = post.sqrt_matvec(eps)
+        for name, p in model.named_parameters():
+            spread = (HYPER["ess"] * (optimizer.state[p]["hess"] + optimizer.defaults["weight_decay"])).rsqrt()
+            axes = optimizer.state[p]["basis"]
+            expected = Basis(optimizer.wide(p), axes).back(spread * eps[name])
+            close(offsets[name], expected)
+        post.save(tmp_path / "p.safetensors")
+        again = br.Posterior.load(tmp_path / "p.safetensors")
+        for name, value in post.sample(0).items():
+            close(again.sample(0)[name], value)
+
+    def test_without_noise_the_posterior_is_the_mean(self):
+        model = Network()
+        optimizer = br.EVON(model.parameters(), **{**HYPER, "ess": math.inf})
+        learn(model, optimizer, 3)
+        post = optimizer.posterior(model)
+        assert all(s.isinf().all() for s in post.precision.values())
+        assert all(torch.equal(value, post.mean[name]) for name, value in post.sample(0).items())
 
     def test_axes_that_are_too_long_keep_their_coordinates(self):
         model = Network()

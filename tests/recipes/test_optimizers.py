@@ -20,8 +20,7 @@ def test_every_setting_is_an_argument_and_every_default_arrives(name):
     for key, value in choice.settings.items():
         found = group["betas"][1] if key == "beta2" else group[key]
         assert found == (value * 100 if key == "ess" else value)
-    gaussian = getattr(optimizer, "is_diagonal", False)
-    assert choice.variational == ("ess" in optimizer.defaults and gaussian) and all(
+    assert choice.variational == ("ess" in optimizer.defaults) and all(
         optimizer.defaults.get(k, v) == v for k, v in choice.fixed.items()
     )
 

@@ -39,3 +39,22 @@ class GaussNewtonFactor(Curvature):
 
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
         return q.gather(oracle.factor())
+
+
+@dataclass(frozen=True)
+class EmpiricalFisherFactor(Curvature):
+    r"""The mean product of the gradients of the examples, as a factor: :math:`\tfrac1n \sum_i g_i g_i^T`. Never negative.
+
+    What :class:`~bayesrule.EmpiricalFisher` has the diagonal of, for families that hold more: :class:`~bayesrule.LowRank` without
+    a matrix of shape (D, D), :class:`~bayesrule.Full` with it. Costs the gradients of n single examples, D n numbers.
+
+    Source: A. Mishkin et al. (2018), SLANG, arXiv:1811.04504.
+    """
+
+    degree = 2
+    squares_examples = True
+    keeps_examples = True
+
+    def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
+        gradients = oracle.gradients()
+        return q.gather(gradients.mT / len(gradients) ** 0.5)

@@ -15,16 +15,20 @@ from ..vector import Vector
 
 @dataclass(frozen=True)
 class Seen(Oracle):
-    """Only a gradient is known, what backpropagation left behind; perhaps the mean square of that of each example, too."""
+    """Only a gradient is known, what backpropagation left behind; perhaps that of each example, too, or their mean square."""
 
     seen: Point
     squared: Point | None = None
+    each: Tensor | None = None
 
     def gradient(self) -> Point:
         return self.seen
 
     def squares(self) -> Point:
         return super().squares() if self.squared is None else self.squared
+
+    def gradients(self) -> Tensor:
+        return super().gradients() if self.each is None else self.each
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,12 @@ class _At(Oracle):
 class _ModelAt(_At):
     model: ModelLoss
 
-    def squares(self) -> Tensor:
+    def gradients(self) -> Tensor:
         rows: Tensor = torch.func.jacrev(self.model.per_example)(self.theta)
-        return rows.square().mean(dim=0)
+        return rows
+
+    def squares(self) -> Tensor:
+        return self.gradients().square().mean(dim=0)
 
     def gauss_newton(self) -> Tensor:
         outputs: Any = self.model.outputs(self.theta)

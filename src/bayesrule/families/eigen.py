@@ -113,6 +113,10 @@ class Eigen(TwoBlocks):
         kept: Tensor = (self._turned(X).square().mT @ weights).reshape(self.mean.shape)
         return kept
 
+    def gather(self, factor: Tensor) -> Tensor:
+        kept: Tensor = self._turned(factor.mT).square().sum(0).reshape(self.mean.shape)
+        return kept
+
     def spread(self, X: Tensor) -> Tensor:
         return self._turned(X) ** 2 @ (1 / self._precisions).reshape(-1)
 

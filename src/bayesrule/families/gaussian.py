@@ -293,6 +293,9 @@ class Full(TwoBlocks):
     def project_weighted(self, X: Tensor, weights: Tensor) -> Tensor:
         return gram(X, weights)
 
+    def gather(self, factor: Tensor) -> Tensor:
+        return factor @ factor.mT
+
     def keep_diagonal(self, diagonal: Tensor) -> Tensor:
         return torch.diag_embed(diagonal)
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from ..family import DomainError, Gaussian
-from ..noise import Noise
 from ..rule import Look
-from ..vector import Vector, equal, holds, kept, rsqrt
+from ..vector import equal, holds, kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,12 +321,6 @@ class LowRank(Gaussian):
         raise TypeError("the score of a LowRank has negative curvature; use an expectation that asks for gradients")
 
     # The distribution
-
-    def draw(self, noise: Noise) -> Tensor:
-        """One draw as an offset: metric^-1 (sqrt(d) e1 + U e2), for as many unit normals as d and U have columns together."""
-        first, second = noise.normal(Vector([self.mean, self.metric.factor.new_zeros(self.metric.rank)]))
-        pull = self.metric.diagonal.sqrt() * first + self.metric.factor @ second
-        return self.precondition(pull) * rsqrt(self.ess)
 
     def to_torch(self) -> MultivariateNormal:
         """The same distribution of torch.distributions, with a precision of shape (D, D)."""

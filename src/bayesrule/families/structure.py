@@ -57,6 +57,10 @@ class Structured(Gaussian, ExponentialFamily):
         """Variances of x^T theta for rows x of X, shape (N,) for X of shape (N, D)."""
 
     @abstractmethod
+    def gather(self, factor: Tensor) -> Any:
+        """What the structure keeps of B B^T, for a factor B of shape (D, n)."""
+
+    @abstractmethod
     def project_weighted(self, X: Tensor, weights: Tensor) -> Any:
         """What the structure keeps of X^T diag(weights) X."""
 
@@ -125,6 +129,9 @@ class Elementwise(Structured):
 
     def project_weighted(self, X: Tensor, weights: Tensor) -> Any:
         return self.keep_diagonal((X**2).mT @ weights)
+
+    def gather(self, factor: Tensor) -> Any:
+        return self.keep_diagonal((factor**2).sum(1))
 
     def keep_diagonal(self, diagonal: Point) -> Any:
         return diagonal

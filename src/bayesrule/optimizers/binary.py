@@ -13,9 +13,12 @@ from ..estimators.curvatures import Zero
 from ..estimators.expectations import Delta
 from ..estimators.relaxed import Relaxed
 from ..families.signs import HardSigns, Signs, signs
+from ..joints import Joint
 from ..momentum import HeavyBall, Momentum
+from ..parts import Part
 from ..retractions import Natural
 from ..rule import BayesRule, NoInertia, Rates
+from ..shards import whole
 from ..vector import equal
 from .cells import Names
 from .execution import Compile, Flats
@@ -55,6 +58,11 @@ class _Binary(BayesOptimizer):
 
     def blocks(self, group: Mapping[str, Any], old: Any, new: Any) -> Flats:
         return {"mean": new.mean, "hess": new.natural_parameter}
+
+    def together(self, names: Mapping[Tensor, str]) -> tuple[Part, ...]:
+        naturals = [self.state[p][self.names.hess].clone() for p in names]
+        natural = torch.cat([whole(t).reshape(-1) for t in naturals])
+        return (Joint(tuple(names.values()), tuple(t.shape for t in naturals), Signs(natural)),)
 
 
 class BayesBiNN(_Binary):

@@ -17,7 +17,7 @@ from ..noise import addresses
 from ..plots import Plot, plots
 from ..rule import BayesRule
 from ..shards import here, is_shared_out
-from ..vector import BUCKET
+from ..vector import BLOCK, BUCKET, whole_blocks
 from .hyperparameters import analyzed, validate
 
 
@@ -73,6 +73,7 @@ class Host(Protocol):
     def start(self, group: Mapping[str, Any]) -> float: ...
     def at(self, group: Mapping[str, Any], step: int) -> dict[str, Any]: ...
     def like_state(self, param: Tensor) -> Tensor: ...
+    def together_in(self, group: Mapping[str, Any]) -> bool | None: ...
 
 
 class Layout:
@@ -85,7 +86,6 @@ class Layout:
 
     def __init__(self, host: Host, name: str, scratch: Scratch) -> None:
         self.host, self.name, self.scratch, self.limit = host, name, scratch, BUCKET
-        self.apart = False  # whether every parameter has a plot of its own
         self._plots: dict[int, tuple[Any, list[Plot], list[Tensor]]] = {}  # by group
         self._stale: set[int] = set()  # groups whose plots may be dealt anew
         self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}  # by group: "step" of every parameter, and all in one
@@ -183,7 +183,8 @@ class Layout:
         if index in self._plots and index not in self._stale:
             return self._plots[index][1]
         self._stale.discard(index)
-        params = self.host.param_groups[index]["params"]
+        group = self.host.param_groups[index]
+        params = group["params"]
         kinds = ((p, here(p)) for p in params)
         key = [(id(p), t.data_ptr(), t.shape, t.dtype, p.requires_grad, t.is_contiguous()) for p, t in kinds], self.limit
         if index not in self._plots or self._plots[index][0] != key:
@@ -193,8 +194,13 @@ class Layout:
             for _, p in wanted:
                 self._check(p)
             self.sharded = any(is_shared_out(p) for p in every)
-            self._plots[index] = key, plots(wanted, self.scratch, self.limit, self.apart), [p for _, p in wanted if p.numel()]
+            self._plots[index] = key, self._deal(group, wanted), [p for _, p in wanted if p.numel()]
         return self._plots[index][1]
+
+    def _deal(self, group: Mapping[str, Any], wanted: Sequence[tuple[int, Tensor]]) -> list[Plot]:
+        together = self.host.together_in(group)
+        limit = self.limit if together is None else max(2 * BLOCK, sum(2 * whole_blocks(p.numel()) for _, p in wanted))
+        return plots(wanted, self.scratch, limit, together is False)
 
     def _check(self, param: Tensor) -> None:
         if param.dtype.itemsize >= 4 and param in self.host.state:  # it holds its mean itself

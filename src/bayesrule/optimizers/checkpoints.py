@@ -24,7 +24,7 @@ class Loading(Protocol):
     @property
     def ranges(self) -> Mapping[str, Any]: ...
     def like_state(self, param: Tensor) -> Tensor: ...
-    def wide(self, param: Tensor) -> tuple[int, ...]: ...
+    def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]: ...
 
 
 def check(optimizer: Loading, saved: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ def check(optimizer: Loading, saved: Mapping[str, Any]) -> None:
             )
         for key, value in state.items():
             if isinstance(value, list):
-                _check_axes(name, index, key, value, optimizer.wide(param))
+                _check_list(name, index, key, value, optimizer.lists(param, key))
                 continue
             shape = tuple(torch.as_tensor(value).shape)
             if key != "step" and shape != param.shape:
@@ -90,11 +90,12 @@ def restore(optimizer: Loading, saved: Mapping[str, Any]) -> None:
             optimizer.state[param].pop(optimizer.names.mean, None)
 
 
-def _check_axes(name: str, index: int, key: str, axes: list[Any], sizes: tuple[int, ...]) -> None:
-    found = [None if axis is None else tuple(axis.shape) for axis in axes]
-    if len(found) != len(sizes) or any(shape not in (None, (n, n)) for shape, n in zip(found, sizes, strict=True)):
+def _check_list(name: str, index: int, key: str, tensors: list[Any], shapes: list[tuple[int, ...]]) -> None:
+    found = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
+    if len(found) != len(shapes) or any(shape not in (None, known) for shape, known in zip(found, shapes, strict=True)):
         raise ValueError(
-            f"{name}: {key} of parameter {index} has shapes {found}, its axes have {list(sizes)}: it was saved for another model"
+            f"{name}: {key} of parameter {index} has shapes {found}, here they are {shapes}: it was saved for another model or "
+            "another setting"
         )
 
 

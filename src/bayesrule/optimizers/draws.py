@@ -336,11 +336,8 @@ class Draws:
         plot.put(flats["mean"], cell.only, dither=dither)
 
     def _write_injected(self, injected: Injected, cell: Cell, flats: Flats, stream: int, draw: int) -> None:
-        q, _ = self.host.belief(cell.group, flats)
-        draw_of = cell.rule.expectation.sample if stream == EVALUATE else cell.rule.expectation.offset
-        offset = draw_of(q, InjectedNoise(injected, cell.plot, stream), draw)
-        if offset is not None:
-            self.host.execution.shift(cell, flats, offset)
+        method = "sample" if stream == EVALUATE else "offset"
+        self.host.execution.write(cell, flats, InjectedNoise(injected, cell.plot, stream), method, draw)
 
     @torch.inference_mode(False)
     @torch.no_grad()

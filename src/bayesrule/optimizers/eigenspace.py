@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..bases import Basis, eigenvectors, followed, plain, whitened
+from ..bases import Bases, Basis, eigenvectors, followed, plain, whitened
 from ..estimators.curvatures import Reparameterized, SquaredGradient, Zero
 from ..estimators.expectations import Delta, MonteCarlo
+from ..families.eigen import Eigen
 from ..families.gaussian import Diagonal
 from ..family import Gaussian
+from ..joints import Joint
 from ..momentum import Momentum
+from ..parts import Part
 from ..retractions import Additive, Riemannian
 from ..rule import BayesRule, Curvature, Rates
-from ..shards import is_shared_out
-from ..vector import equal
+from ..vector import Vector, equal
 from .cells import Cell, Names
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
+from .learned import marginal, spreads
 from .optimizer import BayesOptimizer
 from .turning import Turning
 from .workers import Sync
@@ -97,6 +100,7 @@ class EVON(BayesOptimizer):
 
     names = Names("hess", "momentum", "mean")
     is_diagonal = False
+    needs_whole = True
     runs = Turning
     ranges: ClassVar = {
         "lr": AT_LEAST_ZERO,
@@ -171,20 +175,8 @@ class EVON(BayesOptimizer):
         )
         self._set_up(params, defaults, noise=noise, compile=False, sync=sync)
 
-    def _prepare(self, *how: Any) -> None:
-        super()._prepare(*how)
-        self.layout.apart = True
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group.
-
-        Raises:
-            ValueError: Its parameters lie on several processes in parts, which have no bases of the whole.
-        """
-        super().add_param_group(param_group)
-        if any(map(is_shared_out, self.param_groups[-1]["params"])):
-            self.param_groups.pop()
-            raise ValueError("EVON needs whole matrices, and these are sharded; use IVON, or DistributedDataParallel")
+    def together_in(self, group: Mapping[str, Any]) -> bool | None:
+        return False
 
     # The slots
 
@@ -235,6 +227,18 @@ class EVON(BayesOptimizer):
         shape, chosen = self._chosen(cell)
         return Basis(shape, state.get("basis", [None] * len(chosen)))
 
+    def together(self, names: Mapping[Tensor, str]) -> tuple[Part, ...]:
+        turned: dict[str, tuple[Tensor, Tensor, Basis]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                axes = self.state[param].get("basis", [])
+                if param in names and spreads(group) and any(q is not None for q in axes):
+                    turned[names[param]] = *marginal(self, group, param), Basis(self.wide(param), list(axes))
+        if not turned:
+            return ()
+        means, spectra, bases = zip(*turned.values(), strict=True)
+        return (Joint(tuple(turned), tuple(m.shape for m in means), Eigen(Vector(means), Bases(bases), Vector(spectra))),)
+
     def _chosen(self, cell: Cell) -> tuple[tuple[int, ...], list[bool]]:
         group, param = cell.group, cell.plot.params[0]
         return plain(param.shape, group["max_precond_dim"], group["merge_dims"], group["precondition_1d"])
@@ -243,6 +247,9 @@ class EVON(BayesOptimizer):
         """The shape of a parameter with its axes merged."""
         group = next(group for group in self.param_groups if any(param is p for p in group["params"]))
         return plain(param.shape, group["max_precond_dim"], group["merge_dims"], group["precondition_1d"])[0]
+
+    def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]:
+        return [(n, n) for n in self.wide(param)]
 
     def waits(self, cell: Cell) -> bool:
         """Whether the published code would let this step pass."""

@@ -27,6 +27,8 @@ class Host(Protocol):
 
     @property
     def squares_examples(self) -> bool: ...
+    @property
+    def keeps_examples(self) -> bool: ...
 
 
 class Teller(Protocol):
@@ -51,6 +53,7 @@ class Examples:
     def __init__(self, host: Host, name: str) -> None:
         self.host, self.name = host, name
         self.arrived = False
+        self.rows: dict[Tensor, Tensor] = {}  # gradients of examples, (examples, ...), where they are kept
         self._attached: weakref.WeakSet[Teller] = weakref.WeakSet()
         self._recording: ExitStack | None = None
 
@@ -65,7 +68,7 @@ class Examples:
 
     def forget(self) -> None:
         """No examples yet."""
-        self.arrived = False
+        self.arrived, self.rows = False, {}
 
     # Recording
 
@@ -117,7 +120,7 @@ class Examples:
             params = self.host.layout.trainable()
             for p in params:
                 p.grad = None
-            if self._tells(params):
+            if self._tells(params) and not self.host.keeps_examples:
                 losses.mean().backward()
             else:
                 self._one_by_one(losses, params)
@@ -144,18 +147,23 @@ class Examples:
 
     def _one_by_one(self, losses: Tensor, params: list[Tensor]) -> None:
         size = sum(p.numel() * p.element_size() for p in params)
-        rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device).split(max(1, BUDGET // max(size, 1)))
+        units = torch.eye(len(losses), dtype=losses.dtype, device=losses.device).split(max(1, BUDGET // max(size, 1)))
+        rows: dict[Tensor, list[Tensor]] = {}
         sums: dict[Tensor, Tensor] = {}
         squares: dict[Tensor, Tensor] = {}
-        for number, chunk in enumerate(rows):
-            last = number == len(rows) - 1
+        for number, chunk in enumerate(units):
+            last = number == len(units) - 1
             found = torch.autograd.grad(losses, params, chunk, retain_graph=not last, allow_unused=True, is_grads_batched=True)
             for p, each in zip(params, found, strict=True):
                 if each is not None:
                     sums[p] = sums.get(p, 0.0) + each.sum(0)
                     squares[p] = squares.get(p, 0.0) + each.square().sum(0)
+                    if self.host.keeps_examples:
+                        rows.setdefault(p, []).append(each)
         for p, total in sums.items():
             p.grad = total / len(losses)
+        if self.host.keeps_examples:
+            self.rows = {p: torch.cat(each) for p, each in rows.items()}
         self._keep({p: total / len(losses) for p, total in squares.items()})
 
     # Keeping

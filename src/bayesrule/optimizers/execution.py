@@ -130,6 +130,16 @@ class Execution:
             self.runner.compiled = ready
         self.limit = COMPILED_BUCKET if self.runner.compiled else BUCKET
 
+    def write(self, cell: Cell, flats: Flats, noise: Noise, method: str, draw: int) -> None:
+        """Write a sample that is made of given noise, and keep the mean aside; ``method`` is "offset" or "sample"."""
+        q, _ = self.author.belief(cell.group, flats)
+        offset = getattr(cell.rule.expectation, method)(q, noise, draw)
+        if offset is not None:
+            self.shift(cell, flats, offset)
+
+    def rescale(self, cell: Cell, factor: float) -> None:
+        """Gradients became so many times as large: what is kept of curvatures beside the flats follows."""
+
     def shift(self, cell: Cell, flats: Flats, offset: Tensor) -> None:
         """Write a sample at an offset that is given, and keep the mean aside."""
         cell.plot.keep(flats["mean"], flats["offset"], cell.only)
@@ -180,6 +190,16 @@ def _parts(flats: Flats, limit: int) -> Iterator[Flats]:
     for start in range(0, size, limit):
         ends = {name: (start // 2, (start + limit) // 2) if name == "pairs" else (start, start + limit) for name in flats}
         yield {name: flat[slice(*ends[name])] for name, flat in flats.items()}
+
+
+class Unrecorded(Execution):
+    """Runs what :class:`Execution` runs, directly: for plots that are blocks, where nothing is gained by recording."""
+
+    def advance(self, params: Callable[[], int]) -> None:
+        self.steps += 1
+
+    def run(self, kind: str, cell: Cell, flats: Flats, numbers: Named, drawn: Cell | None = None) -> tuple[str, ...]:
+        return tuple(getattr(self, f"_{kind}")(cell, flats, numbers))
 
 
 class Recording:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..posterior import Posterior
+from ..shards import is_shared_out
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,20 @@ def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapp
             raise ValueError(f"{optimizer}: parameter group {number} has no {name}: it belongs to another optimizer")
         if group[name] not in allowed:
             raise ValueError(f"{optimizer}: parameter group {number}: {name} must be {allowed}, got {group[name]!r}")
+
+
+def check_group(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapping[str, Allowed], whole: bool) -> None:
+    """Raise a ValueError or TypeError for a group whose hyper-parameters or parameters cannot be used.
+
+    With ``whole``, parameters must not lie on several processes in parts.
+    """
+    validate(optimizer, number, group, ranges)
+    if whole and any(map(is_shared_out, group["params"])):
+        raise ValueError(
+            f"{optimizer} needs whole tensors, and these lie on several processes in parts; use IVON, or DistributedDataParallel"
+        )
+    if any(p.is_complex() for p in group["params"]):
+        raise TypeError(f"{optimizer}: parameter group {number} has complex parameters; split them into real ones")
 
 
 def analyzed(group: Mapping[str, Any], ranges: Mapping[str, Allowed]) -> tuple[dict[str, Any], tuple[Any, ...]]:

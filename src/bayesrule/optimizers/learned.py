@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..parts import Part
 from ..posterior import Posterior
 from ..rounding import followed
 from ..rule import BayesRule
@@ -31,49 +32,75 @@ class Learner(Protocol):
     def is_diagonal(self) -> bool: ...
     def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
     def like_state(self, param: Tensor) -> Tensor: ...
+    def together(self, names: Mapping[Tensor, str]) -> tuple[Part, ...]: ...
 
 
 def learned(optimizer: Learner, model: nn.Module, num_data: int | None) -> Posterior:
     """The posterior over the parameters that an optimizer trains, by the model's names."""
     name = type(optimizer).__name__
-    if "ess" not in optimizer.defaults or not optimizer.is_diagonal:
+    if "ess" not in optimizer.defaults:
         raise TypeError(f"{name} learns no posterior; train with bayesrule.IVON, or take Posterior.point(model)")
     ess = sorted({float(group["ess"]) for group in optimizer.param_groups})
     if len(ess) > 1:
         raise ValueError(f"{name}: parameter groups differ in ess {ess}; a Posterior has one")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     gather_anew(trained)  # the model names its sharded parameters only while it does not hold them gathered
-    blocks: list[dict[str, Tensor]] = [{}, {}, {}, {}]
-    names = {id(p): own for own, p in model.named_parameters()}
+    names: dict[Tensor, str] = {}
+    own = {id(p): own for own, p in model.named_parameters()}
+    groups: dict[Tensor, Mapping[str, Any]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not p.requires_grad:
                 continue
-            if id(p) not in names:
+            if id(p) not in own:
                 raise ValueError(f"{name} trains a parameter of shape {tuple(p.shape)} that the model does not hold")
-            for block, tensor in zip(blocks, marginal(optimizer, group, p), strict=True):
-                block[names[id(p)]] = tensor
+            names[p], groups[p] = own[id(p)], group
+    parts = optimizer.together(names)
+    joined = {name for part in parts for name in part.names}
+    blocks: list[dict[str, Tensor]] = [{name: t for part in parts for name, t in part.mean.items()}, {}, {}, {}]
+    blocks[0] = {name: blocks[0].get(name, torch.empty(0)) for name in names.values()}  # in the model's order
+    for p, name in names.items():
+        if name not in joined:
+            blocks[0][name], blocks[1][name], *_ = marginal(optimizer, groups[p], p)
+        for block, tensor in zip(blocks[2:], prior_of(optimizer, groups[p], p), strict=False):
+            block[name] = tensor
     mean, precision, prior_mean, prior_precision = blocks
-    return Posterior(mean, precision, prior_mean, prior_precision, ess[0], num_data)
+    return Posterior(mean, precision, prior_mean or None, prior_precision or None, ess[0], num_data, parts)
 
 
 @torch.no_grad()
 def marginal(
     optimizer: Learner, group: Mapping[str, Any], param: Tensor, part: Callable[[Tensor], Tensor] = whole
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, precision and prior (mean, precision) of one parameter: of the whole, or of the part that lies here."""
-    state, ess = {name: part(t) for name, t in optimizer.layout.state(group, param).items()}, group["ess"]
+) -> tuple[Tensor, Tensor]:
+    """Mean and precision of one parameter: of the whole, or of the part that lies here; the precision in its basis, if any."""
+    state, ess = {name: part(t) for name, t in optimizer.layout.state(group, param).items() if isinstance(t, Tensor)}, group["ess"]
     held = part(param.detach())
     mean = held.to(torch.promote_types(held.dtype, torch.float32), copy=True)
     if optimizer.names.mean in state and held.dtype.itemsize < mean.dtype.itemsize:
         mean = followed(state[optimizer.names.mean], held)
-    pull = ess * group["weight_decay"] if group["weight_decay"] else 0.0  # where ess may be infinite
-    prior_mean = state.get("prior_mean", mean.new_zeros(()))
-    prior_precision = state.get("prior_precision", mean.new_tensor(pull))
-    precision = state[optimizer.names.hess or ""] * ess + prior_precision
-    if not group["noise_scale"] or math.isinf(ess):
-        precision = torch.full_like(precision, math.inf)
-    return mean, precision, prior_mean.clone(), prior_precision.clone()
+    precision = state[optimizer.names.hess or ""] * ess + prior_of(optimizer, group, param, part)[1]
+    return mean, precision if spreads(group) else torch.full_like(precision, math.inf)
+
+
+def spreads(group: Mapping[str, Any]) -> bool:
+    """Whether q has a spread over the parameters of a group."""
+    return bool(group["noise_scale"]) and not math.isinf(group["ess"])
+
+
+def prior_of(
+    optimizer: Learner, group: Mapping[str, Any], param: Tensor, part: Callable[[Tensor], Tensor] = whole
+) -> tuple[Tensor, ...]:
+    """Mean and precision of the prior of one parameter; nothing where it is no Gaussian."""
+    if "weight_decay" not in group:
+        return ()
+    like = optimizer.like_state(part(param.detach()).new_zeros(()))
+    pull = group["ess"] * group["weight_decay"] if group["weight_decay"] else 0.0  # where ess may be infinite
+    state = optimizer.state.get(param, {})
+    mean, precision = state.get("prior_mean"), state.get("prior_precision")
+    return (
+        like if mean is None else part(mean).clone(),
+        like.new_tensor(pull) if precision is None else part(precision).clone(),
+    )
 
 
 def adopt(optimizer: Learner, prior: Posterior) -> None:

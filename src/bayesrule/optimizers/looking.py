@@ -192,6 +192,7 @@ class Looks:
             factor = torch.where(before == 0, common, after / before)
             cell.plot.keep(after, gradient, cell.only)
             cell.plot.keep(curvature * factor**cell.rule.curvature.degree, curvature, cell.only)
+            self.host.execution.rescale(cell, common)
         finite = not back or self._finite(back)
         clear(back)
         return finite

@@ -147,3 +147,16 @@ def _callers_level() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def why_no_gradient(drew: bool, unsharded: bool) -> str:
+    """What a step without any gradient may come from.
+
+    Args:
+        drew: Whether a draw was opened.
+        unsharded: Whether there are other ranks, and parameters lie on this one as a whole.
+    """
+    late = "; if the model was sharded (fully_shard) after this optimizer was made, make the optimizer after it"
+    lost = "a draw was opened, but backward() did not run in it or reached no parameter of this optimizer"
+    why = lost if drew else "call backward() before step(), on a loss that depends on this optimizer's parameters"
+    return why + (late if unsharded else "")

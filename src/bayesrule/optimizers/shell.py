@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..families.gaussian import Diagonal
 from ..family import Gaussian
+from ..parts import Part
 from ..posterior import Posterior
 from ..program import Program
 from ..rule import BayesRule, Rates
@@ -29,10 +30,10 @@ from .closures import evaluate
 from .draws import LOOKS_TWICE, Draws
 from .examples import Examples
 from .execution import Compile, Execution, Flats, recorded_by
-from .hyperparameters import Allowed, check_arguments, validate
+from .hyperparameters import Allowed, check_arguments, check_group
 from .injection import Injected
 from .learned import adopt, learned
-from .reminders import Reminders
+from .reminders import Reminders, why_no_gradient
 from .visibility import noise_visibility
 from .workers import CHECK_EVERY, Sync, Workers
 
@@ -44,6 +45,7 @@ class Shell(Optimizer, ABC):
     """What all algorithms share: state, draws, steps, checkpoints. See :class:`bayesrule.BayesOptimizer` for its arguments."""
 
     is_diagonal: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = False  # tensors, not parts of them
     runs: ClassVar[type[Execution]] = Execution
     names: Names  # of the class, or of one optimizer
     ranges: ClassVar[Mapping[str, Allowed]]
@@ -221,6 +223,11 @@ class Shell(Optimizer, ABC):
         """Whether the gradient of every example is asked for."""
         return any(self.rule(group).curvature.squares_examples for group in self.param_groups)
 
+    @property
+    def keeps_examples(self) -> bool:
+        """Whether squares of the gradients of the examples do not do."""
+        return any(self.rule(group).curvature.keeps_examples for group in self.param_groups)
+
     # Moving
 
     @torch.no_grad()
@@ -254,10 +261,10 @@ class Shell(Optimizer, ABC):
             taken = None
         if taken is not None and not taken[0]:
             self.draws.forget()
-            raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {self._why(drawn)}")
-        if taken is not None and any(
-            group["lr"] for group in self.param_groups
-        ):  # torch.distributed.checkpoint begins the state by a step of none
+            why = why_no_gradient(drawn > 0, self.workers.active and not self.workers.sharded)
+            raise RuntimeError(f"{type(self).__name__}.step(): no parameter has a gradient; {why}")
+        # torch.distributed.checkpoint begins the state by a step of size none
+        if taken is not None and any(group["lr"] for group in self.param_groups):
             self.reminders.of_draws(self.wanted_draws(), drawn, self.defaults.get("antithetic", False), self.workers.size)
         self.reminders.of_lost(taken is None and drawn > 0, self.dropped_draws)
         if taken is None:
@@ -320,9 +327,13 @@ class Shell(Optimizer, ABC):
         """A cell as it is for a draw that is not learned from."""
         return cell
 
-    def wide(self, param: Tensor) -> tuple[int, ...]:
-        """The axes of a parameter that may have a basis."""
-        return tuple(param.shape)
+    def together_in(self, group: Mapping[str, Any]) -> bool | None:
+        """Whether the parameters of a group are one block; False: each is one; None: it does not matter."""
+        return None
+
+    def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]:
+        """The shapes of the tensors in a list that the state of a parameter holds; any of them may be None."""
+        return []
 
     def blocks(self, group: Mapping[str, Any], old: Any, new: Any) -> Flats:
         """What is kept of a cell after a step: the mean, which parameters hold, and the curvature."""
@@ -333,6 +344,10 @@ class Shell(Optimizer, ABC):
         return param.new_zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32))
 
     # The posterior
+
+    def together(self, names: Mapping[Tensor, str]) -> tuple[Part, ...]:
+        """The parameters that vary together in q, or are no Gaussians, by their names."""
+        return ()
 
     def posterior(self, model: nn.Module, num_data: int | None = None) -> Posterior:
         """What was learned, by the model's parameter names; see :meth:`bayesrule.Posterior.from_optimizer`."""
@@ -356,16 +371,10 @@ class Shell(Optimizer, ABC):
         """Add a group; what it does not set it takes from the defaults."""
         super().add_param_group(param_group)
         try:
-            self._check(len(self.param_groups) - 1)
+            check_group(type(self).__name__, len(self.param_groups) - 1, self.param_groups[-1], self.ranges, self.needs_whole)
         except Exception:
             self.param_groups.pop()
             raise
-
-    def _check(self, number: int) -> None:
-        group = self.param_groups[number]
-        validate(type(self).__name__, number, group, self.ranges)
-        if any(p.is_complex() for p in group["params"]):
-            raise TypeError(f"{type(self).__name__}: parameter group {number} has complex parameters; split them into real ones")
 
     def state_dict(self) -> dict[str, Any]:
         """The state of q at the mean: an open draw is closed first."""
@@ -401,10 +410,3 @@ class Shell(Optimizer, ABC):
             self.draws.forget()
             self.layout.forget()
         super().__setstate__(state)
-
-    def _why(self, drawn: int) -> str:
-        late = ""
-        if self.workers.active and not self.workers.sharded:
-            late = "; if the model was sharded (fully_shard) after this optimizer was made, make the optimizer after it"
-        drew = "a draw was opened, but backward() did not run in it or reached no parameter of this optimizer"
-        return (drew if drawn else "call backward() before step(), on a loss that depends on this optimizer's parameters") + late

@@ -6,7 +6,7 @@ parameters, curvature, momentum and offsets in the basis.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..estimators.oracle import Seen
 from ..program import Named
 from ..rule import Look
 from .cells import Cell
-from .execution import Author, Execution, Flats, Recording
+from .execution import Author, Flats, Recording, Unrecorded
 
 TURNED = "turned"
 """The block of an offset in the basis, while the sample is open."""
@@ -31,16 +31,10 @@ class Turner(Author, Protocol):
     def shaped(self, cell: Cell, direction: Tensor) -> Tensor: ...
 
 
-class Turning(Execution):
-    """Runs what :class:`Execution` runs, for plots of one parameter each, without recording anything."""
+class Turning(Unrecorded):
+    """Runs what :class:`~bayesrule.optimizers.execution.Execution` runs, for plots of one parameter each."""
 
     author: Turner
-
-    def advance(self, params: Any) -> None:
-        self.steps += 1
-
-    def run(self, kind: str, cell: Cell, flats: Flats, numbers: Named, drawn: Cell | None = None) -> tuple[str, ...]:
-        return tuple(getattr(self, f"_{kind}")(cell, flats, numbers))
 
     def shift(self, cell: Cell, flats: Flats, offset: Tensor) -> None:
         (mean,), (turned,) = cell.plot.views(flats["mean"]), cell.plot.views(offset)

@@ -28,6 +28,6 @@ def noise_visibility(optimizer: Learner, dtype: torch.dtype | None, below: int =
         for name, p in zip(names, group["params"], strict=True):
             held = dtype or gathered.get(id(p), p.dtype)
             if draws and p.requires_grad and here(p).numel() and held.itemsize <= below:
-                mean, precision, *_ = marginal(optimizer, group, p, here)
+                mean, precision = marginal(optimizer, group, p, here)
                 found[name] = float((precision.rsqrt() >= place(mean, held) / 2).float().mean())
     return found

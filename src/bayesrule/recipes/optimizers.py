@@ -96,7 +96,7 @@ OPTIMIZERS: dict[str, Choice] = {
     "adam": Choice("Adam", br.Adam, {"lr": 1e-3, "beta2": 0.999}),
     "adamw": Choice("AdamW", br.AdamW, ADAMW),
     "ivon": Choice("IVON", br.IVON, IVON, variational=True),
-    "evon": Choice("EVON", br.EVON, EVON),
+    "evon": Choice("EVON", br.EVON, EVON, variational=True),
     "von": Choice("VON", br.VON, VON, variational=True),
     "ogn": Choice("OGN", br.OGN, VOGN, variational=True),
     "vogn": Choice("VOGN", br.VOGN, VOGN, variational=True),
@@ -105,7 +105,7 @@ OPTIMIZERS: dict[str, Choice] = {
     "sam": Choice("SAM", br.SAM, {**SGD, "rho": 0.05}),
     "bsam": Choice("BSAM", br.BSAM, BSAM, variational=True),
     "ste": Choice("STE", br.STE, STE, binary=True),
-    "bayesbinn": Choice("BayesBiNN", br.BayesBiNN, BAYESBINN, binary=True),
+    "bayesbinn": Choice("BayesBiNN", br.BayesBiNN, BAYESBINN, variational=True, binary=True),
     # torch's own, to compare with
     "torch-sgd": Choice("SGD", torch.optim.SGD, SGD),
     "torch-adamw": Choice("AdamW", torch.optim.AdamW, ADAMW, fixed={"fused": True}),

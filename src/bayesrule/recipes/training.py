@@ -75,7 +75,7 @@ class Training:
         self.schedule, self.augment = SCHEDULES[schedule], augmentation(augment)
         self.bf16, self.patience, self.workers = bf16, patience, workers
         self.device = next(model.parameters()).device
-        self.variational = "ess" in optimizer.defaults and getattr(optimizer, "is_diagonal", False)
+        self.variational = "ess" in optimizer.defaults
         self.by_example = bool(getattr(optimizer, "squares_examples", False))
         if self.by_example and has_batch_norm(model):
             raise ValueError(
@@ -191,7 +191,8 @@ class Training:
         if not self.variational:
             return {}
         posterior = self.posterior()
-        assert posterior.prior_mean is not None and posterior.prior_precision is not None
+        if posterior.prior_mean is None or posterior.prior_precision is None:
+            return {}
         shaped = {
             name: (posterior.prior_mean[name].expand_as(m).clone(), posterior.prior_precision[name].expand_as(m).clone())
             for name, m in posterior.mean.items()

@@ -273,7 +273,7 @@ def _predict(
     with torch.no_grad(), kept(params.values()), as_found(model) if statistics else nullcontext():
         numbers: Iterator[int] = iter(range(1))
         if posterior is not None and method == "mc":
-            numbers = _written(Draws(posterior.mean, posterior.precision, params, seed, compile), num_samples, antithetic)
+            numbers = _written(Draws(posterior, params, seed, compile), num_samples, antithetic)
         elif posterior is not None:
             for name, p in params.items():
                 p.copy_(posterior.mean[name])

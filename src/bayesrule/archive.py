@@ -1,0 +1,119 @@
+"""Files of posteriors: safetensors with what is no tensor as JSON in their metadata. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .joints import of_tensors
+from .parts import Law, Named, Part
+from .storage import write_tensors
+
+FORMAT = "bayesrule-posterior"
+VERSION, WITH_PARTS = 1, 2
+"""Of files: without weights that vary together, and with them."""
+
+BLOCKS = ("mean", "precision", "prior_mean", "prior_precision")
+"""What is kept of every weight, name -> tensor."""
+
+
+def write(path: str | os.PathLike[str], blocks: Mapping[str, Named], said: Mapping[str, Any], law: Law | None) -> None:
+    """Write one file, whole or not at all.
+
+    Args:
+        path: The file.
+        blocks: By block and name.
+        said: What is no tensor.
+        law: How weights vary together, where they do.
+    """
+    tensors = {f"{block}.{name}": t for block, named in blocks.items() for name, t in named.items()}
+    about: dict[str, Any] = dict(format=FORMAT, version=WITH_PARTS if law else VERSION, **said)
+    if law is not None:
+        together, about["parts"] = law.tensors()
+        tensors |= together
+    write_tensors(path, tensors, {"bayesrule": json.dumps(about)})
+
+
+def read(
+    path: str | os.PathLike[str], device: str, strip_prefix: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], tuple[Part, ...]]:
+    """Blocks, what is no tensor, and parts of a file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, is no posterior, or is of a later format, or two names become one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no posterior file at {os.fspath(path)!r}")
+    blocks: dict[str, dict[str, Tensor]] = {block: {} for block in BLOCKS}
+    together: dict[str, Tensor] = {}
+    prefix = strip_prefix and f"{strip_prefix.removesuffix('.')}."
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            about = _about(path, file.metadata())
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                block, _, name = key.partition(".")
+                if about.get("parts"):
+                    together[key] = file.get_tensor(key)
+                if about.get("parts") and block.removeprefix("part").isdecimal():
+                    continue
+                if block not in blocks:
+                    raise ValueError(f"{os.fspath(path)!r} is no posterior file: it holds a tensor {key!r}")
+                if (short := name.removeprefix(prefix)) in blocks[block]:
+                    raise ValueError(f"{os.fspath(path)!r} holds {short!r} twice without {prefix!r}; take no strip_prefix")
+                blocks[block][short] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file ({error}); take another copy") from error
+    names = about.get("names", [])
+    for block, found in blocks.items():
+        order = [name.removeprefix(prefix) for name in names]
+        blocks[block] = {**{name: found[name] for name in order if name in found}, **found}
+    parts = _parts(path, names, together, about.get("parts", ()), prefix)
+    return blocks, {key: about[key] for key in ("ess", "num_data")}, parts
+
+
+def _parts(path: Any, names: Any, tensors: Named, about: Any, prefix: str) -> tuple[Part, ...]:
+    if not about:
+        return ()
+    try:
+        parts = of_tensors(names, tensors, about).parts
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is damaged: of its parts something is missing ({error}); take another copy"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{os.fspath(path)!r}: {error}") from error
+    return tuple(part.renamed(lambda name: name.removeprefix(prefix)) for part in parts)
+
+
+def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    about: dict[str, Any] = {}
+    try:
+        about = json.loads((metadata or {})["bayesrule"])
+        known = about["format"] == FORMAT and isinstance(about["version"], int)
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(f"{os.fspath(path)!r} is no posterior file: its metadata does not say {FORMAT!r} and a version")
+    if about["version"] > WITH_PARTS:
+        raise ValueError(
+            f"{os.fspath(path)!r} has format version {about['version']}, this release reads {WITH_PARTS}; upgrade bayesrule"
+        )
+    parts = about.get("parts", [])
+    fits = {
+        "structure": isinstance(about.get("structure"), str) and (bool(parts) or about["structure"] == "diag"),
+        "ess": isinstance(about.get("ess"), int | float),
+        "num_data": about.get("num_data") is None or isinstance(about["num_data"], int),
+        "names": isinstance(about.get("names", []), list) and all(isinstance(name, str) for name in about.get("names", [])),
+        "parts": isinstance(parts, list) and all(isinstance(part, dict) for part in parts),
+    }
+    for key, fit in fits.items():
+        if not fit:
+            raise ValueError(f"{os.fspath(path)!r} has a {key} that this release cannot read: {about.get(key)!r}")
+    return about
