@@ -44,6 +44,7 @@ _HOMES = {
     "estimators.adversarial": "Adversarial Magnitude",
     "families.eigen": "Eigen",
     "families.low_rank": "DiagonalPlusFactor LowRank",
+    "families.kronecker": "Kronecker KroneckerProduct",
     "families.mixture": "Mixture",
     "families.latent": "FunctionSpace WeightSpace",
     "estimators.factored": "EmpiricalFisherFactor GaussNewtonFactor",

@@ -6,8 +6,10 @@ how its draws are told. The rule of :mod:`bayesrule.rule` asks no more of it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -189,6 +191,14 @@ class Gaussian(Family):
 
     def sample(self, noise: Noise) -> Point:
         return self.mean + self.draw(noise)
+
+    def grid(self, rule: tuple[tuple[float, float], ...]) -> Iterator[tuple[float, Point]]:
+        size = self.mean.numel()
+        if size > 3:
+            raise ValueError(f"a grid of {len(rule)} nodes in each of {size} dimensions is too large: use MonteCarlo, or Exact")
+        for corner in product(rule, repeat=size):
+            z = self.mean.new_tensor([node for node, _ in corner]).view(self.mean.shape)
+            yield math.prod(weight for _, weight in corner), self.root_solve(z)
 
     def score(self, where: Point) -> Look:
         pull = self.stretch(where) * self.ess

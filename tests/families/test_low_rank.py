@@ -3,6 +3,7 @@ import torch
 from tests.contracts import SEEDS, GaussianContract, close, normal, positive, symmetric
 
 import bayesrule as br
+from bayesrule.bases import Basis
 from bayesrule.estimators.factored import GaussNewtonFactor
 from bayesrule.families.low_rank import DiagonalPlusFactor, LowRank
 from bayesrule.vector import lerp
@@ -162,6 +163,16 @@ def test_the_expectation_that_the_loss_knows_is_fulls():
     close(low.precision.matrix, full.precision)
 
 
+def test_a_grid_of_few_elements_is_the_expectation():
+    loss, prior = br.LinearLoss(X[:, :2], br.likelihoods.Bernoulli(), Y), br.Isotropic(torch.zeros(2, dtype=torch.float64))
+    by_grid, exact = (
+        br.BayesRule(*how, br.Additive()).step(member(0, 1, 2), prior, loss, 0.3)
+        for how in ((br.GaussHermite(40), GaussNewtonFactor()), (br.Exact(), br.Zero()))
+    )
+    close(by_grid.mean, exact.mean, 1e-8)
+    close(by_grid.precision.matrix.diagonal(), exact.precision.matrix.diagonal(), 1e-8)
+
+
 def test_the_evidence_bound_is_fulls():
     q, look = member(0, 2, ess=1.0), br.Look(torch.tensor(2.0, dtype=torch.float64), normal(1, SIZE), None)
     flat = br.Full(PRIOR.mean, PRIOR.precision.diag())
@@ -276,6 +287,7 @@ def test_it_is_a_multivariate_normal_of_torch():
         (lambda q: q.sandwich(q.hess), "Additive"),
         (lambda q: q.hess - q.hess, "Additive"),
         (lambda q: q.under(q), "prior whose precision is diagonal"),
+        (lambda q: q.under(br.Eigen(q.mean, Basis((SIZE,), [None]))), "prior whose precision is diagonal"),
         (lambda q: q.kl(br.Full(q.mean)), "prior whose precision is diagonal"),
         (lambda q: br.Full(q.mean).under(q), "needs a prior of its own structure, got a LowRank"),
         (lambda q: br.Diagonal(q.mean).under(q), "needs a prior of its own structure, got a LowRank"),

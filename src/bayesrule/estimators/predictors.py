@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from ..rule import Look, Oracle
 from .likelihoods import Likelihood
@@ -62,7 +62,8 @@ class _LikelihoodAt(Oracle):
 class LinearLoss:
     r"""Minus the log likelihood of a generalized linear model, :math:`-\sum_n \log p(y_n | x_n^T w)`, as a function of w.
 
-    Under a Gaussian q the predictors are Gaussian, so :meth:`expected` is exact but for quadrature in one dimension:
+    w has shape (D,), or another with D elements: a matrix W counts as W.flatten(). Under a Gaussian q the predictors are
+    Gaussian, so :meth:`expected` is exact but for quadrature in one dimension:
 
     .. math::  E_q[\nabla \ell] = -X^T a, \qquad E_q[\nabla^2 \ell] = -X^T \operatorname{diag}(b)\, X.
 
@@ -83,34 +84,35 @@ class LinearLoss:
     y: Tensor
 
     def __call__(self, w: Tensor) -> Oracle:
-        return _At(self.X, LikelihoodLoss(self.likelihood, self.y)(self.X @ w))
+        return _At(self.X, LikelihoodLoss(self.likelihood, self.y)(self.X @ w.reshape(-1)), w.shape)
 
     def expected(self, q: Any) -> Look:
         """The look of a Gaussian q over the weights."""
-        value, first, second = self.likelihood.expected_log_prob(self.X @ q.mean, q.spread(self.X), self.y)
-        return Look(-value.sum(), -(self.X.mT @ first), q.project_weighted(self.X, -second))
+        value, first, second = self.likelihood.expected_log_prob(self.X @ q.mean.reshape(-1), q.spread(self.X), self.y)
+        return Look(-value.sum(), -(self.X.mT @ first).view(q.mean.shape), q.project_weighted(self.X, -second))
 
 
 @dataclass(frozen=True)
 class _At(Oracle):
     X: Tensor
     inner: Any
+    shape: Size
 
     def value(self) -> Tensor:
         value: Tensor = self.inner.value()
         return value
 
     def gradient(self) -> Tensor:
-        return self.X.mT @ self.inner.gradient()
+        return (self.X.mT @ self.inner.gradient()).view(self.shape)
 
     def diagonal(self) -> Tensor:
-        return (self.X**2).mT @ self.inner.diagonal()
+        return ((self.X**2).mT @ self.inner.diagonal()).view(self.shape)
 
     def hessian(self) -> Tensor:
         return self.X.mT @ (self.inner.diagonal()[:, None] * self.X)
 
     def product(self, v: Tensor) -> Tensor:
-        return self.X.mT @ (self.inner.diagonal() * (self.X @ v))
+        return (self.X.mT @ (self.inner.diagonal() * (self.X @ v.reshape(-1)))).view(self.shape)
 
     gauss_newton = hessian
 

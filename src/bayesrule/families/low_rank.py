@@ -298,7 +298,7 @@ class LowRank(Gaussian):
         precision = other.precision
         if isinstance(precision, DiagonalPlusFactor) and (precision.rank == 0 or holds(precision.factor == 0)):
             return precision.diagonal
-        if isinstance(precision, DiagonalPlusFactor) or other.matrices:
+        if isinstance(precision, DiagonalPlusFactor) or other.matrices is not False:
             raise TypeError("a LowRank needs a prior whose precision is diagonal: a Diagonal, an Isotropic or a LowRank of rank 0")
         return precision
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 from typing import Any, Self
 
 import torch
@@ -39,7 +37,7 @@ def gram(X: Tensor, weights: Tensor) -> Tensor:
 
 
 class Structured(Gaussian, ExponentialFamily):
-    """What all structures share: a grid of few dimensions, and the log partition by way of the entropy."""
+    """What all structures share: the log partition by way of the entropy, and digits for the Fisher matrix."""
 
     matrices = False
     """Whether precisions are matrices."""
@@ -50,14 +48,6 @@ class Structured(Gaussian, ExponentialFamily):
         """Inner product of two thetas."""
         total: Tensor = (a * b).sum()
         return total
-
-    def grid(self, rule: tuple[tuple[float, float], ...]) -> Iterator[tuple[float, Point]]:
-        size = self.mean.numel()
-        if size > 3:
-            raise ValueError(f"a grid of {len(rule)} nodes in each of {size} dimensions is too large: use MonteCarlo, or Exact")
-        for corner in product(rule, repeat=size):
-            z = self.mean.new_tensor([node for node, _ in corner]).view(self.mean.shape)
-            yield math.prod(weight for _, weight in corner), self.root_solve(z)
 
     def log_partition(self) -> Tensor:
         return self.entropy() + (self._inner(self.mean, self.stretch(self.mean)) * self.ess - self._size) / 2
