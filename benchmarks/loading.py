@@ -23,7 +23,7 @@ from bayesrule.recipes.sources import stored
 from benchmarks import child
 from benchmarks.data import as_cifar, digits
 from benchmarks.ledger import Settings, Table
-from benchmarks.memory import _highest
+from benchmarks.memory import highest
 from benchmarks.timing import Lap, Laps, Neighbors, interleave, ratio, spread, typical
 
 TENSORS, MEMORY, FILES = "tensors, scaled before", "the recipe, images in memory", "the recipe, images in PNG files"
@@ -92,10 +92,10 @@ def large_folder(gigabytes: float) -> dict[str, float]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(originals[files % 64] + str(files).encode())
             written, files = written + len(originals[files % 64]), files + 1
-        before = _highest()
+        before = highest()
         began = perf_counter()
         train(Run(str(root), "adamw", "lenet", epochs=1, batch_size=BATCH, size=(32,)), Path(folder, "run"))
-        return {"bytes": written, "files": files, "before": before, "peak": _highest(), "seconds": perf_counter() - began}
+        return {"bytes": written, "files": files, "before": before, "peak": highest(), "seconds": perf_counter() - began}
 
 
 def report() -> dict[str, float]:

@@ -29,25 +29,25 @@ def peak(name: str, width: int) -> dict[str, float]:
     shapes = gpt_shapes(width)
     params, gradients = tensors(shapes), tensors(shapes, scale=0.01)
     unit = sum(p.nbytes for p in params)
-    before = _peak_since_reset()
+    before = peak_since_reset()
     rival = Rival(contender, params, gradients)
     rival()
-    first = _highest()
-    _peak_since_reset()
+    first = highest()
+    peak_since_reset()
     for _ in range(STEPS - 1):
         rival()
-    return {"parameters": unit / 4, "first": (first - before) / unit, "later": (_highest() - before) / unit}
+    return {"parameters": unit / 4, "first": (first - before) / unit, "later": (highest() - before) / unit}
 
 
-def _peak_since_reset() -> int:
+def peak_since_reset() -> int:
     """Forget the peak of resident memory and return what is resident now, in bytes."""
     if not (SELF / "clear_refs").exists():
         raise RuntimeError("peak memory is read from /proc/self, which only Linux has")
     (SELF / "clear_refs").write_text("5")
-    return _highest()
+    return highest()
 
 
-def _highest() -> int:
+def highest() -> int:
     lines = (SELF / "status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 

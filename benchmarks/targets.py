@@ -104,4 +104,6 @@ TARGETS: tuple[Target, ...] = (
         for work, bounds in (("MLP 0.86M, 1,000 examples", (5, 1)), ("ResNet-20, 128 examples", (8, 1.4)))
         for what, bound in zip(("variances of all 10 outputs", "variance of one output"), bounds, strict=True)
     ),
+    Target("VOGN, ResNet-20, 128 examples: time", "VOGN / SGD step: ResNet-20, batch 128", 2.5),
+    Target("VOGN, ResNet-20, 128 examples: memory", "peak memory, VOGN / SGD step: ResNet-20, batch 128", 2.0),
 )
