@@ -35,6 +35,7 @@ _HOMES = {
     "optimizers.binary": "STE BayesBiNN",
     "optimizers.eigenspace": "EVON",
     "optimizers.covariance": "IBLR SLANG",
+    "optimizers.components": "MultiIVON",
     "optimizers.dropout": "Dropout",
     "families.spike_slab": "SpikeAndSlab",
     "estimators.masks": "Masks",

@@ -96,7 +96,7 @@ class Draws:
             flat = plot.mean()
             plot.put(flat.lerp_(mean, 2.0))
         for part in self._parts:
-            if not part.symmetric:
+            if not part.is_gaussian:
                 raise ValueError(f"draws of a {part.structure!r} have no mirror images; take antithetic=False")
             for name, mean in part.mean.items():
                 p = self._into[name]

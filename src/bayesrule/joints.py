@@ -13,6 +13,7 @@ from torch import Size, Tensor
 from .bases import Bases, Basis
 from .families.eigen import Eigen
 from .families.gaussian import Diagonal, Full
+from .families.kronecker import Kronecker
 from .families.low_rank import DiagonalPlusFactor, LowRank
 from .families.mixture import Mixture
 from .families.signs import Signs
@@ -42,7 +43,7 @@ class Joint(Part):
         return self._kind.structure
 
     @property
-    def symmetric(self) -> bool:  # type: ignore[override]
+    def is_gaussian(self) -> bool:  # type: ignore[override]
         return not isinstance(self.q, Signs | SpikeAndSlab)
 
     @property
@@ -79,8 +80,6 @@ class Joint(Part):
     def solve(self, v: Named) -> dict[str, Tensor]:
         if isinstance(self.q, Signs):
             return {name: v[name] * variance for name, variance in self.variance.items()}
-        if isinstance(self.q, SpikeAndSlab):
-            raise TypeError("units that are there or not have no precision; use sample")
         return self.named(self.q.solve(self.point(v)))
 
     def root_solve(self, v: Named) -> dict[str, Tensor]:
@@ -252,6 +251,8 @@ def law_of(q: Any, shapes: Mapping[str, Size]) -> Law:
     names, sizes = tuple(shapes), tuple(shapes.values())
     if isinstance(q, Mixture):
         return _law_of_mixture(q, shapes)
+    if isinstance(q, Kronecker):
+        q = _in_its_basis(q)
     if isinstance(q, Signs):
         q = replace(q, natural_parameter=_row(q.natural_parameter), expected_value=None, ess=1.0)
     elif not isinstance(q, Structured | LowRank | SpikeAndSlab):
@@ -269,6 +270,13 @@ def law_of(q: Any, shapes: Mapping[str, Size]) -> Law:
         precision = part.named(_row(q._precisions) if not isinstance(q.mean, Vector) else q._precisions)
         return Law(part.named(_row(q.mean) if not isinstance(q.mean, Vector) else q.mean), precision)
     return Law(part.mean, part.precision, (part,))
+
+
+def _in_its_basis(q: Kronecker) -> Eigen:
+    """The same Gaussian, diagonal in the eigenvectors of both factors."""
+    precision = q.precision
+    (left, rows), (right, columns) = (torch.linalg.eigh(factor) for factor in (precision.left, precision.right))
+    return Eigen(q.mean, Basis(precision.shape, [rows, columns]), torch.outer(left, right))
 
 
 def _row(point: Any) -> Any:

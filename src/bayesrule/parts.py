@@ -29,11 +29,11 @@ class Part(ABC):
     Attributes:
         names: Of the tensors.
         structure: A word for how they vary.
-        symmetric: Whether the mirror image of a draw in the mean is as likely.
+        is_gaussian: Whether they are one Gaussian, so that the mirror image of a draw in the mean is as likely.
     """
 
     names: tuple[str, ...]
-    symmetric: ClassVar[bool] = True
+    is_gaussian: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -199,7 +199,7 @@ class OneOf(Part):
     laws: tuple[Law, ...]
     log_weights: Tensor
 
-    symmetric = False
+    is_gaussian = False
 
     @property
     def names(self) -> tuple[str, ...]:  # type: ignore[override]

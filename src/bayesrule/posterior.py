@@ -95,6 +95,11 @@ class Posterior:
         found = sorted({part.structure for part in self.parts})
         return "+".join([*found, *(["diag"] if self._law.apart else [])])
 
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether it is one Gaussian, of whatever structure: with a density that is not zero anywhere."""
+        return all(part.is_gaussian for part in self.parts)
+
     @cached_property
     def _law(self) -> Law:
         return Law(self.mean, self.precision, self.parts)
@@ -132,8 +137,8 @@ class Posterior:
         """A member of a family as a posterior over named weights.
 
         Args:
-            q: A Gaussian of any structure, a Mixture, or Signs. Its theta is a tensor or Vector of one part for each name, or has
-                the elements of all in a row, shape (D,).
+            q: A Gaussian of any structure, a Mixture, Signs or a SpikeAndSlab; a Kronecker is kept by its eigenvectors.
+                Its theta is a tensor or Vector of one part for each name, or has the elements of all in a row, shape (D,).
             names: Name -> shape, or a tensor of that shape, such as ``dict(model.named_parameters())``; in the order of theta.
             ess: Effective sample size, in examples, that is in q's precision.
             num_data: Number of training examples, where known.

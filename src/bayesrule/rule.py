@@ -97,6 +97,10 @@ class Oracle(ABC):
         """Diagonal of the Hessian of the mean loss, shaped like theta; all of it where the loss is a sum over elements."""
         raise self._cannot("give the diagonal of the Hessian")
 
+    def probed(self) -> Point | None:
+        """z (H z) for random signs z, averaged over probes that were drawn already; None where they are yet to be drawn."""
+        return None
+
     def product(self, v: Point) -> Point:
         """Hessian of the mean loss times v, shaped like theta."""
         raise self._cannot("multiply by the Hessian")
@@ -166,6 +170,7 @@ class Curvature(ABC):
         draws: How many random probes make one estimate.
         squares_examples: Whether it asks for the gradient of every example, squared or not.
         keeps_examples: Whether squares alone do not do.
+        asks_hessian: Whether it asks for second derivatives.
         curves: Whether there is any: without, the precision stays as it is.
     """
 
@@ -173,6 +178,7 @@ class Curvature(ABC):
     draws: int = 0
     squares_examples: bool = False
     keeps_examples: bool = False
+    asks_hessian: bool = False
     curves: bool = True
 
     @abstractmethod

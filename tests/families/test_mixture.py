@@ -130,6 +130,58 @@ def test_one_component_is_diagonal():
 
 @pytest.mark.parametrize("rule", [NATURAL, QUADRATURE], ids=["delta", "quadrature"])
 @each_structure
+def test_components_that_are_identical_stay_so(full, rule):
+    """And the mixture is the one Gaussian."""
+    mean, precision, prior = normal(0, 1, 2), positive(1, 2)[None], br.Full(normal(7, 2), positive(8, 2).diagonal().diag())
+    one = Mixture(mean, precision if full else precision.diagonal(dim1=-2, dim2=-1))
+    q = Mixture(one.mean.expand(3, -1), one.precision.expand(3, *one.precision.shape[1:]))
+    for _ in range(4):
+        one, q = (rule.step(member, prior, BOWL, 0.3) for member in (one, q))
+        close(q.mean, one.mean.expand(3, -1))
+        close(q.precision, one.precision.expand_as(q.precision))
+        close(q.weights, torch.full((3,), 1 / 3, dtype=torch.float64))
+
+
+def WAVES(x):
+    """Many minima, far apart."""
+    return Seen((x**2 / 200 - x.cos()).sum(), x / 100 + x.sin(), (1 / 100 + x.cos()).diag())
+
+
+@pytest.mark.parametrize("rule", [NATURAL, QUADRATURE], ids=["delta", "quadrature"])
+@each_structure
+def test_components_far_apart_go_their_own_ways(full, rule):
+    starts = 8 * math.pi * wide([[1.0, 1.0], [-1.0, 1.0], [0.0, -1.0]]) + 0.2
+    precision = torch.full((3, 2), 4.0, dtype=torch.float64)
+    q = Mixture(starts, precision.diag_embed() if full else precision)
+    alone = [Mixture(q.mean[k : k + 1], q.precision[k : k + 1]) for k in range(3)]
+    for _ in range(5):
+        q, alone = rule.step(q, None, WAVES, 0.3), [rule.step(one, None, WAVES, 0.3) for one in alone]
+        close(q.mean, torch.cat([one.mean for one in alone]))
+        close(q.precision, torch.cat([one.precision for one in alone]))
+    assert (q.mean - starts).abs().min() > 0.01
+
+
+@pytest.mark.parametrize("retraction", [br.Natural(), br.Riemannian()], ids=lambda r: type(r).__name__)
+def test_turning_the_loss_turns_the_components(retraction):
+    """At the means; nodes of a quadrature lie along axes. Diagonals have axes of their own."""
+    rule, turn = br.BayesRule(br.Delta(), br.Hessian(), retraction), torch.linalg.qr(normal(11, 2, 2)).Q
+
+    def turned(x):
+        seen = BOWL(turn.T @ x)
+        return Seen(seen.value(), turn @ seen.gradient(), turn @ seen.hessian() @ turn.T)
+
+    q = member(0, True)
+    mapped = Mixture(q.mean @ turn.T, turn @ q.precision @ turn.T, q.log_weights)
+    for _ in range(3):
+        q, mapped = rule.step(q, None, BOWL, 0.05), rule.step(mapped, None, turned, 0.05)
+        same(Mixture(q.mean @ turn.T, turn @ q.precision @ turn.T, q.log_weights), mapped)
+    straight = member(0, False)
+    after = rule.step(straight, None, BOWL, 0.05).mean @ turn.T
+    assert (rule.step(Mixture(straight.mean @ turn.T, straight.precision), None, turned, 0.05).mean - after).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rule", [NATURAL, QUADRATURE], ids=["delta", "quadrature"])
+@each_structure
 def test_the_order_of_components_does_not_matter(rule, full):
     q, order = member(0, full), [2, 0, 1]
     prior = member(3, full)

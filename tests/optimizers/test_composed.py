@@ -152,6 +152,16 @@ def test_without_a_curvature_nothing_is_kept_and_draws_have_the_first_spread():
     assert set(optimizer.state[w]) == {"step"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_curvature_the_posterior_has_the_first_spread(dtype):
+    model = nn.Linear(3, 1, bias=False, dtype=dtype)
+    rule = br.BayesRule(br.MonteCarlo(), br.Zero(), br.Additive())
+    optimizer = br.BayesOptimizer(model.parameters(), rule, 0.1, ess=10.0, hess_init=0.4)
+    optimizer.step(lambda: model(torch.ones(1, 3, dtype=dtype)).sum().backward())
+    assert torch.equal(optimizer.posterior(model).precision["weight"], torch.full((1, 3), 4.0))
+    assert optimizer.noise_visibility() == {"0": 1.0}
+
+
 class TestMisuse:
     @pytest.mark.parametrize("rule", [None, "ivon", br.Riemannian()])
     def test_what_is_no_rule_is_refused(self, rule):

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from tests.instances import ALGORITHMS, PROBLEMS, TWINS, Network, Quadratic, flat, named, train
+from tests.instances import ALGORITHMS, TWINS, Network, Quadratic, flat, named, train
 from torch import Tensor, nn
 
 import bayesrule as br
@@ -16,7 +16,7 @@ HYPER = {
     br.Adam: dict(lr=0.01, weight_decay=0.05),
     br.AdamW: dict(lr=0.01, weight_decay=0.1),
 }
-FIRST_ORDER = [a for a in TWINS if a.kind == "first-order"]
+FIRST_ORDER = [a for a in TWINS if (a.keeps, a.closure) == ("nothing", "once")]
 
 
 def torchs(ours: type) -> type:
@@ -29,15 +29,6 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 
 # A falling rate keeps the comparison fair: at a constant one RMSprop circles the minimum in steps of its own size, and there
 # torch's path, begun one unit in the last place aside, is 4e-3 from itself after 200 steps.
-
-
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-@pytest.mark.parametrize("algorithm", TWINS, ids=named)
-def test_takes_the_steps_of_its_twin(algorithm, problem):
-    ours, theirs = problem(), problem()
-    path = train(ours, algorithm(ours.parameters()), STEPS, decay=0.99)
-    assert_same(path, train(theirs, algorithm.torch(theirs.parameters()), STEPS, decay=0.99))
-    assert (path[0] != path[-1]).all()
 
 
 @pytest.mark.parametrize("algorithm", FIRST_ORDER, ids=named)
@@ -154,18 +145,10 @@ def test_needs_no_draw_and_a_context_shows_the_mean(algorithm):
     train(problem, optimizer, 2)
 
 
-@pytest.mark.parametrize("algorithm", FIRST_ORDER, ids=named)
-def test_rate_zero_moves_nothing(algorithm):
-    problem = Network()
-    start = flat(problem.parameters())
-    train(problem, algorithm(problem.parameters(), lr=0.0), 3)
-    assert torch.equal(flat(problem.parameters()), start)
-
-
 def test_no_optimizer_has_a_step_of_its_own():
     public = [getattr(br, name) for name in br.__all__]
     classes = [c for c in public if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)]
-    assert len(classes) > 13 and {a.make for a in ALGORITHMS} <= set(classes)
+    assert {a.make for a in ALGORITHMS} == set(classes)
     for cls in classes:
         # torch wraps `step` on the class it makes an instance of, so look below the wrapping
         assert inspect.unwrap(cls.step) is inspect.unwrap(br.BayesOptimizer.step)

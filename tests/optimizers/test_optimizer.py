@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tests.instances import ALGORITHMS, PROBLEMS, SMALL_IVON, Network, flat, living_bytes, named, train
+from tests.instances import ALGORITHMS, PROBLEMS, SMALL_IVON, Network, Quadratic, closure_of, flat, living_bytes, named, train
 from torch import Tensor, nn
 
 import bayesrule as br
@@ -24,6 +24,7 @@ HYPER = {
     br.AdamW: dict(lr=0.01),
     br.IVON: SMALL_IVON,
 }
+BRING_GRADIENTS = [a for a in ALGORITHMS if a.closure != "examples"]
 
 
 def ivon(problem: nn.Module, **hyper: object) -> br.IVON:
@@ -62,26 +63,23 @@ class TestState:
     @pytest.mark.filterwarnings("ignore:.*above the rounding of its dtype")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_is_tensors_only_in_float32_or_wider_with_a_step_of_no_dimension(self, algorithm, dtype):
-        w = nn.Parameter(torch.ones(3, dtype=dtype))
-        optimizer = algorithm([w])
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = w.square().sum()
-            loss.backward()
-            return loss
-
-        for _ in range(3):
-            optimizer.step(closure)
-        for name, value in optimizer.state[w].items():
-            assert isinstance(value, Tensor)
-            assert not value.requires_grad
-            if name == "step":
-                assert value.shape == ()
-                assert value.item() == 3
-            else:
-                assert value.shape == w.shape
-                assert value.dtype == torch.promote_types(dtype, torch.float32)
+        """EVON has lists besides, of a tensor or None for each axis, and blocks have rows of a matrix."""
+        problem = Quadratic(dtype)
+        optimizer = algorithm(problem.parameters())
+        train(problem, optimizer, 3)
+        for w in problem.parameters():
+            axes = {"basis": {"basis", "statistics"}, "blocks": {"matrix", "factor"}}.get(algorithm.keeps, set())
+            for name, value in optimizer.state[w].items():
+                assert isinstance(value, list if name in axes else Tensor)
+                values = [axis for axis in value if axis is not None] if name in axes else [value]
+                assert not any(each.requires_grad for each in values)
+                if name == "step":
+                    assert value.shape == ()
+                    assert value.item() == 3
+                else:
+                    shapes = optimizer.lists(w, name) if name in axes else [w.shape]
+                    assert all(tuple(each.shape) in shapes for each in values)
+                    assert all(each.dtype == torch.promote_types(dtype, torch.float32) for each in values)
 
     @pytest.mark.parametrize("make", [br.IVON, br.Adam], ids=lambda c: c.__name__)
     def test_costs_two_tensors_a_parameter(self, make):
@@ -113,9 +111,12 @@ class TestLearning:
     @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
     @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
     def test_the_loss_falls(self, algorithm, problem):
+        if algorithm.make is br.STE and problem is Quadratic:
+            pytest.skip("at no signs do all slopes point outwards, so that latent weights never rest")
         net = problem()
+        optimizer = algorithm(net.parameters())
         before = sum(net.loss(step).item() for step in range(4))
-        train(net, algorithm(net.parameters()), 100)
+        train(net, optimizer, 100)
         after = sum(net.loss(step).item() for step in range(4))
         assert after < 0.6 * before
 
@@ -129,16 +130,13 @@ class TestLearning:
 
     @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
     def test_step_returns_the_closures_loss(self, algorithm):
-        net = Network()
+        class Level(Network):
+            def loss(self, *args: object) -> Tensor:
+                return super().loss(*args) * 0 + 2.5
+
+        net = Level()
         optimizer = algorithm(net.parameters())
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = net.loss(0) * 0 + 2.5
-            loss.backward()
-            return loss
-
-        assert optimizer.step(closure).item() == pytest.approx(2.5)
+        assert optimizer.step(closure_of(net, optimizer, 0)).item() == pytest.approx(2.5)
 
     @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
     def test_step_hooks_run(self, algorithm):
@@ -151,7 +149,7 @@ class TestLearning:
         assert calls == ["before", "after"] * 2
 
     @pytest.mark.filterwarnings("ignore:.*no gradient arrived in a draw")
-    @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
+    @pytest.mark.parametrize("algorithm", BRING_GRADIENTS, ids=named)
     def test_a_step_without_any_gradient_raises(self, algorithm):
         net = Network()
         optimizer = algorithm(net.parameters())
@@ -159,7 +157,7 @@ class TestLearning:
             optimizer.step(lambda: 1.0)
 
     @pytest.mark.filterwarnings("ignore:.*no gradient arrived in a draw")
-    @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
+    @pytest.mark.parametrize("algorithm", BRING_GRADIENTS, ids=named)
     def test_a_closure_that_skips_its_batch_changes_nothing_and_is_told_once(self, algorithm):
         net = Network()
         optimizer = algorithm(net.parameters())

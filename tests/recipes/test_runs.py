@@ -22,6 +22,8 @@ from bayesrule.recipes.results import read
 from bayesrule.recipes.runs import Paused, train
 from bayesrule.recipes.settings import Settings
 
+pytestmark = pytest.mark.filterwarnings("ignore:IBLR. . of . tensors have more than max_block:UserWarning")
+
 STEPS = 5  # an epoch
 KINDS = {
     **{name: {"optimizer": name} for name in OPTIMIZERS},

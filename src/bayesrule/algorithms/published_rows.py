@@ -18,6 +18,7 @@ from ..optimizers.perturbed import Vadam, Vprop
 from ..optimizers.sharpness import BSAM, SAM
 from ..optimizers.variational import IVON
 from ..rule import BayesRule
+from .block_rows import slots
 from .rows import Row, golden, largest
 from .trajectories import Trajectory
 
@@ -293,7 +294,7 @@ _VADAM, _SAM = "Khan, Nielsen et al. 2018", "Foret et al. 2021"
 ROWS = [
     Row(
         "EVON",
-        lambda: _slots(EVON, lr=1.0, ess=1.0, hess_init=1.0),
+        lambda: slots(EVON, lr=1.0, ess=1.0, hess_init=1.0),
         "lr, 1 - beta2",
         "IVON in a basis that stays, 20 steps",
         _evon_twin,

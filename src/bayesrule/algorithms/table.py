@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import inference_rows, optimizer_rows, published_rows
+from . import block_rows, inference_rows, optimizer_rows, published_rows
 
-ROWS = [*optimizer_rows.ROWS, *published_rows.ROWS, *inference_rows.ROWS]
+ROWS = [*optimizer_rows.ROWS, *published_rows.ROWS, *block_rows.ROWS, *inference_rows.ROWS]
 
 BOUNDS = (1e-12, 1e-9, 1e-6, float("inf"))
 HEAD = """# Every algorithm as an instance of the rule
 
-Written by `make table`; `bayesrule table` computes it. The parts are read off the algorithm's own rule; those of EVON act in its
-basis. The difference is the largest from the twin, computed in float64.
+Written by `make table`; `bayesrule table` computes it. The parts are read off the algorithm's own rule, and the family off what it
+leaves behind; the other parts of EVON act in its basis. The difference is the largest from the twin, computed in float64.
 
 """
 

@@ -147,6 +147,7 @@ class Hutchinson(Curvature):
     noise: Noise | None = None
     first: int = 0
     degree = 1
+    asks_hessian = True
 
     def __post_init__(self) -> None:
         if self.draws < 1:
@@ -156,6 +157,8 @@ class Hutchinson(Curvature):
         return replace(self, noise=noise.apart(PROBE), first=draw * self.draws)
 
     def __call__(self, q: Any, prior: Any, offset: Point | None, oracle: Oracle) -> Any:
+        if (probed := oracle.probed()) is not None:
+            return q.keep_diagonal(probed)
         if self.noise is None:
             raise ValueError("Hutchinson draws: look through BayesRule.look(..., noise=CounterNoise(seed, step=t))")
         total: Any = 0.0

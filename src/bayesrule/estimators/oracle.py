@@ -15,11 +15,12 @@ from ..vector import Vector
 
 @dataclass(frozen=True)
 class Seen(Oracle):
-    """Only a gradient is known, what backpropagation left behind; perhaps that of each example, too, or their mean square."""
+    """Only a gradient is known, what backpropagation left behind; perhaps squares or gradients of examples, or probes, too."""
 
     seen: Point
     squared: Point | None = None
     each: Tensor | None = None
+    probes: Point | None = None
 
     def gradient(self) -> Point:
         return self.seen
@@ -29,6 +30,9 @@ class Seen(Oracle):
 
     def gradients(self) -> Tensor:
         return super().gradients() if self.each is None else self.each
+
+    def probed(self) -> Point | None:
+        return self.probes
 
 
 @dataclass(frozen=True)

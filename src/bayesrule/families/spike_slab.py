@@ -54,6 +54,13 @@ class SpikeAndSlab(Family):
         """Of each element, shape (D,)."""
         return self.mean**2 * ((1 - self.keep) / self.keep)
 
+    def solve(self, v: Tensor) -> Tensor:
+        """The covariance times v: weights of a unit come and go together."""
+        pull = self.mean * v
+        if self.units is not None:
+            pull = pull.new_zeros(len(pull)).index_add_(0, self.units, pull)[self.units]
+        return self.mean * pull * ((1 - self.keep) / self.keep)
+
     def masks(self, noise: Noise) -> Tensor:
         """0 or 1 / pi for every element, the same for all of a unit, shape (D,)."""
         u = noise.uniform(self.mean)

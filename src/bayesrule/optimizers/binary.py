@@ -45,6 +45,28 @@ class _Binary(BayesOptimizer):
                 self.state[p] = {"step": torch.tensor(0.0), self.names.hess: natural}
                 p.copy_(self.member(group, natural).mean)
 
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state. A model that was loaded before this optimizer was made has lost its mean, and gets it back."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._bring_back(group, p)
+
+    def _bring_back(self, group: Mapping[str, Any], param: Tensor) -> None:
+        """Put the mean into a parameter, but for where it is there up to rounding."""
+        state = self.state[param]
+        if self.names.mean in state:
+            param.copy_(state[self.names.mean])
+        elif self.names.hess in state and self.tells_mean(group):
+            mean = self.member(group, state[self.names.hess]).mean.to(param.dtype)
+            near = (param - mean).abs() <= 8 * torch.finfo(param.dtype).eps
+            param.copy_(torch.where(near, param, mean))
+
+    def tells_mean(self, group: Mapping[str, Any]) -> bool:
+        """Whether parameters hold the mean of the natural parameter of today."""
+        return True
+
     def begin(self, group: Mapping[str, Any], weights: Tensor) -> Tensor:
         """The first natural parameter."""
         raise NotImplementedError
@@ -179,8 +201,11 @@ class BayesBiNN(_Binary):
     def belief(self, group: Mapping[str, Any], flats: Flats) -> tuple[Any, Any]:
         return self.member(group, flats["hess"], flats["mean"]), Signs(group["prior_natural"])
 
+    def tells_mean(self, group: Mapping[str, Any]) -> bool:
+        return not (group["compat"] and group["mc_samples"])
+
     def blocks(self, group: Mapping[str, Any], old: Any, new: Any) -> Flats:
-        mean = old.natural().tanh() if group["compat"] and group["mc_samples"] else new.mean
+        mean = new.mean if self.tells_mean(group) else old.natural().tanh()
         return {"mean": mean, "hess": new.natural_parameter}
 
 

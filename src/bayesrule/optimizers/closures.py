@@ -21,6 +21,8 @@ class Asking(Protocol):
     def climbs(self) -> bool: ...
     @property
     def squares_examples(self) -> bool: ...
+    @property
+    def asks_hessian(self) -> bool: ...
     def wanted_draws(self) -> int: ...
 
 
@@ -53,4 +55,5 @@ def evaluate(optimizer: Asking, closure: Callable[..., Any]) -> Any:
 @torch.enable_grad()
 def look(optimizer: Asking, closure: Callable[..., Any], *part: int) -> Any:
     """One call: its loss, and the gradients in place."""
-    return optimizer.examples.learn(closure, *part) if optimizer.squares_examples else closure(*part)
+    told = optimizer.squares_examples or optimizer.asks_hessian
+    return optimizer.examples.learn(closure, *part) if told else closure(*part)

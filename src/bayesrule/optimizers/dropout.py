@@ -39,9 +39,9 @@ class Dropout(BayesOptimizer):
         \theta_j = z_j\, m_j / \pi, \quad z_j \sim \text{Bernoulli}(\pi), \quad \pi = 1 - p, \qquad
         v \leftarrow \beta v + \tfrac{z}{\pi}\, g(\theta) + \delta m, \qquad m \leftarrow m - \alpha v
 
-    As an instance of the rule: SpikeAndSlab · Masks · Zero · Additive, with a heavy ball: a mixture of two components for each unit,
-    one of which stays at zero. A network whose layers have ``torch.nn.Dropout(p)`` in front of them takes the same steps if all
-    examples of a batch have the same mask; there each has its own, which is less noisy.
+    As an instance of the rule: SpikeAndSlab · Masks · Zero · Additive, with a heavy ball: a mixture of two components for each
+    unit, one of which stays at zero. A network whose layers have ``torch.nn.Dropout(p)`` in front of them takes the same steps
+    if all examples of a batch have the same mask; there each has its own, which is less noisy.
 
     A unit is an input of a layer: axis 1 of its weight. Biases, norms and other tensors of one axis have no masks. Inputs of the
     first layer are units, too: give it a group with ``p=0`` where they should stay.
@@ -58,8 +58,8 @@ class Dropout(BayesOptimizer):
         weight_decay: delta, >= 0.
         mc_samples: Draws that ``step(closure)`` takes.
         seed: Seed of the masks.
-        noise: Uniforms in (0, 1) for tests, see :class:`bayesrule.BayesOptimizer`; a unit is there where that of its first element
-            in the tensor's row is below pi.
+        noise: Uniforms in (0, 1) for tests, see :class:`bayesrule.BayesOptimizer`; unit j of a tensor is there where element j of
+            its noise, in a row, is below pi.
 
     Raises:
         ValueError: A hyper-parameter is outside its range; the message names group, value and range.

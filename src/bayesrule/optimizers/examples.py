@@ -1,4 +1,4 @@
-"""Gradients example by example, squared: where they come from in a draw, and where they are kept."""
+"""What a draw tells beside its gradient, squares example by example or the Hessian's diagonal: where it comes from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..estimators.per_example import Squares
+from ..noise import PROBE, CounterNoise
+from ..rule import BayesRule
+from ..vector import Vector
 from .cells import Layout
 
-SQUARES = "squares"
-"""The block of the mean over examples of squared gradients."""
+TOLD = "told"
+"""The block of what is told beside a gradient: the mean over examples of their squares, or the diagonal of the Hessian."""
 
 BUDGET = 2**28
 """Bytes of gradients of single examples that are held at a time, where no layer tells their squares."""
@@ -24,11 +27,14 @@ class Host(Protocol):
     """What is asked of an optimizer."""
 
     layout: Layout
+    param_groups: list[dict[str, Any]]
 
     @property
     def squares_examples(self) -> bool: ...
     @property
-    def keeps_examples(self) -> bool: ...
+    def asks_hessian(self) -> bool: ...
+    def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
+    def place(self) -> tuple[int, int]: ...
 
 
 class Teller(Protocol):
@@ -61,6 +67,11 @@ class Examples:
         """Let the layers of a model tell, for as long as it is attached; neither keeps the other alive."""
         attached.squares = Squares(model)
         self._attached.add(attached)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether squares of the gradients do not do."""
+        return any(self.host.rule(group).curvature.keeps_examples for group in self.host.param_groups)
 
     @property
     def _told(self) -> list[Squares]:
@@ -116,11 +127,13 @@ class Examples:
         if alone:
             self.open()
         try:
-            losses = self._checked(closure(*part))
+            losses = (self._scalar if self.host.asks_hessian else self._checked)(closure(*part))
             params = self.host.layout.trainable()
             for p in params:
                 p.grad = None
-            if self._tells(params) and not self.host.keeps_examples:
+            if self.host.asks_hessian:
+                self._by_probes(losses, params)
+            elif self._tells(params) and not self._keeps:
                 losses.mean().backward()
             else:
                 self._one_by_one(losses, params)
@@ -140,6 +153,42 @@ class Examples:
             f"not call backward(); got {got}"
         )
 
+    def _scalar(self, loss: Any) -> Tensor:
+        if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+            return loss
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.dim() else repr(loss)
+        raise TypeError(
+            f"{self.name} asks for second derivatives: its closure returns the mean loss, shape (), with its graph, and does not "
+            f"call backward(); got {got}"
+        )
+
+    def _by_probes(self, loss: Tensor, params: list[Tensor]) -> None:
+        """Hutchinson's estimate of the Hessian's diagonal: the mean of z (H z) over signs z."""
+        found = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        gradients = {p: g for p, g in zip(params, found, strict=True) if g is not None}
+        bent = [(p, g) for p, g in gradients.items() if g.requires_grad]  # what is linear in the loss has no curvature
+        total = {p: torch.zeros_like(p) for p in gradients}
+        count = max(self.host.rule(group).curvature.draws for group in self.host.param_groups)
+        seed, (step, draw) = int(self.host.param_groups[0].get("seed", 0)), self.host.place()
+        for probe in range(count):
+            noise = CounterNoise(seed, PROBE, step, draw * count + probe)
+            uniform = noise.uniform(Vector([p.detach() for p in params]))
+            signs = {p: torch.where(u < 0.5, -1.0, 1.0).to(p.dtype) for p, u in zip(params, uniform, strict=True)}
+            if bent:
+                products = torch.autograd.grad(
+                    [g for _, g in bent],
+                    list(gradients),
+                    [signs[p] for p, _ in bent],
+                    retain_graph=probe < count - 1,
+                    allow_unused=True,
+                )
+                for p, product in zip(gradients, products, strict=True):
+                    if product is not None:
+                        total[p] += signs[p] * product / count
+        for p, g in gradients.items():
+            p.grad = g.detach()
+        self._keep(total)
+
     def _tells(self, params: list[Tensor]) -> bool:
         """Whether attached models hold all parameters."""
         told = {id(p) for squares in self._told for p in squares.model.parameters()}
@@ -158,11 +207,11 @@ class Examples:
                 if each is not None:
                     sums[p] = sums.get(p, 0.0) + each.sum(0)
                     squares[p] = squares.get(p, 0.0) + each.square().sum(0)
-                    if self.host.keeps_examples:
+                    if self._keeps:
                         rows.setdefault(p, []).append(each)
         for p, total in sums.items():
             p.grad = total / len(losses)
-        if self.host.keeps_examples:
+        if self._keeps:
             self.rows = {p: torch.cat(each) for p, each in rows.items()}
         self._keep({p: total / len(losses) for p, total in squares.items()})
 
@@ -171,7 +220,7 @@ class Examples:
     @torch.no_grad()
     def _keep(self, squares: Mapping[Any, Tensor]) -> None:
         for plot in self.host.layout.plots():
-            block = plot.flat(SQUARES).zero_()
+            block = plot.flat(TOLD).zero_()
             for i, (view, p) in enumerate(zip(plot.views(block), plot.params, strict=True)):
                 if p in squares:
                     view.copy_(plot.bucket.piece(squares[p], i))
@@ -183,6 +232,11 @@ class Examples:
         Raises:
             RuntimeError: There are none.
         """
+        if not self.arrived and self.host.asks_hessian:
+            raise RuntimeError(
+                f"{self.name} asks for second derivatives, and saw none: pass step() a closure that returns the mean loss, shape "
+                "(), with its graph"
+            )
         if not self.arrived:
             raise RuntimeError(
                 f"{self.name} squares gradients example by example, and saw none: attach(model), or pass step() a closure that "

@@ -258,7 +258,7 @@ class Recording:
         _, rule, q, prior = self._slots(self.cell, flats, numbers)
         offset = self._offset(flats, numbers) if "pairs" in flats else flats.get("offset")
         own = next(flats[name] for name in ("first", "local", "gradient") if name in flats)  # what belongs to the offset
-        seen = Seen(own, flats.get("squares"))
+        seen = Seen(own, flats.get("squares"), probes=flats.get("probes"))
         gradient = rule.expectation.gradient(q, offset, flats["gradient"])
         return Look(None, gradient, rule.curvature(q, prior, offset, seen))
 

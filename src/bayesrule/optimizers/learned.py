@@ -78,7 +78,10 @@ def marginal(
     mean = held.to(torch.promote_types(held.dtype, torch.float32), copy=True)
     if optimizer.names.mean in state and held.dtype.itemsize < mean.dtype.itemsize:
         mean = followed(state[optimizer.names.mean], held)
-    precision = state[optimizer.names.hess or ""] * ess + prior_of(optimizer, group, param, part)[1]
+    if optimizer.names.hess is None:  # what nothing is learned of stays as it began
+        precision = torch.full_like(mean, ess * group["hess_init"])
+    else:
+        precision = state[optimizer.names.hess] * ess + prior_of(optimizer, group, param, part)[1]
     return mean, precision if spreads(group) else torch.full_like(precision, math.inf)
 
 

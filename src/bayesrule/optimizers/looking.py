@@ -19,7 +19,7 @@ from torch import Tensor
 from ..plots import Plot
 from ..shards import here, is_shared_out
 from .cells import Cell, Layout
-from .examples import SQUARES, Examples
+from .examples import TOLD, Examples
 from .execution import THEN, Execution, Flats
 from .fingerprints import are_equal, fingerprint, marks
 from .workers import LOCAL, Share, Workers
@@ -341,9 +341,9 @@ class Looks:
         made = self.written.of(cell)
         if cell.climbs and self.begun:
             flats["first"] = plot.flat(FIRST)
-        if cell.rule.curvature.squares_examples:
+        if cell.rule.curvature.squares_examples or cell.rule.curvature.asks_hessian:
             self.host.examples.check()
-            flats["squares"] = plot.flat(SQUARES)
+            flats["squares" if cell.rule.curvature.squares_examples else "probes"] = plot.flat(TOLD)
         if self.host.workers.listens and self.written.cells:  # what is not drawn itself was seen at this rank's draw, too
             flats["local"] = plot.flat(LOCAL)
         if made is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..estimators.curvatures import EmpiricalFisher, Reparameterized, Zero
+from ..estimators.curvatures import EmpiricalFisher, Hutchinson, Reparameterized, Zero
 from ..estimators.expectations import Delta, MonteCarlo
 from ..families.gaussian import Diagonal
 from ..family import Gaussian
@@ -69,7 +69,8 @@ class _OnlineNewton(BayesOptimizer):
 class VON(_OnlineNewton):
     r"""Variational online Newton: Newton's method on average, at draws of a diagonal Gaussian.
 
-    Costs two tensors of state, and one more while a draw is open; one forward and backward a draw.
+    Costs two tensors of state, and one more while a draw is open; one forward and backward a draw, and with
+    ``hess_approx="hutchinson"`` about two backwards more for each probe.
 
     .. math::
         \theta = m + \epsilon / \sqrt{\text{ess}\,(h + \delta)}, \qquad
@@ -82,16 +83,22 @@ class VON(_OnlineNewton):
     no draw is finite any more. :class:`bayesrule.IVON` has a second-order term that keeps it positive: use that, and this to
     see what the term is good for.
 
+    With ``hess_approx="hutchinson"`` f is the mean of z (H z) over probes z of random signs, H the Hessian at the draw: far less
+    noisy. The closure then returns the mean loss with its graph and does not call
+    ``backward()``.
+
     The posterior is N(m, 1 / (ess (h + delta))).
 
     Args:
         params: Parameters or groups; a group may set any hyper-parameter, and ``noise_scale=0`` for no noise.
         lr: Learning rate alpha, >= 0.
-        ess: Effective sample size, > 0, in examples. inf: no noise, and the curvature stays.
+        ess: Effective sample size, > 0, in examples. inf: no noise, and the curvature by "price" stays.
         hess_init: h at the start, >= 0.
         betas: (beta1, beta2): of the momentum in [0, 1), of the curvature in [0, 1].
         weight_decay: delta, > 0: the prior's precision over ess.
         mc_samples: Draws that ``step(closure)`` takes.
+        hess_approx: "price" or "hutchinson", see above.
+        probes: How many z make an estimate by "hutchinson".
         debias: Undo the start of the momentum at zero.
         prior, sync, noise_per_rank, memory, seed, noise, compile: As in :class:`bayesrule.IVON`.
 
@@ -112,7 +119,12 @@ class VON(_OnlineNewton):
     Source: Khan and Rue (2023), section 3.3; Khan, Nielsen et al. (2018), arXiv:1806.04854.
     """
 
-    ranges: ClassVar = {**_RANGES, "mc_samples": Count(1)}
+    ranges: ClassVar = {
+        **_RANGES,
+        "mc_samples": Count(1),
+        "hess_approx": OneOf(("price", "hutchinson")),
+        "probes": Count(1),
+    }
 
     def __init__(
         self,
@@ -124,6 +136,8 @@ class VON(_OnlineNewton):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 1e-4,
         mc_samples: int = 1,
+        hess_approx: Literal["price", "hutchinson"] = "price",
+        probes: int = 1,
         debias: bool = True,
         prior: Posterior | None = None,
         sync: Sync = "auto",
@@ -140,6 +154,8 @@ class VON(_OnlineNewton):
             betas=betas,
             weight_decay=weight_decay,
             mc_samples=mc_samples,
+            hess_approx=hess_approx,
+            probes=probes,
             debias=debias,
             seed=seed,
             noise_scale=1,
@@ -149,6 +165,8 @@ class VON(_OnlineNewton):
         )
 
     def curvature(self, group: Mapping[str, Any]) -> Curvature:
+        if group["hess_approx"] == "hutchinson":
+            return Hutchinson(group["probes"])
         return Zero() if equal(group["ess"], math.inf) else Reparameterized()
 
 

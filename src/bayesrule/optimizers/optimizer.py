@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor
 
 from ..estimators.adversarial import Adversarial, Magnitude
-from ..estimators.curvatures import EmpiricalFisher, Reparameterized, SquaredGradient, Zero
+from ..estimators.curvatures import EmpiricalFisher, Hutchinson, Reparameterized, SquaredGradient, Zero
 from ..estimators.expectations import Delta, MonteCarlo
 from ..families.gaussian import Diagonal, Fixed
 from ..family import Gaussian
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SLOTS: dict[str, tuple[type, ...]] = {
     "expectation": (Delta, MonteCarlo, Adversarial),
-    "curvature": (Zero, SquaredGradient, Reparameterized, EmpiricalFisher, Magnitude),
+    "curvature": (Zero, SquaredGradient, Reparameterized, EmpiricalFisher, Hutchinson, Magnitude),
     "retraction": (Additive, Riemannian, SquareRoot),
 }
 """What a training loop can serve: it brings gradients, at one place at a time."""
@@ -49,7 +49,8 @@ class BayesOptimizer(Shell):
         params: Parameters or groups, as for any torch optimizer; named parameters are welcome. A group may set any of the numbers
             below, and ``noise_scale=0`` to be looked at in its mean.
         rule: The slots. Expectations are Delta, MonteCarlo and Adversarial; curvatures Zero, SquaredGradient, Reparameterized,
-            EmpiricalFisher (with a closure that returns the loss of every example) and Magnitude; the retraction is Additive,
+            EmpiricalFisher (with a closure that returns the loss of every example), Hutchinson (with one that returns the mean loss
+            with its graph) and Magnitude; the retraction is Additive,
             Riemannian or SquareRoot.
         lr: Learning rate alpha of the mean, >= 0.
         ess: Effective sample size, > 0, in examples.

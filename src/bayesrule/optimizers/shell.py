@@ -62,7 +62,7 @@ class Shell(Optimizer, ABC):
         sync: Sync = "auto",
         noise_per_rank: bool = False,
     ) -> None:
-        """What every constructor ends with; ``defaults`` are the hyper-parameters, and each may differ by group."""
+        """What every constructor ends with; each of the hyper-parameters in ``defaults`` may differ by group."""
         check_arguments(type(self).__name__, prior, noise, memory, noise_per_rank)
         self.frugal = memory == "low"
         self._prepare(noise, False if noise and compile == "auto" else compile, sync, noise_per_rank)
@@ -224,9 +224,13 @@ class Shell(Optimizer, ABC):
         return any(self.rule(group).curvature.squares_examples for group in self.param_groups)
 
     @property
-    def keeps_examples(self) -> bool:
-        """Whether squares of the gradients of the examples do not do."""
-        return any(self.rule(group).curvature.keeps_examples for group in self.param_groups)
+    def asks_hessian(self) -> bool:
+        """Whether second derivatives are asked for."""
+        return any(self.rule(group).curvature.asks_hessian for group in self.param_groups)
+
+    def place(self) -> tuple[int, int]:
+        """The number of the step and of the draw at hand."""
+        return self.execution.steps, self.draws.looks.begun
 
     # Moving
 

@@ -44,12 +44,19 @@ class Choice:
     @property
     def options(self) -> list[str]:
         """The names of all settings; ``betas`` is the two settings beta1 and beta2."""
-        betas = ["beta1", "beta2"] if "betas" in self._arguments else []
-        return [*(name for name in self._arguments if name not in RESERVED), *betas]
+        betas = ["beta1", "beta2"] if "betas" in self.arguments else []
+        return [*(name for name in self.arguments if name not in RESERVED), *betas]
 
     @property
-    def _arguments(self) -> list[str]:
-        return list(inspect.signature(self.kind).parameters)
+    def arguments(self) -> dict[str, inspect.Parameter]:
+        """Of the constructor, and of those that it hands its other arguments on to."""
+        found: dict[str, inspect.Parameter] = {}
+        for kind in self.kind.__mro__:
+            own = inspect.signature(kind).parameters
+            found = {**{name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}, **found}
+            if all(p.kind is not p.VAR_KEYWORD for p in own.values()):
+                break
+        return found
 
     def make(self, model: nn.Module, settings: Mapping[str, Any], seed: int = 0) -> Optimizer:
         """The optimizer of a model's parameters.
@@ -59,9 +66,9 @@ class Choice:
         """
         given: dict[str, Any] = {name: value for name, value in settings.items() if name not in ("beta1", "beta2")}
         if "beta1" in self.options:
-            default = inspect.signature(self.kind).parameters["betas"].default
+            default = self.arguments["betas"].default
             given["betas"] = (settings.get("beta1", default[0]), settings.get("beta2", default[1]))
-        if "seed" in self._arguments:
+        if "seed" in self.arguments:
             given["seed"] = seed
         params = list(model.parameters())
         if self.binary:
@@ -86,6 +93,9 @@ VON = {"lr": 0.1, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "beta2": 0
 VOGN = {"lr": 0.1, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "damping": 0.01, "beta2": 0.99}
 VADAM = {"lr": 2e-3, "ess": 1e4, "weight_decay": 1e-4, "beta2": 0.999}
 VPROP = {"lr": 1e-3, "ess": 1e4, "weight_decay": 1e-4, "alpha": 0.99}
+IBLR = {"lr": 0.1, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "beta2": 0.9999}
+SLANG = {"lr": 0.1, "ess": 1.0, "rank": 2, "hess_init": 0.5, "weight_decay": 1e-3, "beta2": 0.99}
+DROPOUT = {**SGD, "ess": 1.0, "p": 0.1}
 BSAM = {"lr": 0.5, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-3, "rho": 0.01, "damping": 0.01, "beta2": 0.999}
 STE = {"lr": 1e-3, "clip": 1.0}
 BAYESBINN = {"lr": 1.0, "ess": 1.0, "natural_init": 1.0, "temperature": 0.1}
@@ -102,6 +112,10 @@ OPTIMIZERS: dict[str, Choice] = {
     "vogn": Choice("VOGN", br.VOGN, VOGN, variational=True),
     "vadam": Choice("Vadam", br.Vadam, VADAM, variational=True),
     "vprop": Choice("Vprop", br.Vprop, VPROP, variational=True),
+    "multi-ivon": Choice("MultiIVON", br.MultiIVON, {**IVON, "components": 3}, variational=True),
+    "iblr": Choice("IBLR", br.IBLR, IBLR, variational=True),
+    "slang": Choice("SLANG", br.SLANG, SLANG, variational=True),
+    "dropout": Choice("Dropout", br.Dropout, DROPOUT, variational=True),
     "sam": Choice("SAM", br.SAM, {**SGD, "rho": 0.05}),
     "bsam": Choice("BSAM", br.BSAM, BSAM, variational=True),
     "ste": Choice("STE", br.STE, STE, binary=True),

@@ -200,6 +200,8 @@ class Training:
         if any(bool((precision <= 0).any()) for _, precision in shaped.values()):
             return {}  # no prior, no bound
         prior = br.Posterior({n: mean for n, (mean, _) in shaped.items()}, {n: precision for n, (_, precision) in shaped.items()})
+        if not posterior.is_gaussian:
+            return {}
         distance = posterior.kl(prior).item() / len(self.data.train)
         return {"kl": distance, "elbo": -train_loss - distance} if math.isfinite(distance) else {}
 
