@@ -1,6 +1,7 @@
 """The examples run, say what they promise to show, and draw it."""
 
 import importlib
+import math
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from matplotlib.image import imread
 from tests.integrations.noise import HOSTS_OWN
 
 FOLDER = Path(__file__).parents[1] / "examples"
+IN_DOCS = ("families",)  # what draws a picture of the documentation
 PICTURES = {
     "coin": "coin.png",
     "ridge_is_newton": "ridge.png",
@@ -72,7 +74,7 @@ def number(text: str, line: str, place: int = 0) -> float:
 
 
 def test_every_example_is_tested_and_short():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*PICTURES, *WITHOUT}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*PICTURES, *WITHOUT, *IN_DOCS}
     assert all(len(path.read_text().splitlines()) <= 100 for path in FOLDER.glob("*.py"))
 
 
@@ -119,6 +121,21 @@ def test_attach(show):
     assert number(text, "IVON, the mean") > 0.93 and number(text, "IVON, the posterior") > 0.93
     assert number(text, "IVON, the posterior", 1) < number(text, "AdamW", 1)
     assert number(text, "mistakes", 1) > 0.8 * number(text, "mistakes")
+
+
+def test_families(tmp_path, capsys):
+    """The picture of the documentation is the one that is drawn, to a fifth of a pixel; and what its page says of it is so."""
+    importlib.import_module("examples.families").main(tmp_path)
+    rows = [line.removeprefix("KL(q || p), ").rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    kl = {name.split(",")[0]: float(gap.replace("∞", "inf")) for name, gap in rows}
+    worst_first = ["Point", "Fixed", "Isotropic", "Diagonal", "LowRank", "Eigen", "Full", "Mixture of two"]
+    assert [kl[name] for name in worst_first] == sorted((kl[name] for name in worst_first), reverse=True)
+    assert kl["Kronecker"] == kl["Full"] == pytest.approx(kl["Mixture of two"] + math.log(2), abs=0.011)
+    assert kl["Signs"] == pytest.approx(math.log(2), abs=0.006)
+    drawn, kept = ((folder / "families.svg").read_text() for folder in (tmp_path, FOLDER.parent / "docs"))
+    decimal = re.compile(r"-?\d+\.\d+")
+    assert decimal.sub("", drawn) == decimal.sub("", kept)
+    assert [float(x) for x in decimal.findall(drawn)] == pytest.approx([float(x) for x in decimal.findall(kept)], abs=0.0125)
 
 
 @hosted
