@@ -28,7 +28,7 @@ def test_row_is_complete_and_close_to_its_twin(name):
 def test_every_algorithm_of_this_release_has_a_row():
     optimizers = {"SGD", "RMSprop", "Adam", "AdamW", "IVON (price)", "IVON (gradsq)"}
     published = ["EVON", "VON", "OGN", "VOGN", "Vadam", "Vprop", "SAM", "bSAM", "BayesBiNN"]
-    optimizers |= {"iBLR, full", "SLANG", "dropout", "Multi-IVON"}
+    optimizers |= {"iBLR, full", "SLANG", "matrix normal, factor by factor", "dropout", "Multi-IVON"}
     optimizers |= {*published, "SAM, m-sharpness", "straight-through estimator"}
     classics = {"Newton", "Laplace", "ridge", "linear regression", "gradient descent"}
     pairs = {name for name, *_ in inference_rows.PAIRS}

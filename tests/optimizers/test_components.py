@@ -16,9 +16,11 @@ def make(model, **more):
     return br.MultiIVON(model.named_parameters(), **{**HYPER, **more})
 
 
-def always(problem, step):
+class Steady(Network):
     """The same batch in every step."""
-    return problem.loss(0)
+
+    def loss(self, step, reduction="mean"):
+        return super().loss(0, reduction)
 
 
 def component(optimizer, model, name, number):
@@ -37,22 +39,22 @@ def test_one_component_is_ivon_bit_by_bit():
 def test_each_component_goes_as_ivon_alone(count):
     """Without noise, from where it began: mean, curvature and momentum."""
     hyper = dict(ess=1e30, hess_approx="gradsq", gradsq_scale=8.0)
-    model = Network()
+    model = Steady()
     optimizer = make(model, components=count, spread=0.7, **hyper)
-    train(model, optimizer, count, loss=always)  # each has made a step, so that all have begun
+    train(model, optimizer, count)  # each has made a step, so that all have begun
     for number in range(count):
-        begin = Network()
+        begin = Steady()
         fresh = make(begin, components=count, spread=0.7, **hyper)
         places = [fresh._beginning(fresh.param_groups[0], p, number) if number else p.detach().clone() for p in begin.parameters()]
         with torch.no_grad():
             for p, place in zip(begin.parameters(), places, strict=True):
                 p.copy_(place)
         alone = br.IVON(begin.parameters(), **{**HYPER, **hyper})
-        train(begin, alone, 1, loss=always)
+        train(begin, alone, 1)
         mean = component(optimizer, model, "mean", number) if number else flat(model.parameters())
         torch.testing.assert_close(mean, flat(begin.parameters()), rtol=1e-12, atol=1e-12)
-    train(model, optimizer, 4 * count, loss=always)
-    train(begin, alone, 4, loss=always)
+    train(model, optimizer, 4 * count)
+    train(begin, alone, 4)
     number = count - 1
     for name, own in (("mean", None), ("hess", "hess"), ("momentum", "momentum")):
         expected = flat(begin.parameters()) if own is None else flat(alone.state[p][own] for p in begin.parameters())
@@ -60,9 +62,9 @@ def test_each_component_goes_as_ivon_alone(count):
 
 
 def test_components_that_begin_alike_stay_alike_without_noise():
-    model = Network()
+    model = Steady()
     optimizer = make(model, components=3, spread=0.0, ess=1e30, hess_approx="gradsq", gradsq_scale=8.0)
-    train(model, optimizer, 12, loss=always)
+    train(model, optimizer, 12)
     for number in (1, 2):
         torch.testing.assert_close(component(optimizer, model, "mean", number), flat(model.parameters()), rtol=1e-12, atol=1e-12)
 

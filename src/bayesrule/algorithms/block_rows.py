@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..estimators.curvatures import Hessian
+from ..estimators.expectations import Delta
+from ..estimators.oracle import Loss
+from ..families.kronecker import Kronecker
 from ..families.mixture import Mixture
 from ..joints import Joint
 from ..optimizers.components import MultiIVON
 from ..optimizers.covariance import IBLR, SLANG
 from ..optimizers.dropout import Dropout
 from ..optimizers.optimizer import BayesOptimizer
+from ..retractions import Additive
 from ..rule import BayesRule
 from .rows import Row, golden, largest
 
@@ -135,10 +140,32 @@ def _mixture_twin() -> float:
     return max(largest(w.detach(), ends[0]), largest(ours.state[w]["mean_1"], ends[1]))
 
 
+def _kronecker_twin() -> float:
+    """A quadratic whose Hessian is the product of a pattern across rows and one across columns: solved in one step."""
+    left, right = (torch.tensor(values, dtype=torch.float64) for values in ([[2.0, 0.5], [0.5, 1.0]], [[1.0, -0.3], [-0.3, 3.0]]))
+    pull = torch.tensor([[1.0, -2.0], [0.5, 0.3]], dtype=torch.float64)
+    q = KRONECKER.step(
+        Kronecker(torch.ones_like(pull)),
+        Kronecker(torch.zeros_like(pull), 0.0),
+        Loss(lambda W: (left @ W @ right * W).sum() / 2 - (pull * W).sum()),
+    )
+    whole = torch.kron(left, right)
+    return max(largest(q.mean.flatten(), torch.linalg.solve(whole, pull.flatten())), largest(q.precision.matrix, whole))
+
+
+KRONECKER = BayesRule(Delta(), Hessian(), Additive())
 BY_HAND = f"by hand, {STEPS} steps"
 ROWS = [
     Row("iBLR, full", lambda: slots(IBLR, lr=1.0, ess=1.0), "lr, 1 - beta2", BY_HAND, _iblr_twin, "Lin et al. 2020, app. E"),
     Row("SLANG", lambda: slots(SLANG, lr=1.0, ess=1.0, rank=1), "lr, 1 - beta2", BY_HAND, _slang_twin, "Mishkin et al. 2018"),
+    Row(
+        "matrix normal, factor by factor",
+        lambda: (KRONECKER, Kronecker),
+        "1, one step",
+        "torch.linalg.solve",
+        _kronecker_twin,
+        "Khan & Rue 2023, sec. 5.4",
+    ),
     Row(
         "dropout",
         lambda: slots(Dropout, lr=1.0),

@@ -171,18 +171,7 @@ class BayesBiNN(_Binary):
         noise: Callable[[Tensor], Tensor] | None = None,
         compile: Compile = "auto",
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=ess,
-            beta=beta,
-            mc_samples=mc_samples,
-            temperature=temperature,
-            natural_init=natural_init,
-            prior_natural=prior_natural,
-            compat=compat,
-            seed=seed,
-        )
-        self._set_up(params, defaults, noise=noise, compile=compile, sync=sync)
+        self._set_up(params, locals())
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         draws = group["mc_samples"]
@@ -269,7 +258,7 @@ class STE(_Binary):
         sync: Sync = "auto",
         compile: Compile = "auto",
     ) -> None:
-        self._set_up(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, clip=clip), sync=sync, compile=compile)
+        self._set_up(params, locals())
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         ball = HeavyBall(group["momentum"], "step") if not equal(group["momentum"], 0.0) else NoInertia()

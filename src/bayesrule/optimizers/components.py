@@ -114,8 +114,8 @@ class MultiIVON(IVON):
         self._own = {"components": components, "spread": spread}
         super().__init__(params, lr, ess, **ivon)
 
-    def _set_up(self, params: ParamsT, defaults: dict[str, Any], **how: Any) -> None:
-        super()._set_up(params, {**defaults, **self.__dict__.pop("_own")}, **how)
+    def _set_up(self, params: ParamsT, arguments: Mapping[str, Any], **fixed: Any) -> None:
+        super()._set_up(params, {**arguments, **self.__dict__.pop("_own")}, **fixed)
 
     @property
     def components(self) -> int:

@@ -205,21 +205,7 @@ class IBLR(_Covariance):
         seed: int = 0,
         noise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=ess,
-            hess_init=hess_init,
-            betas=betas,
-            weight_decay=weight_decay,
-            hess_approx=hess_approx,
-            max_block=max_block,
-            mc_samples=mc_samples,
-            antithetic=antithetic,
-            debias=debias,
-            seed=seed,
-            noise_scale=1,
-        )
-        self._set_up(params, defaults, prior=prior, noise=noise, compile=False, sync=False)
+        self._set_up(params, locals(), compile=False, sync=False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one warning where tensors are too large for a covariance."""
@@ -356,19 +342,7 @@ class SLANG(_Covariance):
         seed: int = 0,
         noise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=ess,
-            rank=rank,
-            hess_init=hess_init,
-            betas=betas,
-            weight_decay=weight_decay,
-            mc_samples=mc_samples,
-            debias=debias,
-            seed=seed,
-            noise_scale=1,
-        )
-        self._set_up(params, defaults, prior=prior, noise=noise, compile=False, sync=False)
+        self._set_up(params, locals(), compile=False, sync=False)
 
     def together_in(self, group: Mapping[str, Any]) -> bool | None:
         return True

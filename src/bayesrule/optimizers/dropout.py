@@ -108,10 +108,7 @@ class Dropout(BayesOptimizer):
         seed: int = 0,
         noise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        defaults = dict(
-            lr=lr, p=p, ess=ess, momentum=momentum, weight_decay=weight_decay, mc_samples=mc_samples, seed=seed, noise_scale=1
-        )
-        self._set_up(params, defaults, noise=noise, compile=False, sync=False)
+        self._set_up(params, locals(), compile=False, sync=False)
 
     def together_in(self, group: Mapping[str, Any]) -> bool | None:
         return False

@@ -151,29 +151,7 @@ class EVON(BayesOptimizer):
         seed: int = 0,
         noise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=ess,
-            hess_init=hess_init,
-            betas=betas,
-            shampoo_beta=shampoo_beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            precondition_frequency=precondition_frequency,
-            max_precond_dim=max_precond_dim,
-            merge_dims=merge_dims,
-            precondition_1d=precondition_1d,
-            phasing=phasing,
-            price_clip_ratio=price_clip_ratio,
-            whiten=whiten,
-            correct_bias=correct_bias,
-            debias_beta2=debias_beta2,
-            mc_samples=mc_samples,
-            compat=compat,
-            seed=seed,
-            noise_scale=1,
-        )
-        self._set_up(params, defaults, noise=noise, compile=False, sync=sync)
+        self._set_up(params, locals(), compile=False)
 
     def together_in(self, group: Mapping[str, Any]) -> bool | None:
         return False

@@ -78,11 +78,7 @@ class SGD(BayesOptimizer):
         *,
         compile: Compile = "auto",
     ) -> None:
-        self._set_up(
-            params,
-            dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov),
-            compile=compile,
-        )
+        self._set_up(params, locals())
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         beta = group["momentum"]
@@ -181,7 +177,7 @@ class RMSprop(_Rooted):
         *,
         compile: Compile = "auto",
     ) -> None:
-        self._set_up(params, dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum), compile=compile)
+        self._set_up(params, locals())
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         ball = HeavyBall(group["momentum"], "step") if not equal(group["momentum"], 0.0) else NoInertia()
@@ -235,7 +231,7 @@ class Adam(_TwoMoments):
         *,
         compile: Compile = "auto",
     ) -> None:
-        self._set_up(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), compile=compile)
+        self._set_up(params, locals())
 
 
 class AdamW(_TwoMoments):
@@ -280,4 +276,4 @@ class AdamW(_TwoMoments):
         *,
         compile: Compile = "auto",
     ) -> None:
-        self._set_up(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), compile=compile)
+        self._set_up(params, locals())

@@ -95,6 +95,13 @@ WHOLE = Count(-(2**63))
 Allowed = Range | Pair | Count | OneOf | OrNone
 
 
+HOW: dict[str, Any] = dict(prior=None, noise=None, compile="auto", memory="default", sync="auto", noise_per_rank=False)
+"""Arguments that are no hyper-parameters, as they are where a constructor does not have them."""
+
+OF_GROUPS: dict[str, Any] = dict(seed=0, noise_scale=1)
+"""Hyper-parameters that no constructor need have."""
+
+
 def is_numeric(allowed: Allowed) -> bool:
     """Whether any number between two bounds is allowed."""
     return isinstance(allowed, Range | Pair) or (isinstance(allowed, OrNone) and isinstance(allowed.inner, Range))

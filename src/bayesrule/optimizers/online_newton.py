@@ -147,22 +147,7 @@ class VON(_OnlineNewton):
         noise: Callable[[Tensor], Tensor] | None = None,
         compile: Compile = "auto",
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=ess,
-            hess_init=hess_init,
-            betas=betas,
-            weight_decay=weight_decay,
-            mc_samples=mc_samples,
-            hess_approx=hess_approx,
-            probes=probes,
-            debias=debias,
-            seed=seed,
-            noise_scale=1,
-        )
-        self._set_up(
-            params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
-        )
+        self._set_up(params, locals())
 
     def curvature(self, group: Mapping[str, Any]) -> Curvature:
         if group["hess_approx"] == "hutchinson":
@@ -250,20 +235,7 @@ class VOGN(_OnlineNewton):
         noise: Callable[[Tensor], Tensor] | None = None,
         compile: Compile = "auto",
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=ess,
-            hess_init=hess_init,
-            betas=betas,
-            weight_decay=weight_decay,
-            damping=damping,
-            mc_samples=mc_samples,
-            debias=debias,
-            mean_precision=mean_precision,
-            seed=seed,
-            noise_scale=1,
-        )
-        self._set_up(params, defaults, prior=prior, noise=noise, compile=compile, sync=sync, noise_per_rank=noise_per_rank)
+        self._set_up(params, locals())
 
 
 class OGN(_OnlineNewton):
@@ -323,15 +295,4 @@ class OGN(_OnlineNewton):
         sync: Sync = "auto",
         compile: Compile = "auto",
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=ess,
-            hess_init=hess_init,
-            betas=betas,
-            weight_decay=weight_decay,
-            damping=damping,
-            debias=debias,
-            seed=0,
-            noise_scale=1,
-        )
-        self._set_up(params, defaults, compile=compile, sync=sync)
+        self._set_up(params, locals())

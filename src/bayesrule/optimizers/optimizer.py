@@ -130,10 +130,7 @@ class BayesOptimizer(Shell):
                 names = ", ".join(kind.__name__ for kind in kinds)
                 raise TypeError(f"BayesOptimizer: the {slot} must be one of {names}, got {getattr(rule, slot)!r}")
         self._fill(rule)
-        defaults = dict(lr=lr, ess=ess, hess_init=hess_init, beta2=beta2, weight_decay=weight_decay, seed=seed, noise_scale=1)
-        self._set_up(
-            params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
-        )
+        self._set_up(params, locals())
 
     def _fill(self, rule: BayesRule) -> None:
         self._rule, self._curves = rule, rule.curvature.curves

@@ -133,19 +133,8 @@ class Vadam(_Perturbed):
         noise: Callable[[Tensor], Tensor] | None = None,
         compile: Compile = "auto",
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=needed(type(self).__name__, "ess", ess, "the number of training examples"),
-            betas=betas,
-            weight_decay=weight_decay,
-            hess_init=hess_init,
-            mc_samples=mc_samples,
-            seed=seed,
-            noise_scale=1,
-        )
-        self._set_up(
-            params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
-        )
+        ess = needed(type(self).__name__, "ess", ess, "the number of training examples")
+        self._set_up(params, locals())
 
     def inertia(self, group: Mapping[str, Any]) -> Inertia:
         return Momentum(group["betas"][0], over="loss+prior")
@@ -216,19 +205,8 @@ class Vprop(_Perturbed):
         noise: Callable[[Tensor], Tensor] | None = None,
         compile: Compile = "auto",
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=needed(type(self).__name__, "ess", ess, "the number of training examples"),
-            alpha=alpha,
-            weight_decay=weight_decay,
-            hess_init=hess_init,
-            mc_samples=mc_samples,
-            seed=seed,
-            noise_scale=1,
-        )
-        self._set_up(
-            params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
-        )
+        ess = needed(type(self).__name__, "ess", ess, "the number of training examples")
+        self._set_up(params, locals())
 
     def rates(self, group: Mapping[str, Any], step: Any) -> Rates:
         return Rates(group["lr"], 1 - group["alpha"], step)

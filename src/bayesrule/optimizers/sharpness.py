@@ -97,8 +97,7 @@ class SAM(BayesOptimizer):
         sync: Sync = "auto",
         compile: Compile = "auto",
     ) -> None:
-        defaults = dict(lr=lr, momentum=momentum, rho=rho, weight_decay=weight_decay, m_sharpness=m_sharpness)
-        self._set_up(params, defaults, sync=sync, compile=compile)
+        self._set_up(params, locals())
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         ball = HeavyBall(group["momentum"]) if not equal(group["momentum"], 0.0) else NoInertia()
@@ -194,19 +193,7 @@ class BSAM(BayesOptimizer):
         noise: Callable[[Tensor], Tensor] | None = None,
         compile: Compile = "auto",
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=ess,
-            betas=betas,
-            rho=rho,
-            weight_decay=weight_decay,
-            damping=damping,
-            hess_init=hess_init,
-            m_sharpness=m_sharpness,
-            seed=seed,
-            noise_scale=1,
-        )
-        self._set_up(params, defaults, prior=prior, noise=noise, compile=compile, sync=sync)
+        self._set_up(params, locals())
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         spreads = group["noise_scale"] and not equal(group["ess"], math.inf)

@@ -11,7 +11,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from .closures import evaluate
 from .draws import LOOKS_TWICE, Draws
 from .examples import Examples
 from .execution import Compile, Execution, Flats, recorded_by
-from .hyperparameters import Allowed, check_arguments, check_group
+from .hyperparameters import HOW, OF_GROUPS, Allowed, check_arguments, check_group
 from .injection import Injected
 from .learned import adopt, learned
 from .reminders import Reminders, why_no_gradient
@@ -50,25 +50,23 @@ class Shell(Optimizer, ABC):
     names: Names  # of the class, or of one optimizer
     ranges: ClassVar[Mapping[str, Allowed]]
 
-    def _set_up(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        prior: Posterior | None = None,
-        noise: Callable[[Tensor], Tensor] | None = None,
-        compile: Compile = "auto",
-        memory: Literal["default", "low"] = "default",
-        sync: Sync = "auto",
-        noise_per_rank: bool = False,
-    ) -> None:
-        """What every constructor ends with; each of the hyper-parameters in ``defaults`` may differ by group."""
-        check_arguments(type(self).__name__, prior, noise, memory, noise_per_rank)
-        self.frugal = memory == "low"
-        self._prepare(noise, False if noise and compile == "auto" else compile, sync, noise_per_rank)
+    def _set_up(self, params: ParamsT, arguments: Mapping[str, Any], **fixed: Any) -> None:
+        """What every constructor ends with.
+
+        Args:
+            params: Parameters or groups.
+            arguments: The constructor's own. Those that have a range are hyper-parameters, which may differ by group.
+            **fixed: What this optimizer leaves no choice in.
+        """
+        how = {name: arguments.get(name, default) for name, default in HOW.items()} | fixed
+        check_arguments(type(self).__name__, how["prior"], how["noise"], how["memory"], how["noise_per_rank"])
+        self.frugal = how["memory"] == "low"
+        compile = False if how["noise"] and how["compile"] == "auto" else how["compile"]
+        self._prepare(how["noise"], compile, how["sync"], how["noise_per_rank"])
+        defaults = {name: arguments.get(name, OF_GROUPS.get(name)) for name in self.ranges}
         Optimizer.__init__(self, params, defaults)
-        if prior is not None:
-            adopt(self, prior)
+        if how["prior"] is not None:
+            adopt(self, how["prior"])
         if "weight_decay" in defaults:
             self.reminders.of_decay(defaults["weight_decay"], [group["weight_decay"] for group in self.param_groups])
 

@@ -138,26 +138,7 @@ class IVON(BayesOptimizer):
         noise: Callable[[Tensor], Tensor] | None = None,
         compile: Compile = "auto",
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            ess=ess,
-            hess_init=hess_init,
-            betas=betas,
-            weight_decay=weight_decay,
-            mc_samples=mc_samples,
-            hess_approx=hess_approx,
-            gradsq_scale=gradsq_scale,
-            clip_radius=clip_radius,
-            debias=debias,
-            rescale_lr=rescale_lr,
-            antithetic=antithetic,
-            seed=seed,
-            noise_scale=1,
-            momentum_dtype=momentum_dtype,
-        )
-        self._set_up(
-            params, defaults, prior=prior, noise=noise, compile=compile, memory=memory, sync=sync, noise_per_rank=noise_per_rank
-        )
+        self._set_up(params, locals())
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         return BayesRule(
