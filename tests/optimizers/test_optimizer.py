@@ -115,7 +115,7 @@ class TestLearning:
     def test_the_loss_falls(self, algorithm, problem):
         net = problem()
         before = sum(net.loss(step).item() for step in range(4))
-        train(net, algorithm(net.parameters()), 100)
+        train(net, algorithm(net.parameters()), 50)
         after = sum(net.loss(step).item() for step in range(4))
         assert after < 0.6 * before
 
