@@ -1,5 +1,6 @@
 """What every test file shares: threads, the optional surroundings, and the markers that skip without them."""
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, skip in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and test items stay to the end: garbage is no longer looked for among them, nor tensors counted."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

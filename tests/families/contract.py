@@ -159,7 +159,7 @@ class FamilyContract(ABC):
 
     # Fisher matrix
 
-    @often(10)
+    @often(6)
     def test_multiplying_by_the_fisher_matrix_is_multiplying_by_the_hessian(self, data: Data) -> None:
         """Of the log partition by autograd, which is symmetric and positive definite. Off by 1e-9: torch's second lgamma."""
         q = self.one(data)
@@ -171,7 +171,7 @@ class FamilyContract(ABC):
         products = [self.numbers(q.fisher_mul(self.point(q, unit))) for unit in units]
         close(torch.stack(products, dim=-1), fisher, 2e-9, size)
 
-    @often(10)
+    @often(6)
     def test_fisher_is_the_hessian(self, data: Data) -> None:
         self.check_fisher(self.one(data))
 
@@ -181,7 +181,7 @@ class FamilyContract(ABC):
             fisher = self.fisher(q)
             close(q.fisher(), fisher, 2e-9, fisher.abs().max().item())
 
-    @often(10)
+    @often(6)
     def test_multiplying_by_the_fisher_matrix_and_solving_undo_each_other(self, data: Data) -> None:
         """And solving by the matrix is differentiating mu -> lambda; a solution is as good as the condition lets it be."""
         q = self.any(data)
@@ -289,7 +289,7 @@ class FamilyContract(ABC):
 
     # Natural gradients
 
-    @often(10)
+    @often(6)
     def test_the_two_routes_to_a_natural_gradient_agree(self, data: Data) -> None:
         """grad_mu by way of mu -> member, and F^-1 grad_lambda by way of lambda -> member, of a function of the member."""
         q = self.one(data)
@@ -316,7 +316,7 @@ class FamilyContract(ABC):
         scalars = [q.log_partition(), q.entropy(), q.kl(other), q.log_prob(theta), q.in_domain(q.natural()).to(WIDE)]
         return (*(part for point in points for part in blocks(point)), *scalars)
 
-    @often(5)
+    @often(3)
     def test_a_batch_is_its_members_apart(self, data: Data) -> None:
         q, other = self.two(data)
         theta, v = self.theta(q), self.point(q, Drawn.by(data).reals(self.numbers(q.natural()).shape))

@@ -148,6 +148,13 @@ MADE: dict[str, tuple[Any, ...]] = {}  # what a test makes once and uses several
 
 @pytest.fixture(autouse=True)
 def alone() -> None:
-    """No programs and no models of earlier tests: what is counted or made to fail begins from nothing."""
-    execution.SHARED.clear()
+    """No models of earlier tests."""
     MADE.clear()
+
+
+@pytest.fixture
+def unrecorded() -> Iterator[None]:
+    """No programs of earlier tests, and none for later ones: what is counted or made to fail begins from nothing."""
+    execution.SHARED.clear()
+    yield
+    execution.SHARED.clear()

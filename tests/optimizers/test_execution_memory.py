@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.instances import flat, living_bytes
 from tests.optimizers.conftest import Bowls, Logistic, agree, closures, everything, learn, same_bits
+from tests.sweeps import sweep
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -80,12 +81,12 @@ class TestScratch:
     @pytest.mark.parametrize(("make", "hyper", "draws"), MAKERS + SEVERAL)
     def test_is_bounded_by_the_bucket_whatever_the_model(self, make, hyper, draws):
         sizes = []
-        for count in (2, 4, 12):
+        for count in (2, 8):
             problem = Bowls(*[BUCKET] * count, *[50_000] * count)
             optimizer = make(problem.parameters(), **hyper, compile=False)
             learn(problem, optimizer, 2, draws=draws)
             sizes.append(optimizer.execution.scratch.nbytes)
-        assert sizes[0] == sizes[1] == sizes[2] <= self.SLOTS * 4 * BUCKET
+        assert sizes[0] == sizes[1] <= self.SLOTS * 4 * BUCKET
 
     @pytest.mark.parametrize("shapes", SHAPES)
     @pytest.mark.parametrize(("make", "hyper", "draws"), MAKERS)
@@ -169,7 +170,7 @@ LOOKS = [
 class TestLowMemory:
     """The noise of a draw made again in place of a stash."""
 
-    @pytest.mark.parametrize("hyper", LOOKS)
+    @pytest.mark.parametrize("hyper", sweep(LOOKS, "price", "pairs"))
     def test_is_the_default_trajectory_for_200_steps(self, hyper):
         runs = []
         for memory in ("low", "default"):

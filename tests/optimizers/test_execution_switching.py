@@ -12,6 +12,8 @@ from torch import Tensor
 import bayesrule as br
 from bayesrule.optimizers import execution
 
+pytestmark = pytest.mark.usefixtures("unrecorded")
+
 IVON = dict(lr=0.2, ess=500.0, hess_init=0.2, betas=(0.9, 0.999), weight_decay=1e-3)
 BALL = dict(lr=0.2, momentum=0.9)
 SLOW = pytest.mark.slow

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import bayesrule as br
 
-STEPS = 200
+STEPS = 80
 HYPER = {
     br.SGD: dict(lr=0.05, momentum=0.9, weight_decay=0.01),
     br.RMSprop: dict(lr=0.01, momentum=0.5, weight_decay=0.01),

@@ -14,6 +14,8 @@ import bayesrule as br
 from bayesrule import plots
 from bayesrule.optimizers.cells import Names
 
+pytestmark = pytest.mark.usefixtures("unrecorded")
+
 NARROW = [torch.bfloat16, torch.float16]
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "bayes_logistic_regression.json").read_text())
 CHAINS = 128
@@ -31,7 +33,7 @@ class Golden:
     def loss(self) -> Tensor:
         return softplus(-self.sign * ((self.weights.float() - self.center) @ self.x.T)).mean(1).sum()
 
-    def train(self, kind: type[br.IVON], steps: int = 1500, **hyper: object) -> tuple[Tensor, Tensor]:
+    def train(self, kind: type[br.IVON], steps: int = 800, **hyper: object) -> tuple[Tensor, Tensor]:
         """Mean and precision that are reached, over the chains."""
         prior = br.Posterior({"w": torch.full((CHAINS, 3), self.center)}, {"w": torch.full((CHAINS, 3), self.pull)})
         optimizer = kind(

@@ -209,13 +209,13 @@ class TestVON:
 
     def test_finds_the_curvature_of_a_quadratic(self):
         a = torch.tensor([2.0, 0.5], dtype=torch.float64)
-        w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        w = nn.Parameter(torch.ones(20, 2, dtype=torch.float64))  # twenty at once
         optimizer = br.VON([w], 0.05, 100.0, hess_init=1.0, betas=(0.9, 0.99), weight_decay=1e-3)
         found = []
-        for step in range(4000):
+        for step in range(1000):
             optimizer.step(lambda: (a * (w - 1) ** 2 / 2).sum().backward())
-            if step >= 1000:
-                found.append(optimizer.state[w]["hess"].clone())
+            if step >= 700:
+                found.append(optimizer.state[w]["hess"].mean(0))
         torch.testing.assert_close(torch.stack(found).mean(0), a, rtol=0.1, atol=0.0)
 
     def test_its_precision_turns_negative_where_that_of_ivon_does_not(self):

@@ -173,8 +173,8 @@ class TestTwins:
     def test_is_sgd_when_curvature_is_frozen_and_noise_vanishes(self, problem, hess_init):
         ours, theirs = problem(), problem()
         hyper = dict(ess=1e30, betas=(0.0, 1.0), weight_decay=0.05, hess_init=hess_init)
-        path = train(ours, br.IVON(ours.parameters(), lr=0.1, **hyper), 100, decay=0.99)
-        twin = train(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1, weight_decay=0.05), 100, decay=0.99)
+        path = train(ours, br.IVON(ours.parameters(), lr=0.1, **hyper), 50, decay=0.99)
+        twin = train(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1, weight_decay=0.05), 50, decay=0.99)
         torch.testing.assert_close(path, twin, rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("debias", [True, False])
@@ -291,9 +291,9 @@ class TestConvergence:
         """analytic.json, mean_field_quadratic_fixed_point: the diagonal of the true precision, and the true mean."""
         problem = Quadratic()  # has the same A and c
         hyper = dict(lr=0.2, ess=10.0, weight_decay=0.05, betas=(0.5, 0.9), mc_samples=4)
-        pieces = (piece for _ in range(400) for row in SIGNS for piece in (row[:2], row[2:]))
+        pieces = (piece for _ in range(300) for row in SIGNS for piece in (row[:2], row[2:]))
         optimizer = br.IVON(problem.parameters(), noise=replay(pieces), **hyper)
-        train(problem, optimizer, 400)
+        train(problem, optimizer, 300)
         post = br.Posterior.from_optimizer(optimizer, problem)
         mean = torch.tensor([0.8959145617901338, -1.8128496355314458, 0.3297169011696896], dtype=torch.float64)
         precision = torch.tensor([20.5, 10.5, 5.5], dtype=torch.float64)
@@ -466,7 +466,7 @@ class TestPrior:
             model = nn.Module()
             model.w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
             hyper = dict(lr=0.2, ess=sizes[task], weight_decay=decay, betas=(0.5, 0.9), mc_samples=4)
-            noise = replay(row for _ in range(400) for row in SIGNS)
+            noise = replay(row for _ in range(250) for row in SIGNS)
             optimizer = br.IVON(model.named_parameters(), **hyper, prior=prior, noise=noise)
 
             def closure() -> Tensor:
@@ -475,7 +475,7 @@ class TestPrior:
                 loss.backward()
                 return loss
 
-            for _ in range(400):
+            for _ in range(250):
                 optimizer.step(closure)
             return optimizer.posterior(model)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.recipes.stopped import Crash, assert_equal, at_step, crash
+from tests.sweeps import sweep
 from torch.distributions import Normal, kl_divergence
 
 import bayesrule as br
@@ -49,7 +50,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FEW = ("ivon", "adamw", "dropout under noise", "augmentation", "early stop", "patience with batch norm", "held out")
+
+
+@pytest.mark.parametrize("kind", sweep(KINDS, *FEW))
 def test_a_run_that_crashed_goes_on_and_ends_bit_equal(kind, settings, tmp_path, each_step):
     chosen = settings(**KINDS[kind])
     train(chosen, tmp_path / "whole")
@@ -78,7 +82,7 @@ def test_stopped_early_means_the_best_epoch(settings, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)  # a constant rate: the best epoch is a shorter run
 
 
-@pytest.mark.parametrize("optimizer", ["ivon", "sgd"])
+@pytest.mark.parametrize("optimizer", sweep(("ivon", "sgd"), "ivon"))
 def test_resnet20_with_batch_norm_goes_on(optimizer, world, settings, tmp_path, each_step):
     arrays = np.load(world / "small.npz")
     np.savez(tmp_path / "tiny.npz", x=arrays["x"][:48], y=arrays["y"][:48])

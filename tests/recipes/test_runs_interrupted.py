@@ -117,7 +117,14 @@ sys.exit(main())
 """
 
 
-def test_a_run_that_is_killed_and_interrupted_goes_on_and_ends_bit_equal(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param(((3, signal.SIGKILL), (11, signal.SIGINT)), id="twice"),
+        pytest.param(((3, signal.SIGKILL), (7, signal.SIGKILL), (11, signal.SIGINT)), id="thrice", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_killed_and_interrupted_goes_on_and_ends_bit_equal(ends, tmp_path, capsys):
     out, whole = tmp_path / "run", tmp_path / "whole"
     chosen = Settings("digits", "ivon", "mlp", epochs=20, batch_size=150)
     begun = [sys.executable, "-c", PROGRAM, *command(chosen, out)]
@@ -126,7 +133,7 @@ def test_a_run_that_is_killed_and_interrupted_goes_on_and_ends_bit_equal(tmp_pat
         return len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
 
     moments = random.Random(5)
-    for aim, number in ((3, signal.SIGKILL), (7, signal.SIGKILL), (11, signal.SIGINT)):
+    for aim, number in ends:
         with subprocess.Popen(begun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             while lines() < aim and process.poll() is None:
                 time.sleep(0.002)
