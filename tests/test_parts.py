@@ -54,7 +54,7 @@ GAUSSIANS = {
     "eigen": eigen,
 }
 OTHERS = {
-    "dropout": lambda seed: br.SpikeAndSlab(normal(seed, SIZE), 0.6, torch.tensor([0, 1, 2] * 2 + [3, 4])),
+    "dropout": lambda seed: br.SpikeAndSlab(normal(seed, SIZE), 0.6, (4, 2)),
     "signs": lambda seed: br.Signs(normal(seed, SIZE), ess=30.0),
     "mixture": lambda seed: br.Mixture(normal(seed, 3, SIZE), deviation(seed + 1, 3, SIZE), normal(seed + 2, 3)),
     "mixture of fulls": lambda seed: br.Mixture(
@@ -282,8 +282,8 @@ REFUSED = {
         "disagree on the shape",
     ),
     "kl of a mixture": (lambda: posterior("mixture").kl(posterior("mixture")), TypeError, "no closed form"),
-    "kl of others": (lambda: posterior("full").kl(posterior("low_rank")), TypeError, "no closed form"),
-    "kl of other parts": (lambda: posterior("diag").kl(posterior("full")), TypeError, "no closed form"),
+    "kl of others": (lambda: posterior("full").kl(posterior("low_rank")), TypeError, "no KL is offered"),
+    "kl of other parts": (lambda: posterior("diag").kl(posterior("full")), TypeError, "no KL is offered"),
     "kl of signs": (lambda: posterior("signs").kl(posterior("diag")), TypeError, "no KL from Gaussians"),
     "root of a mixture": (lambda: posterior("mixture").sqrt_matvec(named(normal(0, SIZE))), TypeError, "use sample"),
     "root of signs": (lambda: posterior("signs").sqrt_matvec(named(normal(0, SIZE))), TypeError, "use sample"),
@@ -304,14 +304,17 @@ def test_is_refused_in_one_line(case):
 # Files that must fail
 
 
-def damaged(path, *, without=None, reshaped=None, parts=None):
-    """A good file of an Eigen, less a tensor, with one of another shape, or with something else said of its parts."""
-    posterior("eigen").save(path)
+def damaged(path, kind="eigen", *, without=None, reshaped=None, parts=None, changed=None):
+    """A good file, less a tensor, with one of another shape or changed, or with something else said of its parts."""
+    posterior(kind).save(path)
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         about = json.loads(file.metadata()["bayesrule"])
     if without:
         tensors.pop(without)
+    if changed:
+        name, change = changed
+        tensors[name] = change(tensors[name]).contiguous()
     if reshaped:
         tensors[reshaped] = torch.ones(7, 7)
     about["parts"] = parts(about["parts"]) if parts else about["parts"]
@@ -319,6 +322,24 @@ def damaged(path, *, without=None, reshaped=None, parts=None):
 
 
 HOSTILE = {
+    "a basis missing": (dict(without="part0.axis0.weight"), "something is missing"),
+    "a basis that stretches": (dict(changed=("part0.axis0.weight", lambda t: 5 * t)), "not orthonormal"),
+    "a spectrum of another kind": (dict(changed=("part0.spectrum.weight", lambda t: t.float())), "spectrum of 'weight' must have"),
+    "a spectrum negative": (dict(changed=("part0.spectrum.weight", lambda t: -t)), "positive entries"),
+    "a matrix that is not symmetric": (dict(kind="full", changed=("part0.matrix", lambda t: t.triu())), "symmetric positive"),
+    "an indefinite matrix": (dict(kind="full", changed=("part0.matrix", lambda t: -t)), "symmetric positive definite"),
+    "a diagonal negative": (dict(kind="low_rank", changed=("part0.diagonal", lambda t: -t)), "positive entries"),
+    "a factor too short": (dict(kind="low_rank", changed=("part0.factor", lambda t: t[1:])), "8 finite rows"),
+    "odds too short": (dict(kind="signs", changed=("part0.natural.bias", lambda t: t[1:])), "odds of 'bias'"),
+    "no axis of units": (dict(kind="dropout", parts=lambda parts: [{**parts[0], "axis": 7}]), "no axis 7"),
+    "a probability of two": (
+        dict(kind="dropout", parts=lambda parts: [{**parts[0], "keep": 2.0}]),
+        r"probability must be in \(0, 1\]",
+    ),
+    "weights of a sum of three": (dict(kind="mixture", changed=("part0.log_weights", lambda t: 0 * t)), "sum to 1"),
+    "no posteriors": (dict(kind="mixture", parts=lambda parts: [{**parts[0], "laws": []}]), "one for each posterior"),
+    "a component negative": (dict(kind="mixture", changed=("part0.law1.precision.bias", lambda t: -t)), "'bias' is no such thing"),
+    "a part twice": (dict(parts=lambda parts: [parts[0], {**parts[0]}]), "something is missing|belongs to two parts"),
     "a basis of another shape": (dict(reshaped="part0.axis0.weight"), "basis of 'weight' does not fit"),
     "a spectrum missing": (dict(without="part0.spectrum.weight"), "something is missing"),
     "a mean missing": (dict(without="mean.weight"), "something is missing|disagree"),

@@ -83,7 +83,7 @@ def _parts(path: Any, names: Any, tensors: Named, about: Any, prefix: str) -> tu
         return ()
     try:
         parts = of_tensors(names, tensors, about).parts
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, NotImplementedError, RecursionError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} is damaged: of its parts something is missing ({error}); take another copy"
         ) from error
@@ -97,7 +97,7 @@ def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> 
     try:
         about = json.loads((metadata or {})["bayesrule"])
         known = about["format"] == FORMAT and isinstance(about["version"], int)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         known = False
     if not known:
         raise ValueError(f"{os.fspath(path)!r} is no posterior file: its metadata does not say {FORMAT!r} and a version")

@@ -102,7 +102,7 @@ class Joint(Part):
 
     def kl(self, other: Part) -> Tensor:
         if not isinstance(other, Joint) or other.names != self.names or other.structure != self.structure:
-            raise TypeError(f"there is no closed form for the KL of {self.structure!r} from {other.structure!r}")
+            raise TypeError(f"no KL is offered of {self.structure!r} from {other.structure!r}; average log_prob over draws")
         kl: Tensor = self.q.kl(other.q)
         return kl
 
@@ -138,22 +138,66 @@ def _write_eigen(part: Joint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, basis, spectrum in zip(part.names, q.basis.parts, q._precisions, strict=True):
         kept[f"spectrum.{name}"] = spectrum
         kept |= {f"axis{i}.{name}": axis for i, axis in enumerate(basis.axes) if axis is not None}
-    return kept, {"axes": [list(basis.shape) for basis in q.basis.parts]}
+    turned = [[axis is not None for axis in basis.axes] for basis in q.basis.parts]
+    return kept, {"axes": [list(basis.shape) for basis in q.basis.parts], "turned": turned}
 
 
 def _read_eigen(means: Sequence[Tensor], names: Sequence[str], kept: Named, about: Mapping[str, Any]) -> Eigen:
     bases = []
-    for name, mean, shape in zip(names, means, about["axes"], strict=True):
-        axes = [kept.get(f"axis{i}.{name}") for i in range(len(shape))]
-        odd = [axis for axis, size in zip(axes, shape, strict=True) if axis is not None and axis.shape != (size, size)]
-        if math.prod(shape) != mean.numel() or odd:
-            raise ValueError(f"the basis of {name!r} does not fit its mean, shape {tuple(mean.shape)}")
+    for name, mean, shape, turned in zip(names, means, about["axes"], about["turned"], strict=True):
+        axes = [kept[f"axis{i}.{name}"] if has else None for i, has in enumerate(turned)]
+        if math.prod(shape) != mean.numel() or not all(map(_turns, axes, shape)):
+            raise ValueError(f"the basis of {name!r} does not fit its mean, shape {tuple(mean.shape)}, or is not orthonormal")
         bases.append(Basis(tuple(shape), axes))
-    return Eigen(Vector(means), Bases(bases), Vector([kept[f"spectrum.{name}"] for name in names]))
+    spectra = [_positive(f"the spectrum of {name!r}", kept[f"spectrum.{name}"], m) for name, m in zip(names, means, strict=True)]
+    return Eigen(Vector(means), Bases(bases), Vector(spectra))
+
+
+def _turns(axis: Tensor | None, size: int) -> bool:
+    """Whether an axis is as it was, or has an orthonormal basis."""
+    if axis is None:
+        return True
+    eye = torch.eye(size, dtype=axis.dtype, device=axis.device)
+    return axis.shape == (size, size) and bool((axis.T @ axis - eye).abs().max() < 1e-2)
+
+
+def _positive(what: str, values: Tensor, like: Tensor) -> Tensor:
+    if values.shape != like.shape or values.dtype != like.dtype or not bool((values > 0).all()):
+        raise ValueError(f"{what} must have shape {tuple(like.shape)}, dtype {like.dtype} and positive entries")
+    return values
 
 
 def _write_full(part: Joint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {"matrix": part.q.precision}, {}
+
+
+def _read_full(means: Sequence[Tensor], names: Sequence[str], kept: Named, about: Mapping[str, Any]) -> Full:
+    mean, matrix = _joined(means), kept["matrix"]
+    fits = matrix.shape == (len(mean), len(mean)) and matrix.dtype == mean.dtype
+    if not fits or not torch.equal(matrix, matrix.T) or int(torch.linalg.cholesky_ex(matrix).info):
+        raise ValueError(f"the precision of {', '.join(names)} must be a symmetric positive definite matrix of {len(mean)} rows")
+    return Full(mean, matrix)
+
+
+def _read_low_rank(means: Sequence[Tensor], names: Sequence[str], kept: Named, about: Mapping[str, Any]) -> LowRank:
+    mean, factor = _joined(means), kept["factor"]
+    diagonal = _positive(f"the diagonal of {', '.join(names)}", kept["diagonal"], mean)
+    if factor.dim() != 2 or len(factor) != len(mean) or factor.dtype != mean.dtype or not bool(factor.isfinite().all()):
+        raise ValueError(f"the factor of {', '.join(names)} must have {len(mean)} finite rows")
+    return LowRank(mean, DiagonalPlusFactor(diagonal, factor))
+
+
+def _read_signs(means: Sequence[Tensor], names: Sequence[str], kept: Named, about: Mapping[str, Any]) -> Signs:
+    natural = [kept[f"natural.{name}"] for name in names]
+    for name, t, m in zip(names, natural, means, strict=True):
+        if t.shape != m.shape or t.dtype != m.dtype or bool(t.isnan().any()):
+            raise ValueError(f"the odds of {name!r} must have shape {tuple(m.shape)} and be numbers")
+    return Signs(_joined(natural))
+
+
+def _read_dropout(means: Sequence[Tensor], names: Sequence[str], kept: Named, about: Mapping[str, Any]) -> SpikeAndSlab:
+    shape = None if about["shape"] is None else tuple(about["shape"])
+    return SpikeAndSlab(_joined(means), _probability(about["keep"]), shape, about["axis"])
 
 
 def _write_low_rank(part: Joint) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -177,30 +221,22 @@ def _probability(value: Any) -> float:
 
 KINDS = [
     Kind("eigen", Eigen, lambda q: q.precision_diagonal, _write_eigen, _read_eigen),
-    Kind(
-        "full", Full, lambda q: q.precision.diagonal(), _write_full, lambda means, _, kept, __: Full(_joined(means), kept["matrix"])
-    ),
+    Kind("full", Full, lambda q: q.precision.diagonal(), _write_full, _read_full),
     Kind(
         "low_rank",
         LowRank,
         lambda q: q.precision.diagonal + (q.precision.factor**2).sum(1),
         _write_low_rank,
-        lambda means, _, kept, __: LowRank(_joined(means), DiagonalPlusFactor(kept["diagonal"], kept["factor"])),
+        _read_low_rank,
     ),
     Kind(
         "dropout",
         SpikeAndSlab,
         lambda q: 1 / q.variance,
-        lambda part: ({} if part.q.units is None else {"units": part.q.units}, {"keep": float(part.q.keep)}),
-        lambda means, _, kept, about: SpikeAndSlab(_joined(means), _probability(about["keep"]), kept.get("units")),
+        lambda part: ({}, {"keep": float(part.q.keep), "shape": part.q.shape, "axis": part.q.axis}),
+        _read_dropout,
     ),
-    Kind(
-        "signs",
-        Signs,
-        lambda q: 1 / q.variance,
-        _write_signs,
-        lambda _, names, kept, __: Signs(_joined([kept[f"natural.{name}"] for name in names])),
-    ),
+    Kind("signs", Signs, lambda q: 1 / q.variance, _write_signs, _read_signs),
 ]
 
 
@@ -219,6 +255,12 @@ def of_tensors(names: Sequence[str], tensors: Named, about: Sequence[Mapping[str
     for number, said in enumerate(about):
         kept = {key.removeprefix(f"part{number}."): t for key, t in tensors.items() if key.startswith(f"part{number}.")}
         parts.append(_read_part(said, kept, mean))
+    together = [name for part in parts for name in part.names]
+    if len(set(together)) < len(together):
+        raise ValueError("a tensor belongs to two parts")
+    for name, m in mean.items():
+        if not bool(m.isfinite().all()) or precision[name].shape != m.shape or not bool((precision[name] > 0).all()):
+            raise ValueError(f"mean or precision of {name!r} is no such thing: of another shape, not finite or not positive")
     return Law(mean, precision, tuple(parts))
 
 
@@ -229,7 +271,10 @@ def _read_part(said: Mapping[str, Any], kept: Named, mean: Named) -> Part:
             prefix = f"law{number}."
             own = {key.removeprefix(prefix): t for key, t in kept.items() if key.startswith(prefix)}
             laws.append(of_tensors(law["names"], own, law["parts"]))
-        return OneOf(tuple(laws), kept["log_weights"])
+        weights = kept["log_weights"]
+        if not laws or weights.shape != (len(laws),) or abs(float(weights.exp().sum()) - 1) > 1e-3:
+            raise ValueError("the weights of a mixture must be one for each posterior, and sum to 1")
+        return OneOf(tuple(laws), weights)
     kind = next((kind for kind in KINDS if kind.structure == said["structure"]), None)
     if kind is None:
         raise ValueError(f"it has the structure {said['structure']!r}, which this release does not know; upgrade bayesrule")

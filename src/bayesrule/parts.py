@@ -176,7 +176,7 @@ class Law:
         pairs = {part.names: part for part in other.parts}
         alone = {part.names for part in self.parts if part.names not in pairs and set(part.names) <= set(other.apart)}
         if set(pairs) != {part.names for part in self.parts} - alone:
-            raise TypeError("there is no closed form for the KL of posteriors in which other weights vary together")
+            raise TypeError("no KL is offered of posteriors in which other weights vary together; average log_prob over draws")
         terms = [
             part.kl_from_independent(other.mean, other.precision) if part.names in alone else part.kl(pairs[part.names])
             for part in self.parts

@@ -316,3 +316,14 @@ def test_a_module_with_a_forward_of_its_own_is_no_layer():
     assert layer_of(nn.Linear(2, 1)) is not None
     assert layer_of(Own(2, 1)) is None
     assert layer_of(nn.Embedding(2, 1, scale_grad_by_freq=True)) is None
+
+
+def test_prelu_whose_nested_vmap_is_wrong_has_right_squares():
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squares = Squares(model)
+    with pytest.warns(UserWarning, match="PReLU"), squares.recording():
+        model(x).square().sum(1).mean().backward()
+    for name, p in model.named_parameters():
+        each = [torch.autograd.grad(model(row[None]).square().sum(), p)[0].square() for row in x]
+        torch.testing.assert_close(squares.sums[p], torch.stack(each).sum(0), msg=name)

@@ -153,3 +153,12 @@ class TestFamily:
         rule, start, prior = br.BayesRule(br.Delta(), br.Zero(), br.Natural()), br.Signs(a, 5.0), br.Signs(torch.zeros(2).double())
         found = rule.step(start, prior, br.Loss(lambda w: a @ w))
         torch.testing.assert_close(found.natural(), -5 * a)
+
+
+@pytest.mark.parametrize("kind", [lambda p: br.STE(p, lr=0.1), lambda p: br.BayesBiNN(p, 0.1, 10.0)], ids=["ste", "bayesbinn"])
+def test_frozen_parameters_stay_as_they_are(kind):
+    layer = nn.Linear(2, 1)
+    layer.bias.requires_grad_(False)
+    before = layer.bias.clone()
+    kind(layer.parameters())
+    assert torch.equal(layer.bias, before)

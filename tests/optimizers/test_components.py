@@ -1,5 +1,6 @@
 """Multi-IVON: several modes that take turns, each as IVON alone would have gone."""
 
+import copy
 import io
 
 import pytest
@@ -220,3 +221,27 @@ def test_all_groups_have_as_many_components():
     groups = [{"params": model.inner.parameters()}, {"params": model.outer.parameters(), "components": 2}]
     with pytest.raises(ValueError, match="the same number of components, got 2 after 3"):
         br.MultiIVON(groups, **HYPER)
+
+
+def test_a_parameter_that_has_no_gradient_once_keeps_its_mean():
+    w, u = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = br.MultiIVON([w, u], lr=0.1, ess=100.0, components=2)
+    for _ in range(3):
+        with optimizer.sampled_params(train=True):
+            w.square().sum().backward()
+        optimizer.step()
+    for train_too in (False, True, False):
+        with optimizer.sampled_params(train=train_too):
+            pass
+        assert (u == 1).all()
+
+
+def test_a_copy_goes_on_with_the_component_whose_turn_it_is():
+    model = Network()
+    optimizer = make(model, components=3)
+    train(model, optimizer, 4)
+    other, copied = copy.deepcopy((model, optimizer))
+    assert torch.equal(train(model, optimizer, [4, 5, 6]), train(other, copied, [4, 5, 6]))
+    for name in ("mean", "hess", "momentum"):
+        for number in (1, 2):
+            assert torch.equal(component(optimizer, model, name, number), component(copied, other, name, number))

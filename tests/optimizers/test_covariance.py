@@ -162,7 +162,7 @@ def test_where_numbers_do_not_suffice_it_says_what_to_do():
     w = nn.Parameter(torch.zeros(5))
     optimizer = br.IBLR([w], **{**IBLR, "lr": 0.0, "betas": (0.9, 0.5)})
     with pytest.raises(
-        br.DomainError, match=r"IBLR: the precision of a block of 5 elements.*float32.*raise hess_init or weight_decay"
+        br.DomainError, match=r"IBLR: the precision of a block of 5 elements.*float32.*begin again with more hess_init"
     ):
         for step in range(20):
             with optimizer.sampled_params(train=True):
@@ -351,3 +351,64 @@ def test_slang_says_what_its_closure_must_return():
     optimizer = MAKERS["slang"](model.parameters())
     with pytest.raises(TypeError, match=r"SLANG squares gradients example by example.*shape \(examples,\)"):
         optimizer.step(lambda: losses(model, 0).mean())
+
+
+@every
+@pytest.mark.filterwarnings("ignore:.*(no gradient arrived|acts in step|come in pairs)")
+def test_a_parameter_that_has_no_gradient_once_keeps_its_mean(kind):
+    """In one block with others it has the gradient zero; and whoever looks afterwards changes nothing."""
+    model, mirror = Network(), Network()
+    optimizer, other = MAKERS[kind](model.parameters()), MAKERS[kind](mirror.parameters())
+    if kind.endswith("ggn") or kind.startswith("slang"):
+        optimizer.step(lambda: losses(model, 0) * 0 + model.inner(model.x[:16]).sum(1))
+        other.step(lambda: losses(mirror, 0) * 0 + mirror.inner(mirror.x[:16]).sum(1) + 0 * flat_sum(mirror.outer))
+    else:
+        for net, opt in ((model, optimizer), (mirror, other)):
+            with opt.sampled_params(train=True):
+                (net.inner(net.x).square().mean() + (0 * flat_sum(net.outer) if net is mirror else 0)).backward()
+                if net is model:
+                    net.outer.weight.grad = None
+            opt.step()
+    for p in model.parameters():
+        assert p.isfinite().all()
+    if kind != "iblr-tensors":  # whose tensors are blocks of their own: without a gradient they rest
+        assert torch.equal(flat(model.parameters()), flat(mirror.parameters()))
+    before = flat(model.parameters())
+    for train_too in (False, True):
+        with optimizer.sampled_params(train=train_too):
+            pass
+        assert torch.equal(flat(model.parameters()), before)
+    assert walk(model, optimizer, 2).isfinite().all()
+    if kind != "iblr-tensors":
+        assert torch.equal(walk(mirror, other, 2), flat(model.parameters()))
+
+
+def flat_sum(layer):
+    return layer.weight.sum() + layer.bias.sum()
+
+
+@pytest.mark.parametrize("kind", ["iblr", "slang"])
+def test_a_block_that_loses_a_parameter_says_what_to_do(kind):
+    model = Network()
+    optimizer = MAKERS[kind](model.parameters())
+    walk(model, optimizer, 2)
+    model.inner.bias.requires_grad_(False)
+    match = "give what is frozen or thawed a group of its own"
+    if kind == "iblr":
+        with pytest.raises(ValueError, match=match):
+            walk(model, optimizer, 1)
+    else:  # whose directions are of single elements, so that rows stay right
+        walk(model, optimizer, 1)
+        optimizer.param_groups[0]["rank"] = 2
+        with pytest.raises(ValueError, match=match):
+            walk(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("kind", ["slang", "iblr-ggn"])
+def test_attached_alone_it_says_that_it_needs_a_closure(kind):
+    model = Network()
+    optimizer = MAKERS[kind](model.parameters())
+    optimizer.attach(model)
+    losses(model, 0).mean().backward()
+    with pytest.raises(RuntimeError, match=r"takes gradients example by example, and saw none: pass step\(\) a closure"):
+        optimizer.step()

@@ -102,7 +102,7 @@ def test_the_mean_gradient_over_all_masks_is_that_of_the_expected_loss():
         return total
 
     exact = torch.func.grad(over_masks)(mean)
-    q, found = br.SpikeAndSlab(mean, keep, units), torch.zeros(6, dtype=WIDE)
+    q, found = br.SpikeAndSlab(mean, keep, (3, 2), axis=0), torch.zeros(6, dtype=WIDE)
     for z in product((0.0, 1.0), repeat=3):
         noise = Told(torch.tensor([0.3 if there else 0.9 for there in z] + [0.5] * 3, dtype=WIDE))
         rule = br.BayesRule(br.Masks(), br.Zero(), br.Additive())

@@ -301,7 +301,8 @@ class TestMisuse:
 
     def test_axes_that_are_too_long_keep_their_coordinates(self):
         model = Network()
-        optimizer = br.EVON(model.parameters(), **HYPER, max_precond_dim=4)
+        with pytest.warns(UserWarning, match=r"EVON: 2 of 3 matrices have axes longer than max_precond_dim=4, up to 5: these axes"):
+            optimizer = br.EVON(model.parameters(), **HYPER, max_precond_dim=4)
         learn(model, optimizer, 3)
         assert [q is None for q in optimizer.state[model.inner]["basis"]] == [True, False]
         assert [q is None for q in optimizer.state[model.kernel]["basis"]] == [False, False, False, False]

@@ -187,3 +187,25 @@ def test_rmsprop_momentum_is_of_steps_not_gradients():
         w.grad = torch.tensor([3.0], dtype=torch.float64)
         optimizer.step()
         assert w.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("make", [br.SGD, br.RMSprop, br.STE, br.Dropout], ids=lambda make: make.__name__)
+def test_momentum_may_be_turned_off(make):
+    """And what was remembered is not used any more."""
+    problem = Network()
+    optimizer = make(problem.parameters(), lr=0.01, momentum=0.9)
+    train(problem, optimizer, 3)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    assert train(problem, optimizer, 2).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [br.SGD, br.IVON, br.EVON, br.Dropout, br.STE], ids=lambda make: make.__name__)
+def test_sparse_parameters_are_refused(make):
+    w = torch.nn.Parameter(torch.eye(3).to_sparse())
+    arguments = {
+        "lr": 0.1,
+        **({"ess": 10.0} if make in (br.IVON, br.EVON) else {}),
+        **({"hess_init": 1.0} if make is br.EVON else {}),
+    }
+    with pytest.raises(TypeError, match=f"{make.__name__}: parameter group 0 has sparse parameters"):
+        make([w], **arguments)

@@ -360,3 +360,69 @@ class TestHutchinson:
             w.sum().backward()
         with pytest.raises(RuntimeError, match=r"second derivatives, and saw none: pass step\(\) a closure"):
             optimizer.step()
+
+
+class TestSquaresFollow:
+    """What is done to gradients after a draw is done to the squares of the examples."""
+
+    HYPER: ClassVar = dict(lr=0.1, ess=64.0, hess_init=0.5, betas=(0.9, 0.5), weight_decay=0.01)
+
+    def learn(self, backward, after=lambda model: None, kind=br.VOGN):
+        model = Network()
+        optimizer = kind(model.parameters(), **{k: v for k, v in self.HYPER.items()})
+        optimizer.attach(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            backward(model)
+            after(model)
+            optimizer.step()
+        return torch.cat([torch.cat([p.detach().flatten(), optimizer.state[p]["hess"].flatten()]) for p in model.parameters()])
+
+    @staticmethod
+    def plain(model, factor=1.0):
+        (factor * nn.functional.cross_entropy(model(model.x), model.y)).backward()
+
+    @staticmethod
+    def divided(model):
+        for p in model.parameters():
+            p.grad.div_(1024)
+
+    @pytest.mark.parametrize("kind", [br.VOGN, br.OGN])
+    def test_unscaling(self, kind):
+        scaled = self.learn(lambda model: self.plain(model, 1024.0), self.divided, kind)
+        torch.testing.assert_close(scaled, self.learn(self.plain, kind=kind), rtol=1e-9, atol=1e-9)
+
+    def test_clipping_the_norm_of_one_draw(self):
+        """By a tenth, of gradients ten times as large."""
+        clipped = self.learn(lambda model: self.plain(model, 10.0), lambda model: [p.grad.mul_(0.1) for p in model.parameters()])
+        torch.testing.assert_close(clipped, self.learn(self.plain), rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("kind", [br.VOGN, br.OGN])
+    def test_parts_of_a_batch_in_one_draw(self, kind):
+        """Each with its share of the mean."""
+
+        def parts(model):
+            for rows in (slice(0, 4), slice(4, 12)):
+                share = (rows.stop - rows.start) / 12
+                (share * nn.functional.cross_entropy(model(model.x[rows]), model.y[rows])).backward()
+
+        torch.testing.assert_close(self.learn(parts, kind=kind), self.learn(self.plain, kind=kind), rtol=1e-9, atol=1e-9)
+
+    def test_ogn_attached_is_ogn_by_closure(self):
+        model = Network()
+        optimizer = br.OGN(model.parameters(), **self.HYPER)
+        for _ in range(3):
+            optimizer.step(lambda: nn.functional.cross_entropy(model(model.x), model.y, reduction="none"))
+        found = torch.cat([torch.cat([p.detach().flatten(), optimizer.state[p]["hess"].flatten()]) for p in model.parameters()])
+        torch.testing.assert_close(self.learn(self.plain, kind=br.OGN), found, rtol=1e-9, atol=1e-9)
+
+    def test_a_batch_of_nothing_is_refused(self):
+        model = Network()
+        with pytest.raises(ValueError, match="the losses of no example"):
+            br.VOGN(model.parameters(), **self.HYPER).step(lambda: model(model.x[:0]).sum(1))
+
+    def test_sparse_gradients_of_examples_are_refused(self):
+        table = nn.Embedding(5, 2, sparse=True)
+        optimizer = br.VOGN(table.parameters(), **self.HYPER)
+        with pytest.raises(RuntimeError, match="sparse gradients are not supported"):
+            optimizer.step(lambda: table(torch.tensor([1, 2])).sum(1))

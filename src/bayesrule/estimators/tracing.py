@@ -125,13 +125,13 @@ class Whole(Call):
             return torch.stack(products).sum()
 
         params = {name: p.detach() for name, p in self.params.items()}
-        each = torch.func.vmap(torch.func.vmap(torch.func.grad(weighted), (None, None, 0)), (None, 0, 0))
+        each = torch.func.vmap(torch.func.grad(weighted), (None, 0, 0))  # one vmap: two nested ones are wrong for nn.PReLU
         kind = next(iter(self.params.values())).device.type
         try:
             with torch.autocast(kind, self.cast, enabled=self.cast is not None), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # that it is slower has been said
                 inputs, deltas = [self.inputs[i][rows] for i in led], [self._delta(edge, rows) for edge in back]
-                made = each(params, inputs, deltas)
+                made = self._each_column(each, params, inputs, deltas)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             first = str(error).strip().partition("\n")[0]
             raise RuntimeError(
@@ -139,6 +139,16 @@ class Whole(Call):
                 f"fails ({first}); write it so that vmap takes it, turn its randomness off, or freeze its parameters"
             ) from error
         return {p: Dense(made[name].to(self._wide())) for name, p in self.params.items()}
+
+    @staticmethod
+    def _each_column(
+        each: Callable[..., dict[str, Tensor]], params: dict[str, Tensor], inputs: list[Tensor], deltas: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The gradients for every example and every column of deltas, shape (rows, columns, ...)."""
+        columns = deltas[0].shape[1]
+        many = [x.repeat_interleave(columns, 0) for x in inputs]
+        found = each(params, many, [delta.flatten(0, 1) for delta in deltas])
+        return {name: t.unflatten(0, (-1, columns)) for name, t in found.items()}
 
 
 @dataclass(eq=False)

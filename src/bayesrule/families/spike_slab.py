@@ -2,10 +2,10 @@ r"""Weights that are there or not, unit by unit: the mixture of two spikes that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn, Self
 
-import torch
 from torch import Tensor
 
 from ..family import Family
@@ -26,28 +26,35 @@ class SpikeAndSlab(Family):
     Args:
         mean: m, shape (D,).
         keep: pi, in (0, 1].
-        units: The number of the unit that each element belongs to, shape (D,); None where each is its own.
+        shape: Of the tensor whose elements stand in a row; None where each element is a unit of its own.
+        axis: Along which axis of the shape the units are: the inputs of a layer are axis 1 of its weight.
 
     Raises:
         TypeError: A density or a KL divergence is asked for: spikes have none.
 
     Example:
         >>> import bayesrule as br
-        >>> q = SpikeAndSlab(torch.ones(4), 0.5, torch.tensor([0, 0, 1, 1]))
-        >>> q.sample(br.CounterNoise(seed=1))
-        tensor([2., 2., 0., 0.])
+        >>> q = SpikeAndSlab(torch.ones(4), 0.5, (2, 2), axis=1)
+        >>> q.sample(br.CounterNoise(seed=1)).view(2, 2)
+        tensor([[2., 0.],
+                [2., 0.]])
 
     Source: Khan and Rue (2023), The Bayesian Learning Rule, section 4.3.
     """
 
     mean: Tensor
     keep: Any = 1.0
-    units: Tensor | None = None
+    shape: tuple[int, ...] | None = None
+    axis: int = 1
 
     is_exponential_family: ClassVar[bool] = False
     ess: ClassVar[float] = 1.0
     hess: ClassVar[float] = 0.0
     """Nothing curves: the spikes keep their width."""
+
+    def __post_init__(self) -> None:
+        if self.shape is not None and (not 0 <= self.axis < len(self.shape) or math.prod(self.shape) != len(self.mean)):
+            raise ValueError(f"a SpikeAndSlab of {len(self.mean)} elements has no axis {self.axis} of shape {self.shape}")
 
     @property
     def variance(self) -> Tensor:
@@ -57,14 +64,18 @@ class SpikeAndSlab(Family):
     def solve(self, v: Tensor) -> Tensor:
         """The covariance times v: weights of a unit come and go together."""
         pull = self.mean * v
-        if self.units is not None:
-            pull = pull.new_zeros(len(pull)).index_add_(0, self.units, pull)[self.units]
+        if self.shape is not None:
+            others = [i for i in range(len(self.shape)) if i != self.axis]
+            pull = pull.view(self.shape).sum(others, keepdim=True).expand(self.shape).reshape(-1)
         return self.mean * pull * ((1 - self.keep) / self.keep)
 
     def masks(self, noise: Noise) -> Tensor:
         """0 or 1 / pi for every element, the same for all of a unit, shape (D,)."""
-        u = noise.uniform(self.mean)
-        return ((u if self.units is None else u[self.units]) < self.keep).to(self.mean.dtype) / self.keep
+        masks = (noise.uniform(self.mean) < self.keep).to(self.mean.dtype) / self.keep
+        if self.shape is None:
+            return masks
+        along = [-1 if i == self.axis else 1 for i in range(len(self.shape))]
+        return masks[: self.shape[self.axis]].view(along).expand(self.shape).reshape(-1)
 
     def sample(self, noise: Noise) -> Tensor:
         return self.mean * self.masks(noise)
@@ -114,11 +125,3 @@ class SpikeAndSlab(Family):
 
     def kl(self, other: Any) -> NoReturn:
         self.log_prob(self.mean)
-
-
-def units_of(shape: tuple[int, ...] | torch.Size, axis: int | None) -> Tensor | None:
-    """For every element of a tensor, in a row, its place along an axis, shape (D,); None without an axis."""
-    if axis is None or len(shape) <= axis:
-        return None
-    place = torch.arange(shape[axis]).view(*([1] * axis), -1, *([1] * (len(shape) - axis - 1)))
-    return place.expand(shape).reshape(-1)

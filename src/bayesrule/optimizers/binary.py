@@ -36,11 +36,13 @@ class _Binary(BayesOptimizer):
     is_diagonal = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters become binary: their signs are where they begin."""
+        """Add a group; its trainable parameters become binary: their signs are where they begin."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         with torch.no_grad():
             for p in group["params"]:
+                if not p.requires_grad:
+                    continue
                 natural = self.like_state(p).copy_(self.begin(group, p.detach()))
                 self.state[p] = {"step": torch.tensor(0.0), self.names.hess: natural}
                 p.copy_(self.member(group, natural).mean)

@@ -89,7 +89,7 @@ class Blockwise(Unrecorded):
     def _close(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
         offset = flats["mean"] - flats["offset"]
         cell.plot.keep(flats["offset"], flats["mean"], cell.only)
-        flats["offset"].copy_(offset)
+        cell.plot.keep(offset, flats["offset"], cell.only)
         return "mean", "offset"
 
     def _average(self, cell: Cell, flats: Flats, numbers: Named) -> tuple[str, ...]:
@@ -141,8 +141,8 @@ class Blockwise(Unrecorded):
         except DomainError as error:
             block = f"a block of {len(q.mean)} elements in {str(cell.plot.dtype).removeprefix('torch.')}"
             raise DomainError(
-                f"{self.runner.name}: the precision of {block} is not positive definite any more: raise hess_init or weight_decay, "
-                "bring beta2 nearer to 1, or take parameters of a wider dtype"
+                f"{self.runner.name}: the precision of {block} is not positive definite any more: begin again with more "
+                "hess_init or weight_decay, beta2 nearer to 1, or parameters of a wider dtype"
             ) from error
         cell.plot.keep(self._flat(cell, new.mean), flats["mean"], cell.only)
         self.author.hold(cell, flats, new)

@@ -134,17 +134,19 @@ class Layout:
         params = {id(p): p for p in self._members(index)}
         states = {key: self.state(group, p) for key, p in params.items()}
         steps = dict(zip(states, self._steps(index, list(states.values())), strict=True))
-        seed = int(group.get("seed", 0))
+        seed, together = int(group.get("seed", 0)), self.host.together_in(group) is not None
         for plot in dealt:
             within = [states[id(p)] for p in plot.params]
             own = [steps[id(p)] if id(p) in chosen else -1 for p in plot.params]
+            if together and max(own) >= 0:  # a block moves as one
+                own = [max(steps[id(p)] for p in plot.params)] * len(own)
             for step in sorted(set(own) - {-1}):
                 only = None if len(set(own)) == 1 else frozenset(i for i, n in enumerate(own) if n == step)
                 known = (state for state, n in zip(within, own, strict=True) if n == step)
-                remembers = step > 0 and any(self.host.names.memory in state for state in known)
                 inputs = {**numbers, "done": step, "seed": seed}
                 now = self.host.at(group, step)
                 rule = self.host.rule(now)
+                remembers = rule.momentum.remembers and step > 0 and any(self.host.names.memory in state for state in known)
                 kept = self._kept(group, rule, plot, within)
                 yield Cell(plot, now, rule, inputs, (*structure, "prior_mean" in kept), kept, step, remembers, only)
         for key, p in params.items():
@@ -228,6 +230,10 @@ class Layout:
     def count(self, params: Sequence[Tensor]) -> None:
         """One step more for parameters."""
         moved = set(map(id, params))
+        for index in self._counters:
+            if self.host.together_in(self.host.param_groups[index]) is not None:
+                blocks = [set(map(id, plot.params)) for plot in self._plot(index)]
+                moved |= {own for block in blocks if block & moved for own in block}
         for index, (_, flat) in self._counters.items():
             own = [id(p) in moved for p in self._members(index)]
             flat.add_(1.0 if all(own) else torch.tensor(own, dtype=flat.dtype))

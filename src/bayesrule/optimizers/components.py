@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -47,14 +48,14 @@ class Turns(Execution):
             return super().run(kind, cell, flats, numbers, drawn)
         blocks = self.author.component(cell, number)
         if kind in ("draw", "look"):
-            flats["offset"].copy_(flats["mean"])
+            cell.plot.keep(flats["mean"], flats["offset"], cell.only)
             cell.plot.keep(blocks["mean"], flats["mean"], cell.only)
             there = {name: blocks.get(name, flat) if name != "mean" else flat for name, flat in flats.items() if name != "offset"}
             return super().run(kind, cell, there, numbers, drawn)
         if kind == "close":
             offset = flats["mean"] - blocks["mean"]
             cell.plot.keep(flats["offset"], flats["mean"], cell.only)
-            flats["offset"].copy_(offset)
+            cell.plot.keep(offset, flats["offset"], cell.only)
             return "mean", "offset"
         return super().run(kind, cell, {name: blocks.get(name, flat) for name, flat in flats.items()}, numbers, drawn)
 
@@ -111,6 +112,9 @@ class MultiIVON(IVON):
     def __init__(self, params: ParamsT, lr: float, ess: float, *, components: int = 3, spread: float = 1.0, **ivon: Any) -> None:
         if own := {"memory", "noise", "momentum_dtype"} & set(ivon):
             raise TypeError(f"MultiIVON has no {min(own)}=; leave it out")
+        known = inspect.signature(IVON).parameters
+        if unknown := set(ivon) - set(known):
+            raise TypeError(f"MultiIVON has no {min(unknown)}=; it takes components, spread and what IVON takes")
         self._own = {"components": components, "spread": spread}
         super().__init__(params, lr, ess, **ivon)
 

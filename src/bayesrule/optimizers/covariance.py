@@ -88,8 +88,15 @@ class _Covariance(BayesOptimizer):
         """The matrix of a block, shape (D, ...), in whose memory every parameter's state has its rows."""
         states = [self.state[p] for p in cell.plot.params]
         rows = [state[self.rows][0] for state in states if self.rows in state]
+        size = sum(p.numel() for p in cell.plot.params)
+        if rows and (len(rows) != len(states) or any(tuple(r.shape) != self._row(cell, p, size) for r, p in self._pairs(cell))):
+            found = [tuple(state[self.rows][0].shape) if self.rows in state else None for state in states]
+            raise ValueError(
+                f"{type(self).__name__}: the parameters of a block, or its rank, changed after steps (its {self.rows} has rows "
+                f"{found}); give what is frozen or thawed a group of its own from the start, or make a new optimizer"
+            )
         owners, whole = self._held.get(cell.plot, ([], torch.empty(0)))
-        if rows and len(rows) == len(owners) == len(states) and all(a is b for a, b in zip(rows, owners, strict=True)):
+        if rows and len(rows) == len(owners) and all(a is b for a, b in zip(rows, owners, strict=True)):
             return whole
         with torch.inference_mode(False), torch.no_grad():
             whole = torch.cat(rows) if len(rows) == len(states) else begin()
@@ -98,6 +105,13 @@ class _Covariance(BayesOptimizer):
             state[self.rows] = [own]
         self._held[cell.plot] = owners, whole
         return whole
+
+    def _pairs(self, cell: Cell) -> list[tuple[Tensor, Tensor]]:
+        return [(self.state[p][self.rows][0], p) for p in cell.plot.params if self.rows in self.state[p]]
+
+    def _row(self, cell: Cell, param: Tensor, size: int) -> tuple[int, int]:
+        """The shape of the rows of a parameter in a block of so many elements."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def together(self, names: Mapping[Tensor, str]) -> tuple[Part, ...]:
@@ -123,7 +137,8 @@ class IBLR(_Covariance):
         H \leftarrow H + \rho E + \tfrac{\rho^2}{2} E S^{-1} E, \quad E = F - H, \qquad
         m \leftarrow m - \alpha\, S^{-1} (\hat v + \delta m)
 
-    The precision is positive definite after every step, whatever the gradients. With ``hess_approx="ggn"`` F is the mean product of
+    The precision is positive definite after every step, whatever the gradients, as far as numbers of the parameters' dtype can
+    tell: where they cannot, a step says so. With ``hess_approx="ggn"`` F is the mean product of
     the gradients of the examples, and the closure returns the loss of every one.
 
     As an instance of the rule: Full · MonteCarlo · Reparameterized · Riemannian. Over a Diagonal it is :class:`bayesrule.IVON`
@@ -231,6 +246,9 @@ class IBLR(_Covariance):
         (group,) = (group for group in self.param_groups if any(param is p for p in group["params"]))
         alike = [p for p in group["params"] if p.requires_grad and (p.dtype, p.device) == (param.dtype, param.device)]
         return [(param.numel(), sum(p.numel() for p in alike) if self.together_in(group) else param.numel())]
+
+    def _row(self, cell: Cell, param: Tensor, size: int) -> tuple[int, int]:
+        return param.numel(), size
 
     def curvature(self, group: Mapping[str, Any]) -> Curvature:
         if equal(group["ess"], math.inf) and group["hess_approx"] == "price":
@@ -350,6 +368,9 @@ class SLANG(_Covariance):
     def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]:
         (group,) = (group for group in self.param_groups if any(param is p for p in group["params"]))
         return [(param.numel(), group["rank"])]
+
+    def _row(self, cell: Cell, param: Tensor, size: int) -> tuple[int, int]:
+        return param.numel(), cell.group["rank"]
 
     def curvature(self, group: Mapping[str, Any]) -> Curvature:
         return EmpiricalFisherFactor()

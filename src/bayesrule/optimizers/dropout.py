@@ -12,7 +12,7 @@ from ..estimators.curvatures import Zero
 from ..estimators.expectations import Delta
 from ..estimators.masks import Masks
 from ..families.gaussian import Diagonal
-from ..families.spike_slab import SpikeAndSlab, units_of
+from ..families.spike_slab import SpikeAndSlab
 from ..joints import Joint
 from ..momentum import HeavyBall
 from ..parts import Part
@@ -130,9 +130,8 @@ class Dropout(BayesOptimizer):
         return self._member(cell.group, param, mean), Diagonal(mean.new_zeros(()), 0.0, cell.group["weight_decay"])
 
     def _member(self, group: Mapping[str, Any], param: Tensor, mean: Tensor) -> SpikeAndSlab:
-        units = units_of(param.shape, 1) if group["p"] else None
-        masked = units is not None and spreads(group)
-        return SpikeAndSlab(mean, 1 - group["p"] if masked else 1.0, units.to(mean.device) if units is not None else None)
+        masked = group["p"] and param.dim() > 1 and spreads(group)
+        return SpikeAndSlab(mean, 1 - group["p"], tuple(param.shape)) if masked else SpikeAndSlab(mean)
 
     def hold(self, cell: Cell, flats: Flats, q: Any) -> None:
         """Nothing is kept but the mean."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -152,6 +153,21 @@ class EVON(BayesOptimizer):
         noise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._set_up(params, locals(), compile=False)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one warning where axes are too long for a basis."""
+        super().add_param_group(param_group)
+        limit = self.param_groups[-1]["max_precond_dim"]
+        wide = [p for p in self.param_groups[-1]["params"] if p.dim() > 1]
+        long = [(p, n) for p in wide for n in self.wide(p) if n > limit]
+        if long and limit:
+            count, most = f"{len({id(p) for p, _ in long})} of {len(wide)}", max(n for _, n in long)
+            warnings.warn(
+                f"EVON: {count} matrices have axes longer than max_precond_dim={limit}, up to {most}: these axes keep their "
+                "coordinates",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def together_in(self, group: Mapping[str, Any]) -> bool | None:
         return False

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ..estimators.per_example import Squares
 from ..noise import PROBE, CounterNoise
+from ..plots import Plot
 from ..rule import BayesRule
 from ..vector import Vector
 from .cells import Layout
+from .workers import Workers
 
 TOLD = "told"
 """The block of what is told beside a gradient: the mean over examples of their squares, or the diagonal of the Hessian."""
@@ -27,6 +29,7 @@ class Host(Protocol):
     """What is asked of an optimizer."""
 
     layout: Layout
+    workers: Workers
     param_groups: list[dict[str, Any]]
 
     @property
@@ -60,6 +63,8 @@ class Examples:
         self.host, self.name = host, name
         self.arrived = False
         self.rows: dict[Tensor, Tensor] = {}  # gradients of examples, (examples, ...), where they are kept
+        self.sizes: dict[Tensor, Tensor] = {}  # squared norms of gradients, as backpropagation left them
+        self._watches: list[Any] = []
         self._attached: weakref.WeakSet[Teller] = weakref.WeakSet()
         self._recording: ExitStack | None = None
 
@@ -79,7 +84,7 @@ class Examples:
 
     def forget(self) -> None:
         """No examples yet."""
-        self.arrived, self.rows = False, {}
+        self.arrived, self.rows, self.sizes = False, {}, {}
 
     # Recording
 
@@ -92,10 +97,13 @@ class Examples:
         self.arrived = False
         if self._told and self.host.squares_examples:
             self._recording = ExitStack()
+            if not self.host.workers.active:  # who averages over ranks is no one who rescales
+                params = self.host.layout.trainable()
+                self._watches = [p.register_post_accumulate_grad_hook(self._measure) for p in params]
             for squares in self._told:
                 if fresh:
                     squares.clear()
-                self._recording.enter_context(squares.recording())
+                self._recording.enter_context(squares.recording(1.0))
 
     def close(self, keep: bool = True) -> None:
         """It closes.
@@ -103,7 +111,9 @@ class Examples:
         Args:
             keep: Whether what was noted counts.
         """
-        recording, self._recording = self._recording, None
+        for watch in self._watches:
+            watch.remove()
+        recording, self._recording, self._watches = self._recording, None, []
         if recording is None:
             return
         if not keep:
@@ -111,9 +121,20 @@ class Examples:
                 raise _Lost
             return
         recording.close()
-        found = {p: total / squares.examples for squares in self._told for p, total in squares.sums.items() if squares.examples}
+        # what goes backward in a draw, in however many parts, is the mean over its examples
+        found = {p: total * squares.examples for squares in self._told for p, total in squares.sums.items() if squares.examples}
         if found:
             self._keep(found)
+
+    def _measure(self, param: Tensor) -> None:
+        if param.grad is not None:
+            self.sizes[param] = param.grad.square().sum()
+
+    def measure(self) -> None:
+        """A draw is closed: note how large gradients are, where that was not seen when they arrived."""
+        if self.arrived and not self.sizes and not self.host.workers.active:
+            for p in self.host.layout.trainable():
+                self._measure(p)
 
     # A closure
 
@@ -145,6 +166,8 @@ class Examples:
         return losses.detach().mean()
 
     def _checked(self, losses: Any) -> Tensor:
+        if isinstance(losses, Tensor) and losses.dim() == 1 and not len(losses):
+            raise ValueError(f"{self.name}: the closure returned the losses of no example; leave empty batches out")
         if isinstance(losses, Tensor) and losses.dim() == 1 and losses.requires_grad:
             return losses
         got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
@@ -202,7 +225,12 @@ class Examples:
         squares: dict[Tensor, Tensor] = {}
         for number, chunk in enumerate(units):
             last = number == len(units) - 1
-            found = torch.autograd.grad(losses, params, chunk, retain_graph=not last, allow_unused=True, is_grads_batched=True)
+            try:
+                found = torch.autograd.grad(losses, params, chunk, retain_graph=not last, allow_unused=True, is_grads_batched=True)
+            except (RuntimeError, NotImplementedError) as error:
+                if "Sparse" not in str(error):
+                    raise
+                raise RuntimeError("sparse gradients are not supported; make the embedding with sparse=False") from error
             for p, each in zip(params, found, strict=True):
                 if each is not None:
                     sums[p] = sums.get(p, 0.0) + each.sum(0)
@@ -226,6 +254,14 @@ class Examples:
                     view.copy_(plot.bucket.piece(squares[p], i))
         self.arrived = True
 
+    def rescale(self, plot: Plot, factors: Mapping[Tensor, Tensor], degree: int) -> None:
+        """Gradients became so many times as large: what was told with them follows."""
+        for view, p in zip(plot.views(plot.flat(TOLD)), plot.params, strict=True):
+            if p in factors:
+                view.mul_(factors[p].to(view.dtype) ** degree)
+            if p in factors and p in self.rows:
+                self.rows[p] = self.rows[p] * factors[p]
+
     def check(self) -> None:
         """Before the squares of a draw are read.
 
@@ -237,10 +273,11 @@ class Examples:
                 f"{self.name} asks for second derivatives, and saw none: pass step() a closure that returns the mean loss, shape "
                 "(), with its graph"
             )
-        if not self.arrived:
+        if not self.arrived or (self._keeps and not self.rows):
+            how = "pass step()" if self._keeps else "attach(model), or pass step()"
             raise RuntimeError(
-                f"{self.name} squares gradients example by example, and saw none: attach(model), or pass step() a closure that "
-                "returns one loss for each example, shape (examples,)"
+                f"{self.name} {'takes' if self._keeps else 'squares'} gradients example by example, and saw none: {how} a closure "
+                "that returns one loss for each example, shape (examples,)"
             )
 
 

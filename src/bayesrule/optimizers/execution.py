@@ -143,7 +143,7 @@ class Execution:
     def shift(self, cell: Cell, flats: Flats, offset: Tensor) -> None:
         """Write a sample at an offset that is given, and keep the mean aside."""
         cell.plot.keep(flats["mean"], flats["offset"], cell.only)
-        flats["mean"].add_(offset)
+        cell.plot.keep(flats["mean"] + offset, flats["mean"], cell.only)
 
     def run(self, kind: str, cell: Cell, flats: Flats, numbers: Named, drawn: Cell | None = None) -> tuple[str, ...]:
         """Run a program on a cell; what it writes and does not belong to the cell stays as it is.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..posterior import Posterior
@@ -54,7 +55,7 @@ class Count:
     least: int
 
     def __contains__(self, value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= self.least
+        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= self.least
 
     def __str__(self) -> str:
         return f"a whole number >= {self.least}"
@@ -156,6 +157,8 @@ def check_group(optimizer: str, number: int, group: Mapping[str, Any], ranges: M
         raise ValueError(
             f"{optimizer} needs whole tensors, and these lie on several processes in parts; use IVON, or DistributedDataParallel"
         )
+    if any(p.layout != torch.strided for p in group["params"]):
+        raise TypeError(f"{optimizer}: parameter group {number} has sparse parameters; make them dense")
     if any(p.is_complex() for p in group["params"]):
         raise TypeError(f"{optimizer}: parameter group {number} has complex parameters; split them into real ones")
 

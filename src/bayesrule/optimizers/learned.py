@@ -78,7 +78,9 @@ def marginal(
     mean = held.to(torch.promote_types(held.dtype, torch.float32), copy=True)
     if optimizer.names.mean in state and held.dtype.itemsize < mean.dtype.itemsize:
         mean = followed(state[optimizer.names.mean], held)
-    if optimizer.names.hess is None:  # what nothing is learned of stays as it began
+    if not param.numel():
+        precision = torch.ones_like(mean)
+    elif optimizer.names.hess is None:  # what nothing is learned of stays as it began
         precision = torch.full_like(mean, ess * group["hess_init"])
     else:
         precision = state[optimizer.names.hess] * ess + prior_of(optimizer, group, param, part)[1]

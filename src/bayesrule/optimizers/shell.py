@@ -169,7 +169,7 @@ class Shell(Optimizer, ABC):
             >>> (w - 1).abs().max().item() < 0.1
             True
         """
-        if not self.draws.is_training and self.wanted_draws() and self.layout.trainable():
+        if not self.draws.is_training and (self.wanted_draws() or self.squares_examples) and self.layout.trainable():
             self._renew()
             self.draws.begin(train=True, automatic=True)
 
@@ -402,12 +402,13 @@ class Shell(Optimizer, ABC):
         self.draws.close()
         kept = {"noise": self.draws.injected and self.draws.injected.function, "compile": self.execution.compile}
         together = {"sync": self.workers.sync, "noise_per_rank": self.workers.noise_per_rank}
-        return {**super().__getstate__(), **kept, **together, "frugal": self.frugal}
+        return {**super().__getstate__(), **kept, **together, "frugal": self.frugal, "steps": self.execution.steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "compile" in state:  # a copy; load_state_dict brings groups and state alone
-            self.frugal = state.pop("frugal")
+            self.frugal, steps = state.pop("frugal"), state.pop("steps")
             self._prepare(*(state.pop(name) for name in ("noise", "compile", "sync", "noise_per_rank")))
+            self.execution.resume(steps)
         else:
             self.draws.forget()
             self.layout.forget()
