@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tests.sweeps import sweep
 from torch import Tensor
 from torch.fx.proxy import TraceError
 
@@ -287,7 +288,10 @@ def graphs(monkeypatch):
 
 
 class TestCompiled:
-    @ALL
+    FEW = ("all methods", "numbers of numbers", "axpy", "lerp", "where", "an old value that is used later", "a mean that returns")
+    FEW += ("adam", "stacked and used late", "bits")
+
+    @pytest.mark.parametrize("function", sweep((pytest.param(f, id=name) for name, f in FUNCTIONS.items()), *FEW))
     def test_a_run_does_what_the_function_says_in_place(self, function, graphs):
         program = Program.record(function, NAMES, list(NUMBERS))
         for seed, numbers in enumerate((NUMBERS, NUMBERS_AFTER)):

@@ -1,5 +1,6 @@
 """What the tests of execution share: problems whose gradients are the same bits everywhere, and ways to compare runs."""
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -150,6 +151,13 @@ MADE: dict[str, tuple[Any, ...]] = {}  # what a test makes once and uses several
 def alone() -> None:
     """No models of earlier tests."""
     MADE.clear()
+
+
+@pytest.fixture
+def unburdened() -> None:
+    """What there is before the test is not looked through each time that it counts what it holds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ SEVERAL = [
     pytest.param(br.IVON, dict(IVON, mc_samples=3, memory="low"), 3, id="ivon-low-draws"),
 ]
 SHAPES = [
-    pytest.param((3 * BUCKET + 5,), id="one-cut"),
+    pytest.param((3 * BUCKET + 5,), id="one-cut", marks=pytest.mark.slow),
     pytest.param((70_001, 66_000, 3, (5, 7)), id="several"),
     pytest.param((1000,) * 200, id="many-small"),
 ]
@@ -112,6 +112,7 @@ class TestScratch:
         assert [size for _, size in seen.made] == [LARGE, LARGE]
 
 
+@pytest.mark.usefixtures("unburdened")
 class TestStash:
     """What is held beside parameters, gradients, curvature and momentum."""
 

@@ -174,7 +174,7 @@ class TestNoCompiler:
 
     SIZES = ((70_001, 5), (300_003, 9, 600_000))
 
-    @pytest.mark.parametrize("sizes", SIZES, ids=str)
+    @pytest.mark.parametrize("sizes", [SIZES[0], pytest.param(SIZES[1], marks=SLOW)], ids=str)
     @pytest.mark.parametrize(
         ("make", "hyper", "draws"),
         [

@@ -89,6 +89,7 @@ class TestState:
         for p in problem.parameters():
             assert sum(value.numel() for value in optimizer.state[p].values()) == 2 * p.numel() + 1
 
+    @pytest.mark.usefixtures("unburdened")
     def test_no_graph_is_kept_from_step_to_step(self):
         problem = Network()
         optimizer = ivon(problem)

@@ -303,6 +303,7 @@ class TestReading:
             optimizer.step()
         torch.testing.assert_close(optimizer.state[problem.inner.weight]["momentum"], first / 2)
 
+    @pytest.mark.usefixtures("unburdened")
     @pytest.mark.parametrize("approximation", APPROXIMATIONS)
     def test_what_is_kept_between_draws_does_not_grow_with_their_number(self, approximation):
         def kept(draws: int) -> int:
@@ -314,6 +315,7 @@ class TestReading:
         two = kept(2)
         assert kept(8) == two == kept(30)
 
+    @pytest.mark.usefixtures("unburdened")
     def test_a_finished_step_leaves_two_tensors_a_parameter_and_scratch_that_does_not_grow(self):
         problem, optimizer = pair64(mc_samples=3)
         train(problem, optimizer, 2)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from sklearn import metrics as sklearn
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from bayesrule.uses.metrics import (
     accuracy,
@@ -86,6 +85,8 @@ class TestAgainstOthers:
     @pytest.mark.parametrize("norm", ["l1", "max"])
     @pytest.mark.parametrize("closed", ["left", "right"])  # the same away from the borders
     def test_calibration_error_is_torchmetrics(self, dtype, bins, norm, closed):
+        from torchmetrics.functional.classification import multiclass_calibration_error  # brings all of transformers
+
         probs, labels = problem(0, dtype=dtype)
         theirs = multiclass_calibration_error(probs, labels, num_classes=5, n_bins=bins, norm=norm)
         ours = calibration_error(probs, labels, bins=bins, norm=norm, closed=closed)

@@ -11,6 +11,7 @@ from io import BytesIO
 import pytest
 import torch
 from PIL import Image
+from tests.sweeps import sweep
 
 from bayesrule.uses.charts import POINTS, count_confusions, frequent, heat_map, mean_line, styles, thinned
 from bayesrule.uses.galleries import SMALL, TILES, WIDEST, Shown, draw, galleries
@@ -93,7 +94,10 @@ def written(name):
     return render(EXAMPLES[name])
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+FEW = ("usual", "no unknown", "nine methods", "no images", "nasty names", "hundred classes", "always right", "bare")
+
+
+@pytest.mark.parametrize("name", sweep(EXAMPLES, *FEW))
 def test_the_page_is_complete_in_itself(name):
     page = written(name)
     addresses = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)["']""", page)
