@@ -120,8 +120,8 @@ def test_rescaling_raises_to_a_power(kind):
 
 @every
 def test_draws_have_mean_and_covariance(kind):
-    """Within 5 standard errors of 4000 draws."""
-    post, count = posterior(kind), 4000
+    """Within 5 standard errors of 500 draws."""
+    post, count = posterior(kind), 500
     draws = torch.stack([row(post.sample(0, draw)) for draw in range(count)])
     covariance = torch.stack([row(post.matvec(named(e))) for e in eye()])
     variance = row(post.variance)

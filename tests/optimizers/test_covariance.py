@@ -120,6 +120,7 @@ def test_a_step_is_the_rule_over_a_full():
         torch.testing.assert_close(optimizer.state[w]["matrix"][0], q.hess, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_iblr_finds_mean_and_covariance_of_a_quadratic():
     """Rows of a matrix that no diagonal has; the estimate's noise averages out at beta2 near 1."""
     w = nn.Parameter(C * 0)
