@@ -92,7 +92,7 @@ class MultiIVON(IVON):
     Example:
         >>> import torch
         >>> w = torch.nn.Parameter(torch.tensor([[0.9]]))
-        >>> opt = MultiIVON([w], lr=0.1, ess=1e4, components=2, spread=1.0, seed=1)
+        >>> opt = MultiIVON([w], lr=0.1, ess=1e4, components=2)
         >>> for _ in range(400):
         ...     with opt.sampled_params(train=True):
         ...         (w.square() - 1).square().sum().backward()
