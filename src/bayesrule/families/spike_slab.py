@@ -33,6 +33,7 @@ class SpikeAndSlab(Family):
         TypeError: A density or a KL divergence is asked for: spikes have none.
 
     Example:
+        >>> import torch
         >>> import bayesrule as br
         >>> q = SpikeAndSlab(torch.ones(4), 0.5, (2, 2), axis=1)
         >>> q.sample(br.CounterNoise(seed=0)).view(2, 2)
