@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
@@ -36,6 +37,17 @@ class Network(nn.Module):
         """By hand: a backward pass for each example."""
         each = [torch.autograd.grad(loss, self.parameters(), retain_graph=True) for loss in self.losses()]
         return [torch.stack(gradients).square().mean(0) for gradients in zip(*each, strict=True)]
+
+
+class Shifted(nn.Module):
+    """Uses a parameter beside its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.shift
 
 
 class TestSquares:
@@ -134,6 +146,22 @@ class TestAttached:
         found = [*model.parameters(), *(optimizer.state[p]["hess"] for p in model.parameters())]
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.filterwarnings("ignore:no closed form for Shifted")
+    @pytest.mark.parametrize("shape", [nn.Linear(4, 3), Shifted()], ids=["a-layer", "parameters-of-its-own"])
+    def test_the_forward_that_opens_a_draw_belongs_to_it(self, shape):
+        """It is under way when layers begin to be watched: what the model itself does with parameters counts as well."""
+        model, twin = copy.deepcopy(shape).double(), copy.deepcopy(shape).double()
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        optimizer, other = (br.VOGN(m.parameters(), 0.1, 12.0) for m in (model, twin))
+        optimizer.attach(model)
+        for _ in range(3):
+            model(x).square().sum(1).mean().backward()
+            optimizer.step()
+            other.step(lambda: twin(x).square().sum(1))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(optimizer.state[p]["hess"], other.state[q]["hess"], rtol=1e-10, atol=1e-12)
 
     def test_ogn_takes_the_same_steps(self):
         model, twin = Network(), Network()
@@ -391,6 +419,22 @@ class TestSquaresFollow:
     def test_unscaling(self, kind):
         scaled = self.learn(lambda model: self.plain(model, 1024.0), self.divided, kind)
         torch.testing.assert_close(scaled, self.learn(self.plain, kind=kind), rtol=1e-9, atol=1e-9)
+
+    def test_unscaling_of_a_parameter_in_several_pieces(self):
+        """A whole one has 131,072 elements at most."""
+
+        def learn(factor):
+            layer = nn.Linear(4, 40_000, bias=False, dtype=torch.float64)
+            nn.init.constant_(layer.weight, 0.1)
+            optimizer = br.VOGN(layer.parameters(), **self.HYPER)
+            optimizer.attach(layer)
+            x = torch.arange(1.0, 13.0, dtype=torch.float64).view(3, 4)
+            (factor * layer(x).square().sum(1).mean()).backward()
+            layer.weight.grad.div_(factor)
+            optimizer.step()
+            return optimizer.state[layer.weight]["hess"]
+
+        torch.testing.assert_close(learn(1024.0), learn(1.0), rtol=1e-9, atol=1e-9)
 
     def test_clipping_the_norm_of_one_draw(self):
         """By a tenth, of gradients ten times as large."""

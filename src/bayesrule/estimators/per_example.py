@@ -65,6 +65,7 @@ class Squares:
         self.sums: dict[nn.Parameter, Tensor] = {}
         self.examples = 0
         self._told: set[str] = set()
+        self._trace: Trace | None = None
 
     def clear(self) -> None:
         """Begin anew."""
@@ -85,9 +86,11 @@ class Squares:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         try:
             with Trace(self.model, trainable, recording.forwarded) as trace:
+                self._trace = trace
                 yield
                 recording.finish()
         finally:
+            self._trace = None
             recording.remove()
         trace.formless -= self._told
         self._told |= trace.formless
@@ -99,6 +102,17 @@ class Squares:
                 self.sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) if new is None else new
         self.examples += recording.examples
         trace.warn()
+
+    def entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A hook in front of a module's forward opened a recording: that forward belongs to it.
+
+        Args:
+            module: The model, or a part of it.
+            args: What it is called with.
+            kwargs: The same, by name.
+        """
+        if self._trace is not None:
+            self._trace.entered(module, args, kwargs)
 
 
 class _Recording:

@@ -201,6 +201,11 @@ class Trace(TorchFunctionMode):
             handle.remove()
         self._stack.clear()
 
+    def entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Watching began in a hook of a module, before its forward but too late for a hook in front of that."""
+        if module in self._inside and not self._stack:
+            self._before(module, args, kwargs)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if torch.is_grad_enabled() and self._probe is None:

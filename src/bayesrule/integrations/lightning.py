@@ -93,10 +93,10 @@ class Opens(Attached):
         super().__init__(optimizer, part)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def before_forward(self, model: nn.Module, _: Any) -> None:
+    def before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         optimizer = self.serves(model)
         if self._callback.trains and optimizer is not None and torch.is_grad_enabled() and not optimizer.draws.is_open:
-            optimizer.train()
+            self.open(optimizer, model, args, kwargs)
 
 
 def _drawing(trainer: Trainer) -> list[BayesOptimizer]:

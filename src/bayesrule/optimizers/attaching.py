@@ -99,12 +99,12 @@ class Attached(SavesMean):
 
     def hooks(self, model: nn.Module) -> Iterator[Any]:
         for each in _called(model):
-            yield each.register_forward_pre_hook(self.before_forward, prepend=True)
+            yield each.register_forward_pre_hook(self.before_forward, prepend=True, with_kwargs=True)
         yield model.register_forward_hook(self.after_forward, always_call=True)
         yield from super().hooks(model)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def before_forward(self, model: nn.Module, _: Any) -> None:
+    def before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Open the draw of the step for training, and close it for a while for anything else."""
         optimizer = self.serves(model)
         if optimizer is None or torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has weights of its own
@@ -129,7 +129,14 @@ class Attached(SavesMean):
                     "which must be open before its first forward: call opt.train() there, or pass use_reentrant=False"
                 )
             self._warn_of_others(optimizer)
-            optimizer.train()
+            self.open(optimizer, model, args, kwargs)
+
+    def open(self, optimizer: Drawing, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Open a draw in front of a forward, which belongs to it."""
+        optimizer.train()
+        for each in ATTACHED.get(optimizer, ()):
+            if each.squares is not None:
+                each.squares.entered(model, args, kwargs)
 
     def _warn_of_others(self, optimizer: Drawing) -> None:
         """Once: parameters outside of all attached models see a draw only if their forward comes later."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..estimators.per_example import Squares
 from ..noise import PROBE, CounterNoise
-from ..plots import Plot
 from ..rule import BayesRule
 from ..vector import Vector
 from .cells import Layout
@@ -95,6 +94,8 @@ class Examples:
             fresh: Whether it is a new one.
         """
         self.arrived = False
+        if fresh:
+            self.sizes = {}
         if self._told and self.host.squares_examples:
             self._recording = ExitStack()
             if not self.host.workers.active:  # who averages over ranks is no one who rescales
@@ -254,13 +255,20 @@ class Examples:
                     view.copy_(plot.bucket.piece(squares[p], i))
         self.arrived = True
 
-    def rescale(self, plot: Plot, factors: Mapping[Tensor, Tensor], degree: int) -> None:
-        """Gradients became so many times as large: what was told with them follows."""
-        for view, p in zip(plot.views(plot.flat(TOLD)), plot.params, strict=True):
-            if p in factors:
-                view.mul_(factors[p].to(view.dtype) ** degree)
-            if p in factors and p in self.rows:
-                self.rows[p] = self.rows[p] * factors[p]
+    def follow(self) -> None:
+        """Before gradients are read: they may have been unscaled or clipped since their draw closed, and what it told follows."""
+        factors: dict[Any, Tensor] = {}
+        for p, before in self.sizes.items():
+            if p.grad is not None:
+                ratio = (p.grad.square().sum() / before).sqrt()
+                factors[p] = torch.where(before > 0, ratio, torch.ones_like(ratio))
+        self.sizes = {}  # once
+        degree = 1 if self.host.asks_hessian else 2
+        for plot in self.host.layout.plots() if factors else ():
+            for view, p in zip(plot.views(plot.flat(TOLD)), plot.params, strict=True):
+                if p in factors:
+                    view.mul_(factors[p].to(view.dtype) ** degree)
+        self.rows = {p: rows * factors[p] if p in factors else rows for p, rows in self.rows.items()}
 
     def check(self) -> None:
         """Before the squares of a draw are read.

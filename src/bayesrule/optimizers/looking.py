@@ -345,8 +345,7 @@ class Looks:
             flats["first"] = plot.flat(FIRST)
         if cell.rule.curvature.squares_examples or cell.rule.curvature.asks_hessian:
             self.host.examples.check()
-            degree = cell.rule.curvature.degree
-            self.host.examples.rescale(plot, self._factors(plot.params), degree)
+            self.host.examples.follow()
             flats["squares" if cell.rule.curvature.squares_examples else "probes"] = plot.flat(TOLD)
         if self.host.workers.listens and self.written.cells:  # what is not drawn itself was seen at this rank's draw, too
             flats["local"] = plot.flat(LOCAL)
@@ -356,16 +355,6 @@ class Looks:
             return {**flats, "offset": plot.flat(self.written.block)}, numbers, None
         then = {THEN + name: n for name, n in made[1].items()}
         return {**flats, "pairs": plot.where.numbers}, {**numbers, **then}, made[0]
-
-    def _factors(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-        """By which factor each gradient was rescaled since its draw was closed: unscaled, or clipped."""
-        factors: dict[Tensor, Tensor] = {}
-        for p in params:
-            before = self.host.examples.sizes.pop(p, None)
-            if before is not None and p.grad is not None:
-                ratio = (p.grad.square().sum() / before).sqrt()
-                factors[p] = torch.where(before > 0, ratio, torch.ones_like(ratio))
-        return factors
 
     def _with_gradient(self) -> list[Tensor]:
         given = [(p, p.grad) for p in self.host.layout.trainable()]
