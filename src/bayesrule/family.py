@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any, ClassVar, Self
 
@@ -165,6 +166,11 @@ class Gaussian(Family):
     def root_solve(self, v: Point) -> Point:
         """R v with R R^T = precision^-1: unit normals become offsets of q."""
         return self.root_precondition(v) * rsqrt(self.ess)
+
+    def power(self, factor: float) -> Self:
+        """Proportional to q raised to a power: as much data so many times."""
+        changed: Self = replace(self, ess=self.ess * factor)  # type: ignore[type-var]
+        return changed
 
     def bound(self, look: Look, prior: Self) -> Tensor:
         if look.value is None:

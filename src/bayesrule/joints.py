@@ -19,6 +19,7 @@ from .families.mixture import Mixture
 from .families.signs import Signs
 from .families.spike_slab import SpikeAndSlab
 from .families.structure import Elementwise, Structured
+from .family import Gaussian
 from .noise import Noise
 from .parts import Law, Named, OneOf, Part
 from .vector import Vector, leaves
@@ -43,8 +44,8 @@ class Joint(Part):
         return self._kind.structure
 
     @property
-    def is_gaussian(self) -> bool:  # type: ignore[override]
-        return not isinstance(self.q, Signs | SpikeAndSlab)
+    def is_gaussian(self) -> bool:
+        return isinstance(self.q, Gaussian)
 
     @property
     def _kind(self) -> Kind:
@@ -78,13 +79,9 @@ class Joint(Part):
         return self.named(self.q.sample(noise))
 
     def solve(self, v: Named) -> dict[str, Tensor]:
-        if isinstance(self.q, Signs):
-            return {name: v[name] * variance for name, variance in self.variance.items()}
         return self.named(self.q.solve(self.point(v)))
 
     def root_solve(self, v: Named) -> dict[str, Tensor]:
-        if isinstance(self.q, Signs | SpikeAndSlab):
-            raise TypeError(f"a draw of {self.structure!r} is no linear function of normals; use sample")
         return self.named(self.q.root_solve(self.point(v)))
 
     def log_prob(self, theta: Named) -> Tensor:
@@ -96,8 +93,8 @@ class Joint(Part):
         return entropy
 
     def kl_from_independent(self, mean: Named, precision: Named) -> Tensor:
-        if isinstance(self.q, Signs):
-            raise TypeError("binary weights have no KL from Gaussians")
+        if not self.is_gaussian:
+            raise TypeError(f"weights of the structure {self.structure!r} have no KL from Gaussians")
         return super().kl_from_independent(mean, precision)
 
     def kl(self, other: Part) -> Tensor:
@@ -107,11 +104,7 @@ class Joint(Part):
         return kl
 
     def rescaled(self, factor: float) -> Joint:
-        if isinstance(self.q, SpikeAndSlab):
-            raise TypeError("a power of weights that are there or not is none; retrain with another p")
-        if isinstance(self.q, Signs):
-            return replace(self, q=replace(self.q, natural_parameter=self.q.natural_parameter * factor, expected_value=None))
-        return replace(self, q=replace(self.q, ess=self.q.ess * factor))
+        return replace(self, q=self.q.power(factor))
 
     def renamed(self, short: Callable[[str], str]) -> Joint:
         return replace(self, names=tuple(map(short, self.names)))

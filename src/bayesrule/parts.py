@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,15 +29,18 @@ class Part(ABC):
     Attributes:
         names: Of the tensors.
         structure: A word for how they vary.
-        is_gaussian: Whether they are one Gaussian, so that the mirror image of a draw in the mean is as likely.
     """
 
     names: tuple[str, ...]
-    is_gaussian: ClassVar[bool] = True
 
     @property
     @abstractmethod
     def structure(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def is_gaussian(self) -> bool:
+        """Whether they are one Gaussian, so that the mirror image of a draw in the mean is as likely."""
 
     @property
     @abstractmethod
@@ -199,8 +202,6 @@ class OneOf(Part):
     laws: tuple[Law, ...]
     log_weights: Tensor
 
-    is_gaussian = False
-
     @property
     def names(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(self.laws[0].mean)
@@ -208,6 +209,10 @@ class OneOf(Part):
     @property
     def structure(self) -> str:
         return "mixture"
+
+    @property
+    def is_gaussian(self) -> bool:
+        return False
 
     @property
     def weights(self) -> list[float]:

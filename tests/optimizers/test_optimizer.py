@@ -109,11 +109,16 @@ class TestState:
 
 
 class TestLearning:
-    @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-    @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
+    @pytest.mark.parametrize(
+        ("algorithm", "problem"),
+        [
+            pytest.param(algorithm, problem, id=f"{named(algorithm)}-{name}")
+            for algorithm in ALGORITHMS
+            for name, problem in PROBLEMS.items()
+            if algorithm.make is not br.STE or problem is not Quadratic  # at whose signs some slope always points inwards
+        ],
+    )
     def test_the_loss_falls(self, algorithm, problem):
-        if algorithm.make is br.STE and problem is Quadratic:
-            pytest.skip("at no signs do all slopes point outwards, so that latent weights never rest")
         net = problem()
         optimizer = algorithm(net.parameters())
         before = sum(net.loss(step).item() for step in range(4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -50,6 +50,18 @@ class Signs(Family):
     def variance(self) -> Any:
         """Of each weight."""
         return 1 - self.mean**2
+
+    def solve(self, v: Point) -> Point:
+        """The covariance times v."""
+        return v * self.variance
+
+    def root_solve(self, v: Point) -> NoReturn:
+        """Not offered: a draw is no linear function of normals."""
+        raise TypeError("a draw of Signs is no linear function of normals; use sample")
+
+    def power(self, factor: float) -> Self:
+        """Proportional to q raised to a power."""
+        return replace(self, natural_parameter=self.natural_parameter * factor, expected_value=None)
 
     def natural(self) -> Point:
         return self.natural_parameter

@@ -70,6 +70,12 @@ class SpikeAndSlab(Family):
             pull = pull.view(self.shape).sum(others, keepdim=True).expand(self.shape).reshape(-1)
         return self.mean * pull * ((1 - self.keep) / self.keep)
 
+    def root_solve(self, v: Tensor) -> NoReturn:
+        raise TypeError("a draw of a SpikeAndSlab is no linear function of normals; use sample")
+
+    def power(self, factor: float) -> NoReturn:
+        raise TypeError("a power of weights that are there or not is none; retrain with another p")
+
     def masks(self, noise: Noise) -> Tensor:
         """0 or 1 / pi for every element, the same for all of a unit, shape (D,)."""
         masks = (noise.uniform(self.mean) < self.keep).to(self.mean.dtype) / self.keep

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from ..rule import BayesRule
 from ..shards import here, is_shared_out
 from ..vector import BLOCK, BUCKET, whole_blocks
 from .hyperparameters import analyzed, validate
+
+Unit = Literal["tensor", "group"] | None
+"""What moves as one theta; None where every element moves alone, however parameters are cut."""
 
 
 class Cell(NamedTuple):
@@ -73,7 +76,7 @@ class Host(Protocol):
     def start(self, group: Mapping[str, Any]) -> float: ...
     def at(self, group: Mapping[str, Any], step: int) -> dict[str, Any]: ...
     def like_state(self, param: Tensor) -> Tensor: ...
-    def together_in(self, group: Mapping[str, Any]) -> bool | None: ...
+    def unit(self, group: Mapping[str, Any]) -> Unit: ...
 
 
 class Layout:
@@ -134,7 +137,7 @@ class Layout:
         params = {id(p): p for p in self._members(index)}
         states = {key: self.state(group, p) for key, p in params.items()}
         steps = dict(zip(states, self._steps(index, list(states.values())), strict=True))
-        seed, together = int(group.get("seed", 0)), self.host.together_in(group) is not None
+        seed, together = int(group.get("seed", 0)), self.host.unit(group) is not None
         for plot in dealt:
             within = [states[id(p)] for p in plot.params]
             own = [steps[id(p)] if id(p) in chosen else -1 for p in plot.params]
@@ -200,9 +203,9 @@ class Layout:
         return self._plots[index][1]
 
     def _deal(self, group: Mapping[str, Any], wanted: Sequence[tuple[int, Tensor]]) -> list[Plot]:
-        together = self.host.together_in(group)
-        limit = self.limit if together is None else max(2 * BLOCK, sum(2 * whole_blocks(p.numel()) for _, p in wanted))
-        return plots(wanted, self.scratch, limit, together is False)
+        unit = self.host.unit(group)
+        limit = self.limit if unit is None else max(2 * BLOCK, sum(2 * whole_blocks(p.numel()) for _, p in wanted))
+        return plots(wanted, self.scratch, limit, unit == "tensor")
 
     def _check(self, param: Tensor) -> None:
         if param.dtype.itemsize >= 4 and param in self.host.state:  # it holds its mean itself
@@ -231,7 +234,7 @@ class Layout:
         """One step more for parameters."""
         moved = set(map(id, params))
         for index in self._counters:
-            if self.host.together_in(self.host.param_groups[index]) is not None:
+            if self.host.unit(self.host.param_groups[index]) is not None:
                 blocks = [set(map(id, plot.params)) for plot in self._plot(index)]
                 moved |= {own for block in blocks if block & moved for own in block}
         for index, (_, flat) in self._counters.items():

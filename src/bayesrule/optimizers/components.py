@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..noise import PROBE, CounterNoise
+from ..noise import BEGIN, CounterNoise
 from ..parts import Law, OneOf, Part
 from ..program import Named
 from .cells import Cell
@@ -161,7 +161,7 @@ class MultiIVON(IVON):
         if param.dim() < 2 or not group["spread"]:
             return first
         index = next(i for i, p in enumerate(p for g in self.param_groups for p in g["params"]) if p is param)
-        eps = CounterNoise(int(group["seed"]), PROBE, index, number).normal(first)
+        eps = CounterNoise(int(group["seed"]), BEGIN, index, number).normal(first)
         size = first.square().mean().sqrt()
         share = float(group["spread"])
         return first * (1 - share**2) ** 0.5 + eps * size * share

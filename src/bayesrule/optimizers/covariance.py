@@ -25,7 +25,7 @@ from ..retractions import Additive, Riemannian
 from ..rule import BayesRule, Curvature, Rates
 from ..vector import ALONE, equal
 from .blockwise import Blockwise
-from .cells import Cell, Names
+from .cells import Cell, Names, Unit
 from .execution import Flats
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, Pair, Range
 from .learned import spreads
@@ -89,7 +89,7 @@ class _Covariance(BayesOptimizer):
         states = [self.state[p] for p in cell.plot.params]
         rows = [state[self.rows][0] for state in states if self.rows in state]
         size = sum(p.numel() for p in cell.plot.params)
-        if rows and (len(rows) != len(states) or any(tuple(r.shape) != self._row(cell, p, size) for r, p in self._pairs(cell))):
+        if rows and (len(rows) != len(states) or any(r.shape[1] != self.columns(cell.group, size) for r in rows)):
             found = [tuple(state[self.rows][0].shape) if self.rows in state else None for state in states]
             raise ValueError(
                 f"{type(self).__name__}: the parameters of a block, or its rank, changed after steps (its {self.rows} has rows "
@@ -106,12 +106,15 @@ class _Covariance(BayesOptimizer):
         self._held[cell.plot] = owners, whole
         return whole
 
-    def _pairs(self, cell: Cell) -> list[tuple[Tensor, Tensor]]:
-        return [(self.state[p][self.rows][0], p) for p in cell.plot.params if self.rows in self.state[p]]
-
-    def _row(self, cell: Cell, param: Tensor, size: int) -> tuple[int, int]:
-        """The shape of the rows of a parameter in a block of so many elements."""
+    def columns(self, group: Mapping[str, Any], size: int) -> int:
+        """How many columns the matrix of a block of so many elements has."""
         raise NotImplementedError
+
+    def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]:
+        group, block = self.group_of(param), [param]
+        if self.unit(group) == "group":
+            block = [p for p in group["params"] if p.requires_grad and (p.dtype, p.device) == (param.dtype, param.device)]
+        return [(param.numel(), self.columns(group, sum(p.numel() for p in block)))]
 
     @torch.no_grad()
     def together(self, names: Mapping[Tensor, str]) -> tuple[Part, ...]:
@@ -239,16 +242,11 @@ class IBLR(_Covariance):
     def _most(self, group: Mapping[str, Any]) -> int:
         return min(int(group["max_block"]), ALONE - 1)
 
-    def together_in(self, group: Mapping[str, Any]) -> bool | None:
-        return sum(p.numel() for p in group["params"] if p.requires_grad) <= self._most(group)
+    def unit(self, group: Mapping[str, Any]) -> Unit:
+        return "group" if sum(p.numel() for p in group["params"] if p.requires_grad) <= self._most(group) else "tensor"
 
-    def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]:
-        (group,) = (group for group in self.param_groups if any(param is p for p in group["params"]))
-        alike = [p for p in group["params"] if p.requires_grad and (p.dtype, p.device) == (param.dtype, param.device)]
-        return [(param.numel(), sum(p.numel() for p in alike) if self.together_in(group) else param.numel())]
-
-    def _row(self, cell: Cell, param: Tensor, size: int) -> tuple[int, int]:
-        return param.numel(), size
+    def columns(self, group: Mapping[str, Any], size: int) -> int:
+        return size
 
     def curvature(self, group: Mapping[str, Any]) -> Curvature:
         if equal(group["ess"], math.inf) and group["hess_approx"] == "price":
@@ -257,9 +255,6 @@ class IBLR(_Covariance):
 
     def way(self, group: Mapping[str, Any]) -> tuple[Any, Any]:
         return Riemannian(), Momentum(group["betas"][0], over="loss", debias=group["debias"])
-
-    def start(self, group: Mapping[str, Any]) -> float:
-        return float(group["hess_init"])
 
     def member(self, cell: Cell, flats: Flats, mean: Tensor, pull: Any) -> Any:
         hess, group = cell.plot.joined(flats["hess"]), cell.group
@@ -362,24 +357,17 @@ class SLANG(_Covariance):
     ) -> None:
         self._set_up(params, locals(), compile=False, sync=False)
 
-    def together_in(self, group: Mapping[str, Any]) -> bool | None:
-        return True
+    def unit(self, group: Mapping[str, Any]) -> Unit:
+        return "group"
 
-    def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]:
-        (group,) = (group for group in self.param_groups if any(param is p for p in group["params"]))
-        return [(param.numel(), group["rank"])]
-
-    def _row(self, cell: Cell, param: Tensor, size: int) -> tuple[int, int]:
-        return param.numel(), cell.group["rank"]
+    def columns(self, group: Mapping[str, Any], size: int) -> int:
+        return int(group["rank"])
 
     def curvature(self, group: Mapping[str, Any]) -> Curvature:
         return EmpiricalFisherFactor()
 
     def way(self, group: Mapping[str, Any]) -> tuple[Any, Any]:
         return Additive(), Momentum(group["betas"][0], over="loss+prior", debias=group["debias"])
-
-    def start(self, group: Mapping[str, Any]) -> float:
-        return float(group["hess_init"])
 
     def member(self, cell: Cell, flats: Flats, mean: Tensor, pull: Any) -> Any:
         diagonal, rank = cell.plot.joined(flats["hess"]), cell.group["rank"]

@@ -20,7 +20,7 @@ from ..retractions import Additive
 from ..rule import NO_INERTIA, BayesRule, Rates
 from ..vector import equal
 from .blockwise import Blockwise
-from .cells import Cell, Names
+from .cells import Cell, Names, Unit
 from .execution import Flats
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, WHOLE, Count, OneOf
 from .learned import spreads
@@ -110,8 +110,8 @@ class Dropout(BayesOptimizer):
     ) -> None:
         self._set_up(params, locals(), compile=False, sync=False)
 
-    def together_in(self, group: Mapping[str, Any]) -> bool | None:
-        return False
+    def unit(self, group: Mapping[str, Any]) -> Unit:
+        return "tensor"
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         masks = Masks(group["mc_samples"]) if group["p"] and spreads(group) else Delta()
@@ -120,9 +120,6 @@ class Dropout(BayesOptimizer):
 
     def rates(self, group: Mapping[str, Any], step: Any) -> Rates:
         return Rates(group["lr"], 0.0, step)
-
-    def start(self, group: Mapping[str, Any]) -> float:
-        return 0.0
 
     def block(self, cell: Cell, flats: Flats) -> tuple[Any, Any]:
         """The q and the prior of a tensor, whose elements stand in a row."""

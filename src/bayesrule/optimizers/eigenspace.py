@@ -21,8 +21,8 @@ from ..momentum import Momentum
 from ..parts import Part
 from ..retractions import Additive, Riemannian
 from ..rule import BayesRule, Curvature, Rates
-from ..vector import Vector, equal
-from .cells import Cell, Names
+from ..vector import Vector
+from .cells import Cell, Names, Unit
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
 from .learned import marginal, spreads
 from .optimizer import BayesOptimizer
@@ -169,8 +169,8 @@ class EVON(BayesOptimizer):
                 stacklevel=2,
             )
 
-    def together_in(self, group: Mapping[str, Any]) -> bool | None:
-        return False
+    def unit(self, group: Mapping[str, Any]) -> Unit:
+        return "tensor"
 
     # The slots
 
@@ -183,23 +183,20 @@ class EVON(BayesOptimizer):
         return cell._replace(group=group, rule=self.rule(group))
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
-        spreads = self._spreads(group) and not group.get("clean", False)
+        draws = spreads(group) and not group.get("clean", False)
         shared: dict[str, Any] = dict(eps=group["eps"])
         ratio = math.inf if group["price_clip_ratio"] is None else group["price_clip_ratio"]
         return BayesRule(
-            MonteCarlo(group["mc_samples"]) if spreads else Delta(),
-            self._curvature(group, spreads),
-            Riemannian(curvature_ratio=ratio, **shared) if self._spreads(group) else Additive(**shared),
+            MonteCarlo(group["mc_samples"]) if draws else Delta(),
+            self._curvature(group, draws),
+            Riemannian(curvature_ratio=ratio, **shared) if spreads(group) else Additive(**shared),
             Momentum(group["betas"][0], over="loss", debias=group["correct_bias"]),
         )
 
-    def _spreads(self, group: Mapping[str, Any]) -> bool:
-        return bool(group["noise_scale"]) and not equal(group["ess"], math.inf)
-
-    def _curvature(self, group: Mapping[str, Any], spreads: bool) -> Curvature:
-        if spreads:
+    def _curvature(self, group: Mapping[str, Any], draws: bool) -> Curvature:
+        if draws:
             return Reparameterized()
-        return Zero() if self._spreads(group) else SquaredGradient()
+        return Zero() if spreads(group) else SquaredGradient()
 
     def rates(self, group: Mapping[str, Any], step: Any) -> Rates:
         moves, beta2 = self._moves(group, step), group["betas"][1]
@@ -225,7 +222,7 @@ class EVON(BayesOptimizer):
         turned: dict[str, tuple[Tensor, Tensor, Basis]] = {}
         for group in self.param_groups:
             for param in group["params"]:
-                axes = self.state[param].get("basis", [])
+                axes = self.state.get(param, {}).get("basis", [])
                 if param in names and spreads(group) and any(q is not None for q in axes):
                     turned[names[param]] = *marginal(self, group, param), Basis(self.wide(param), list(axes))
         if not turned:
@@ -239,7 +236,7 @@ class EVON(BayesOptimizer):
 
     def wide(self, param: Tensor) -> tuple[int, ...]:
         """The shape of a parameter with its axes merged."""
-        group = next(group for group in self.param_groups if any(param is p for p in group["params"]))
+        group = self.group_of(param)
         return plain(param.shape, group["max_precond_dim"], group["merge_dims"], group["precondition_1d"])[0]
 
     def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]:

@@ -14,6 +14,7 @@ from ..posterior import Posterior
 from ..rounding import followed
 from ..rule import BayesRule
 from ..shards import gather_anew, take_over, whole
+from ..vector import equal
 from .cells import Layout, Names
 
 
@@ -88,8 +89,9 @@ def marginal(
 
 
 def spreads(group: Mapping[str, Any]) -> bool:
-    """Whether q has a spread over the parameters of a group."""
-    return bool(group["noise_scale"]) and not math.isinf(group["ess"])
+    """Whether q has a spread over the parameters of a group; an ess that is a symbol is finite."""
+    ess = group["ess"]
+    return bool(group["noise_scale"]) and not equal(ess.item() if isinstance(ess, Tensor) else ess, math.inf)
 
 
 def prior_of(

@@ -20,6 +20,7 @@ from ..vector import equal
 from .cells import Names
 from .execution import Compile
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, Pair, Range
+from .learned import spreads
 from .optimizer import BayesOptimizer
 from .workers import Sync
 
@@ -44,9 +45,8 @@ class _OnlineNewton(BayesOptimizer):
     names = Names("hess", "momentum", "mean")
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
-        spreads = group["noise_scale"] and not equal(group["ess"], math.inf)
         return BayesRule(
-            MonteCarlo(group["mc_samples"]) if spreads and "mc_samples" in group else Delta(),
+            MonteCarlo(group["mc_samples"]) if spreads(group) and "mc_samples" in group else Delta(),
             self.curvature(group),
             Additive(mean_precision=group.get("mean_precision", "new")),
             Momentum(group["betas"][0], over="loss+prior", debias=group["debias"]),
@@ -61,9 +61,6 @@ class _OnlineNewton(BayesOptimizer):
 
     def family(self, group: Mapping[str, Any], mean: Tensor, hess: Any, weight_decay: Any) -> Gaussian:
         return Diagonal(mean, hess, weight_decay, group["ess"])
-
-    def start(self, group: Mapping[str, Any]) -> float:
-        return float(group["hess_init"])
 
 
 class VON(_OnlineNewton):

@@ -46,9 +46,6 @@ class _Perturbed(BayesOptimizer):
     def family(self, group: Mapping[str, Any], mean: Tensor, hess: Any, weight_decay: Any) -> Gaussian:
         return Diagonal(mean, hess, weight_decay, group["ess"])
 
-    def start(self, group: Mapping[str, Any]) -> float:
-        return float(group["hess_init"])
-
 
 _RANGES: dict[str, Any] = {
     "lr": AT_LEAST_ZERO,

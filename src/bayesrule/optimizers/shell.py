@@ -24,7 +24,7 @@ from ..posterior import Posterior
 from ..program import Program
 from ..rule import BayesRule, Rates
 from .attaching import Attached, attach
-from .cells import Cell, Layout, Names
+from .cells import Cell, Layout, Names, Unit
 from .checkpoints import check, restore
 from .closures import evaluate
 from .draws import LOOKS_TWICE, Draws
@@ -329,9 +329,13 @@ class Shell(Optimizer, ABC):
         """A cell as it is for a draw that is not learned from."""
         return cell
 
-    def together_in(self, group: Mapping[str, Any]) -> bool | None:
-        """Whether the parameters of a group are one block; False: each is one; None: it does not matter."""
+    def unit(self, group: Mapping[str, Any]) -> Unit:
+        """What moves as one theta: each tensor, or the group as a whole; None where every element moves alone."""
         return None
+
+    def group_of(self, param: Tensor) -> dict[str, Any]:
+        """The group of a parameter."""
+        return next(group for group in self.param_groups if any(param is p for p in group["params"]))
 
     def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]:
         """The shapes of the tensors in a list that the state of a parameter holds; any of them may be None."""

@@ -21,6 +21,7 @@ from ..vector import equal
 from .cells import Names
 from .execution import Compile
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
+from .learned import spreads
 from .optimizer import BayesOptimizer
 from .workers import Sync
 
@@ -142,14 +143,11 @@ class IVON(BayesOptimizer):
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
         return BayesRule(
-            MonteCarlo(group["mc_samples"], group["antithetic"]) if self._spreads(group) else Delta(),
+            MonteCarlo(group["mc_samples"], group["antithetic"]) if spreads(group) else Delta(),
             self._curvature(group),
             Riemannian(group["clip_radius"]),
             Momentum(group["betas"][0], over="loss", debias=group["debias"]),
         )
-
-    def _spreads(self, group: Mapping[str, Any]) -> bool:
-        return bool(group["noise_scale"]) and not equal(group["ess"], math.inf)
 
     def _curvature(self, group: Mapping[str, Any]) -> Curvature:
         if equal(group["ess"], math.inf):
@@ -164,6 +162,3 @@ class IVON(BayesOptimizer):
 
     def family(self, group: Mapping[str, Any], mean: Tensor, hess: Any, weight_decay: Any) -> Gaussian:
         return Diagonal(mean, hess, weight_decay, group["ess"])
-
-    def start(self, group: Mapping[str, Any]) -> float:
-        return float(group["hess_init"])
