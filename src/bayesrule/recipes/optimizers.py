@@ -97,7 +97,7 @@ IBLR = {"lr": 0.1, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-4, "beta2": 
 SLANG = {"lr": 0.1, "ess": 1.0, "rank": 2, "hess_init": 0.5, "weight_decay": 1e-3, "beta2": 0.99}
 DROPOUT = {**SGD, "ess": 1.0, "p": 0.1}
 BSAM = {"lr": 0.5, "ess": 1.0, "hess_init": 0.5, "weight_decay": 1e-3, "rho": 0.01, "damping": 0.01, "beta2": 0.999}
-STE = {"lr": 1e-3, "clip": 1.0}
+STE = {"lr": 3e-4, "clip": 1.0}
 BAYESBINN = {"lr": 1.0, "ess": 1.0, "natural_init": 1.0, "temperature": 0.1}
 
 OPTIMIZERS: dict[str, Choice] = {
