@@ -1,14 +1,4 @@
-r"""Gradients of single examples, in whatever form costs least, and the layers that give them.
-
-For example i a layer's weights have the gradient :math:`G_i = \sum_t \delta_{it} a_{it}^T` over its positions t: delta is what
-comes back to the layer's output, a went in. Everything that is asked of it is linear in it, but for the square:
-
-.. math::  \text{total} = \sum_i G_i, \qquad \text{dot} = \langle G_i, u \rangle, \qquad
-           G_i \odot G_i = \sum_{t, t'} (\delta_{it} \odot \delta_{it'}) (a_{it} \odot a_{it'})^T.
-
-The square is a gradient of the same form over pairs of positions. So there are three forms, each of which can add up, take products
-and square itself: :class:`Outer` (factors, for few positions never multiplied out), :class:`Rows` (of an embedding, those that
-occur) and :class:`Dense` (numbers). A layer says in one function which form its parameters have.
+"""Layers of a known kind: the gradients of their weights for single examples, and what a change of weights for each does.
 
 Shapes: n examples, K gradients each (of K outputs), T positions, O outputs, I inputs.
 """
@@ -16,152 +6,14 @@ Shapes: n examples, K gradients each (of K outputs), T positions, O outputs, I i
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW = 4
-"""Positions up to which factors stay factors: they have T (T + 1) / 2 pairs, and a matrix an example is not written."""
-NARROW = 64
-"""Rows below which a product of matrices is faster turned around."""
-
-
-class Gradients(ABC):
-    """Of one parameter of shape S: for each of n examples K gradients, (n, K, *S)."""
-
-    @abstractmethod
-    def dense(self) -> Dense:
-        """As numbers."""
-
-    @abstractmethod
-    def square(self) -> Gradients:
-        """Element by element."""
-
-    @abstractmethod
-    def total(self) -> Tensor:
-        """The sum over all of them, shape S."""
-
-    @abstractmethod
-    def dot(self, u: Tensor) -> Tensor:
-        """The product of each with u of shape S, shape (n, K)."""
-
-    def plus(self, other: Gradients) -> Gradients:
-        """Of a parameter that is used twice."""
-        return Dense(self.dense().each + other.dense().each)
-
-
-@dataclass(frozen=True)
-class Dense(Gradients):
-    """Numbers.
-
-    Args:
-        each: Shape (n, K, *S).
-    """
-
-    each: Tensor
-
-    def dense(self) -> Dense:
-        return self
-
-    def square(self) -> Gradients:
-        return Dense(self.each.square())
-
-    def total(self) -> Tensor:
-        return self.each.sum((0, 1))
-
-    def dot(self, u: Tensor) -> Tensor:
-        n, outputs = self.each.shape[:2]
-        return (self.each.reshape(n * outputs, u.numel()) @ u.reshape(-1)).view(n, outputs)
-
-
-@dataclass(frozen=True)
-class Outer(Gradients):
-    """Sums of outer products over positions.
-
-    Args:
-        left: What came back, shape (n, K, T, O).
-        right: What went in, shape (n, T, I).
-        shape: S; O times I numbers.
-    """
-
-    left: Tensor
-    right: Tensor
-    shape: torch.Size
-
-    @property
-    def are_few(self) -> bool:
-        """Whether the positions are so few that the factors cost less than their product."""
-        return self.right.shape[1] <= FEW
-
-    def dense(self) -> Dense:
-        n, outputs, positions, width = self.left.shape
-        left = self.left.mT.reshape(n, outputs * width, positions)
-        each = (self.right.mT @ left.mT).mT.contiguous() if outputs * width < NARROW else left @ self.right
-        return Dense(each.view(n, outputs, *self.shape))
-
-    def square(self) -> Gradients:
-        if not self.are_few:
-            return Dense(self.dense().each.square_())
-        if self.right.shape[1] == 1:
-            return Outer(self.left.square(), self.right.square(), self.shape)
-        first, second = torch.triu_indices(self.right.shape[1], self.right.shape[1], device=self.right.device)
-        left, right = self.left[:, :, first] * self.left[:, :, second], self.right[:, first] * self.right[:, second]
-        twice = 1 + (first != second).to(right.dtype)  # a pair and its mirror image
-        return Outer(left, right * twice[:, None], self.shape)
-
-    def total(self) -> Tensor:
-        left = self.left.sum(1) if self.left.shape[1] > 1 else self.left[:, 0]
-        return (left.flatten(0, 1).mT @ self.right.flatten(0, 1)).view(self.shape)
-
-    def dot(self, u: Tensor) -> Tensor:
-        if self.right.shape[1] > FEW * (FEW + 1) // 2:
-            return self.dense().dot(u)
-        through = F.linear(self.right, u.reshape(self.left.shape[-1], self.right.shape[-1]))
-        return (self.left.flatten(2) @ through.flatten(1)[:, :, None]).squeeze(2)
-
-    def plus(self, other: Gradients) -> Gradients:
-        if not isinstance(other, Outer):
-            return super().plus(other)
-        return Outer(torch.cat([self.left, other.left], 2), torch.cat([self.right, other.right], 1), self.shape)
-
-
-@dataclass(frozen=True)
-class Rows(Gradients):
-    """Rows of a table, of which each example meets a few.
-
-    Args:
-        values: One for each pair of an example and a row that met, shape (pairs, K, D).
-        example: The example's number, shape (pairs,).
-        row: The row's, shape (pairs,).
-        n: Number of examples.
-        shape: S, (rows, D).
-    """
-
-    values: Tensor
-    example: Tensor
-    row: Tensor
-    n: int
-    shape: torch.Size
-
-    def dense(self) -> Dense:
-        each = self.values.new_zeros(self.n, self.shape[0], *self.values.shape[1:])
-        each[self.example, self.row] = self.values
-        return Dense(each.transpose(1, 2))
-
-    def square(self) -> Gradients:
-        return Rows(self.values.square(), self.example, self.row, self.n, self.shape)
-
-    def total(self) -> Tensor:
-        return self.values.new_zeros(self.shape).index_add_(0, self.row, self.values.sum(1))
-
-    def dot(self, u: Tensor) -> Tensor:
-        products = (self.values @ u[self.row][:, :, None]).squeeze(2)
-        return products.new_zeros(self.n, products.shape[1]).index_add_(0, self.example, products)
+from .gradients import Change, Dense, Gradients, Outer, Rows
 
 
 class Layer(NamedTuple):
@@ -169,12 +21,14 @@ class Layer(NamedTuple):
 
     Args:
         gradients: From the module, what went in (n, ...) and what came back (n, K, ...), the gradient of each parameter by name.
+        push: From the module, what went in, and changes of parameters by name, the change of what comes out (n, ...).
         leads: From the module and what went in, whether that has a dimension of examples in front.
         places: The same, to the sizes of the dimensions that could be mistaken for it.
         is_outer: Whether the weight's are :class:`Outer`.
     """
 
     gradients: Callable[[Any, Tensor, Tensor], dict[str, Callable[[], Gradients]]]
+    push: Callable[[Any, Tensor, Mapping[str, Change]], Tensor]
     leads: Callable[[Any, Tensor], bool]
     places: Callable[[Any, Tensor], Sequence[int]]
     is_outer: bool = False
@@ -197,6 +51,27 @@ def _linear(module: nn.Linear, a: Tensor, delta: Tensor) -> dict[str, Callable[[
     }
 
 
+def _linear_push(module: nn.Linear, a: Tensor, changes: Mapping[str, Change]) -> Tensor:
+    n, positions = len(a), math.prod(a.shape[1:-1])
+    right, out = a.reshape(n, positions, a.shape[-1]), a.new_zeros(n, positions, module.weight.shape[0])
+    if "weight" in changes:
+        out = out + _through(changes["weight"], right)
+    if "bias" in changes:
+        out = out + changes["bias"].dense()[:, None]
+    return out.view(*a.shape[:-1], out.shape[-1])
+
+
+def _through(change: Change, right: Tensor) -> Tensor:
+    """Inputs times changed matrices, shape (n, T, O)."""
+    outer, s = change
+    if not isinstance(outer, Outer) or s is None or not outer.are_few:
+        dense = change.dense()
+        return right @ dense.reshape(len(dense), len(dense[0]), right.shape[-1]).mT
+    weight = s.reshape(outer.left.shape[-1], -1)
+    met = right[:, :, None] * outer.right[:, None]  # of every position here with every position there
+    return (F.linear(met, weight) * outer.left).sum(2)
+
+
 def _convolution(module: Any, a: Tensor, delta: Tensor) -> dict[str, Callable[[], Gradients]]:
     n, outputs, channels, *size = delta.shape
     groups, positions, inward = module.groups, math.prod(size), module.weight[0].numel()
@@ -214,14 +89,36 @@ def _convolution(module: Any, a: Tensor, delta: Tensor) -> dict[str, Callable[[]
     return {"weight": weight, "bias": lambda: Dense(left.sum(3))}
 
 
+def _convolution_push(module: Any, a: Tensor, changes: Mapping[str, Change]) -> Tensor:
+    size = _positions(module, a)
+    n, groups, positions, inward = len(a), module.groups, math.prod(size), module.weight[0].numel()
+    out = a.new_zeros(n, module.weight.shape[0], positions)
+    if "weight" in changes:
+        weight = changes["weight"].dense().reshape(n, groups, -1, inward)
+        out = out + (weight @ _windows(module, a, size).reshape(n, groups, inward, positions)).view_as(out)
+    if "bias" in changes:
+        out = out + changes["bias"].dense()[:, :, None]
+    return out.view(n, -1, *size)
+
+
+def _ends(module: Any) -> list[tuple[int, int]]:
+    """How many pixels are added in front of each dimension and behind it."""
+    if module.padding == "same":
+        reach = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        return [(r // 2, r - r // 2) for r in reach]
+    return [(pixels, pixels) for pixels in ([0] * len(module.kernel_size) if module.padding == "valid" else module.padding)]
+
+
+def _positions(module: Any, a: Tensor) -> list[int]:
+    """The pixels of a convolution's output, by dimension."""
+    spans = [d * (k - 1) + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    around = zip(a.shape[2:], _ends(module), spans, module.stride, strict=True)
+    return [(length + sum(end) - span) // stride + 1 for length, end, span, stride in around]
+
+
 def _windows(module: Any, a: Tensor, size: Sequence[int]) -> Tensor:
     """What each output pixel of a convolution sees: (n, channels, *kernel, *size), a view."""
-    kernel, dilation, padding = module.kernel_size, module.dilation, module.padding
-    if padding == "same":
-        reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        ends = [(r // 2, r - r // 2) for r in reach]
-    else:
-        ends = [(0, 0) if padding == "valid" else (padding[i], padding[i]) for i in range(len(kernel))]
+    kernel, dilation, ends = module.kernel_size, module.dilation, _ends(module)
     if any(map(any, ends)):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         a = F.pad(a, [pixels for end in reversed(ends) for pixels in end], mode)
@@ -248,6 +145,23 @@ def _embedding(module: nn.Embedding, index: Tensor, delta: Tensor) -> dict[str, 
     return {"weight": weight}
 
 
+def _embedding_push(module: nn.Embedding, index: Tensor, changes: Mapping[str, Change]) -> Tensor:
+    rows, s = changes["weight"]
+    flat, example = index.reshape(len(index), -1), torch.arange(len(index), device=index.device)[:, None]
+    if not isinstance(rows, Rows):
+        out = changes["weight"].dense()[example, flat]
+    elif len(rows.row):
+        values = rows.values[:, 0] if s is None else rows.values[:, 0] * s[rows.row]
+        known, wanted = rows.example * len(module.weight) + rows.row, example * len(module.weight) + flat
+        place = torch.searchsorted(known, wanted).clamp_max(len(known) - 1)
+        out = values[place] * (known[place] == wanted)[..., None]
+    else:
+        out = rows.values.new_zeros(*flat.shape, module.weight.shape[1])
+    if module.padding_idx is not None:
+        out = out * (flat != module.padding_idx)[..., None]
+    return out.view(*index.shape, module.weight.shape[1])
+
+
 def _norm(standardize: Callable[[Any, Tensor], Tensor], channels_first: bool) -> Layer:
     """Of a weight and a bias that scale and shift standardized inputs element by element."""
 
@@ -262,10 +176,21 @@ def _norm(standardize: Callable[[Any, Tensor], Tensor], channels_first: bool) ->
 
         return {"weight": lambda: summed(delta * standardize(module, a)[:, None]), "bias": lambda: summed(delta)}
 
+    def push(module: Any, a: Tensor, changes: Mapping[str, Change]) -> Tensor:
+        shape = module.weight.shape
+        ones = [1] * (a.dim() - 1 - len(shape))
+        wide = {
+            name: c.dense().view(len(a), *([*shape, *ones] if channels_first else [*ones, *shape])) for name, c in changes.items()
+        }
+        out = torch.zeros_like(a)
+        if "weight" in wide:
+            out = out + standardize(module, a) * wide["weight"]
+        return out + wide["bias"] if "bias" in wide else out
+
     def places(module: Any, a: Tensor) -> Sequence[int]:
         return a.shape[2:] if channels_first else a.shape[1 : a.dim() - module.weight.dim()]
 
-    return Layer(gradients, lambda module, a: a.dim() > module.weight.dim(), places)
+    return Layer(gradients, push, lambda module, a: a.dim() > module.weight.dim(), places)
 
 
 def _in_eval_mode(module: Any, a: Tensor) -> Tensor:
@@ -273,13 +198,17 @@ def _in_eval_mode(module: Any, a: Tensor) -> Tensor:
 
 
 _BATCH = _norm(_in_eval_mode, channels_first=True)
-_CONVOLUTION = Layer(_convolution, lambda module, a: a.dim() == module.weight.dim(), lambda _, a: a.shape[2:], is_outer=True)
+_CONVOLUTION = Layer(
+    _convolution, _convolution_push, lambda module, a: a.dim() == module.weight.dim(), lambda _, a: a.shape[2:], is_outer=True
+)
 LAYERS: dict[Any, Layer] = {
-    nn.Linear.forward: Layer(_linear, lambda _, a: a.dim() > 1, lambda _, a: a.shape[1:-1], is_outer=True),
+    nn.Linear.forward: Layer(_linear, _linear_push, lambda _, a: a.dim() > 1, lambda _, a: a.shape[1:-1], is_outer=True),
     nn.Conv1d.forward: _CONVOLUTION,
     nn.Conv2d.forward: _CONVOLUTION,
     nn.Conv3d.forward: _CONVOLUTION,
-    nn.Embedding.forward: Layer(_embedding, lambda _, index: index.dim() > 0, lambda _, index: index.shape[1:] or index.shape),
+    nn.Embedding.forward: Layer(
+        _embedding, _embedding_push, lambda _, index: index.dim() > 0, lambda _, index: index.shape[1:] or index.shape
+    ),
     nn.LayerNorm.forward: _norm(lambda module, a: F.layer_norm(a, module.normalized_shape, eps=module.eps), False),
     nn.RMSNorm.forward: _norm(lambda module, a: F.rms_norm(a, module.normalized_shape, eps=module.eps), False),
     nn.GroupNorm.forward: _norm(lambda module, a: F.group_norm(a, module.num_groups, eps=module.eps), True),

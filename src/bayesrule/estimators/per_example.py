@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import Gradients
-from .tracing import Call, Trace, reduce
+from .calls import Call, reduce
+from .gradients import Gradients
+from .tracing import Trace
 
 CHUNK = 2**23
 """Bytes of temporaries: what a processor's cache may hold, and its allocator need not hand out anew."""
@@ -167,9 +168,10 @@ class _Recording:
         return came_back
 
     def _add(self, calls: list[Call]) -> None:
-        def visit(p: nn.Parameter, gradients: Gradients, rows: slice) -> None:
-            total = gradients.square().total().clamp_(min=0)
-            self.sums[p] = total if p not in self.sums else self.sums[p].add_(total)
+        def visit(_: list[Call], rows: slice, found: dict[nn.Parameter, Gradients]) -> None:
+            for p, gradients in found.items():
+                total = gradients.square().total().clamp_(min=0)
+                self.sums[p] = total if p not in self.sums else self.sums[p].add_(total)
 
         reduce(calls, self.chunk, visit)
         for call in calls:
@@ -281,8 +283,9 @@ def _each(
     together = max(1, KEPT * budget // max(1, sum(sum(c.sizes) for c in heavy) * len(table) * table.element_size()))
 
     def add(calls: list[Call], at: slice) -> None:
-        def visit(p: nn.Parameter, gradients: Gradients, rows: slice) -> None:
-            result[rows, at] += product(gradients, of[p])
+        def visit(_: list[Call], rows: slice, found: dict[nn.Parameter, Gradients]) -> None:
+            for p, gradients in found.items():
+                result[rows, at] += product(gradients, of[p])
 
         reduce(calls, budget, visit)
         for call in calls:

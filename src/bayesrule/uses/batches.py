@@ -1,0 +1,47 @@
+"""Batches as training loops have them: a pair of inputs and labels, or a mapping of named ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+def inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
+    """The two parts of a batch: (inputs, labels), or a mapping with ``labels``.
+
+    Raises:
+        TypeError: It is no such thing.
+    """
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {name: x for name, x in batch.items() if name != "labels"}, batch["labels"]
+    if isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    kind = f"a mapping of {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+    raise TypeError(f"a batch is a pair (inputs, labels) or a mapping with 'labels', got {kind}")
+
+
+def on_device(model: nn.Module, inputs: Any) -> Any:
+    """Inputs where the model's parameters lie."""
+    device = next(model.parameters()).device
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+
+
+def rows_of(inputs: Any, rows: Any, examples: int) -> Any:
+    """Some examples of a batch."""
+    return tree_map(lambda x: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) == examples else x, inputs)
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
+    """A model's outputs: the tensor that it returns, or the ``logits`` of what it returns.
+
+    Raises:
+        TypeError: There are none.
+    """
+    found = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    found = getattr(found, "logits", found)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"the model must return a tensor, or something with logits; got {type(found).__name__}")
+    return found

@@ -1,0 +1,85 @@
+"""What is found batch by batch, kept in a file from which a later call goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..storage import write_tensors
+
+EVERY = 30.0
+"""Seconds between two writes."""
+
+
+class Journal:
+    """Tensors with a row for each example, found in order.
+
+    Args:
+        path: Where they are kept; None is nowhere.
+        about: What they belong to.
+        names: Of the tensors.
+
+    Raises:
+        ValueError: The file is no such thing, or belongs to something else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, about: Mapping[str, Any], names: Sequence[str]) -> None:
+        self.path, self.about = None if path is None else Path(path), dict(about)
+        self._parts: dict[str, list[Tensor]] = {name: [] for name in [*names, "labels"]}
+        self._rows, self._written = 0, time.monotonic()
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(str(path), "pt") as file:
+                about = json.loads((file.metadata() or {}).get("about", "null"))
+                found = {name: file.get_tensor(name) for name in self._parts}
+        except Exception as error:
+            raise ValueError(f"{str(path)!r} is no file of scores ({error}); remove it, or name another") from error
+        if odd := [key for key, value in self.about.items() if (about or {}).get(key) != value]:
+            raise ValueError(f"{str(path)!r} holds scores of another {odd[0]}; remove it, or name another file")
+        self._parts = {name: [tensor] for name, tensor in found.items()}
+        self._rows = len(found["labels"])
+
+    def known(self, first: int, labels: Tensor) -> int:
+        """How many of the examples from ``first`` on were found before.
+
+        Raises:
+            ValueError: They were others.
+        """
+        count = min(max(self._rows - first, 0), len(labels))
+        if count and not torch.equal(torch.cat(self._parts["labels"])[first : first + count], labels[:count].cpu()):
+            raise ValueError(f"{str(self.path)!r} holds scores of other data; remove it, or name another file")
+        return count
+
+    def add(self, found: Mapping[str, Tensor], labels: Tensor) -> None:
+        """The next examples."""
+        for name, tensor in {**found, "labels": labels.detach().cpu()}.items():
+            self._parts[name].append(tensor)
+        self._rows += len(labels)
+        if self.path is not None and time.monotonic() - self._written > EVERY:
+            self._write()
+
+    def finish(self, examples: int) -> dict[str, Tensor]:
+        """All of them."""
+        if self._rows != examples:
+            raise ValueError(f"{str(self.path)!r} holds scores of {self._rows} examples, and the data have {examples}; remove it")
+        if self.path is not None:
+            self._write()
+        return {name: torch.cat(parts) for name, parts in self._parts.items() if name != "labels"}
+
+    def _write(self) -> None:
+        assert self.path is not None
+        self._parts = {name: [torch.cat(parts)] for name, parts in self._parts.items()}
+        tensors = {name: part.contiguous() for name, (part,) in self._parts.items()}
+        write_tensors(self.path, tensors, {"about": json.dumps(self.about)})
+        self._written = time.monotonic()

@@ -1,0 +1,192 @@
+r"""Products with the covariance of outputs under a posterior, :math:`V_i v = J_i S^{-1} J_i^T v`, by one of several ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..drawing import Draws, kept
+from ..estimators.linearized import Block, Linearized, Spread
+from ..posterior import Posterior
+from .batches import outputs_of, rows_of
+from .deviations import Times
+
+Estimator = Literal["vjp_jvp", "layerwise", "last_layer", "mc"]
+ESTIMATORS = ("vjp_jvp", "layerwise", "last_layer", "mc")
+LIMIT = 2**32
+"""Bytes that a single example may take."""
+HELD = 2**30
+"""Bytes that a batch may take; larger ones are halved."""
+
+
+class Products:
+    """A model at the mean of a posterior, and the covariance of its outputs.
+
+    Args:
+        model: In eval mode.
+        posterior: Over parameters of the model by name; None gives all of them the variance 1.
+        estimator: ``vjp_jvp`` takes a backward and a forward a product, whatever the number of outputs; ``layerwise`` a backward
+            for each output, once; ``last_layer`` does as ``vjp_jvp`` for the weights of the last layer alone; ``mc`` takes
+            draws of the weights.
+        num_samples: Draws of ``mc``.
+        seed: Which draws.
+    """
+
+    def __init__(
+        self, model: nn.Module, posterior: Posterior | None, estimator: Estimator, num_samples: int = 32, seed: int = 0
+    ) -> None:
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {estimator!r}; take one of {', '.join(map(repr, ESTIMATORS))}")
+        if estimator == "mc" and posterior is None:
+            raise ValueError("the estimator 'mc' draws from a posterior, and there is none; take 'vjp_jvp'")
+        self.model, self.posterior, self.estimator = model, posterior, estimator
+        self.num_samples, self.seed = num_samples, seed
+        self.params: dict[str, Tensor] = dict(model.named_parameters()) if posterior is None else dict(posterior.bind(model))
+        self.spread = _spread(posterior, self.params)
+
+    @contextmanager
+    def at_the_mean(self) -> Iterator[None]:
+        """The mean stands in the parameters, and all of them that vary have gradients; leaving brings back what was there."""
+        before = {p: p.requires_grad for p in self.model.parameters()}
+        with kept(self.params.values()):
+            try:
+                with torch.no_grad():
+                    for name, p in self.params.items():
+                        if self.posterior is not None:
+                            p.copy_(self.posterior.mean[name])
+                for name in self.spread.names:
+                    self.params[name].requires_grad_()
+                yield
+            finally:
+                for p, requires in before.items():
+                    p.requires_grad_(requires)
+
+    def of(self, inputs: Any) -> tuple[Tensor, Times]:
+        """The outputs for a batch, shape (n, ...), and products with their covariance; at the mean."""
+        if self.estimator == "mc":
+            return self._by_draws(inputs)
+        if self.estimator == "layerwise":
+            values, matrix = self.covariance(inputs)
+            return values, lambda v, rows: (matrix[rows] @ v.flatten(1)[:, :, None]).view_as(v)
+        model, spread, call = self.model, self.spread, self._call(inputs)
+        if self.estimator == "last_layer":
+            model, spread, call = self._last_layer(inputs)
+        whole = Linearized(model, lambda: call(slice(None)), spread)
+
+        def times(v: Tensor, rows: Tensor) -> Tensor:
+            if len(rows) == len(whole.values):
+                return whole.times(v)
+            return Linearized(model, lambda: call(rows), spread).times(v)
+
+        return whole.values, times
+
+    def covariance(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """The outputs for a batch, shape (n, ...), and the covariance of each example's, (n, K, K) for K outputs."""
+        call = self._call(inputs)
+        whole = Linearized(self.model, lambda: call(slice(None)), self.spread)
+        n, each = len(whole.values), whole.bytes
+        if each > LIMIT:
+            raise RuntimeError(
+                f"the covariance of {whole.values[:1].numel()} outputs takes {each / 2**30:.1f} GiB an example; take "
+                "'vjp_jvp', or 'last_layer'"
+            )
+        if n > 1 and n * each > HELD:
+            del whole
+            halves = [self.covariance(rows_of(inputs, rows, n)) for rows in (slice(0, n // 2), slice(n // 2, n))]
+            return torch.cat([values for values, _ in halves]), torch.cat([matrix for _, matrix in halves])
+        return whole.values, whole.covariance()
+
+    def _call(self, inputs: Any) -> Callable[[Any], Tensor]:
+        def call(rows: Any) -> Tensor:
+            return outputs_of(self.model, inputs if isinstance(rows, slice) else rows_of(inputs, rows, _examples(inputs)))
+
+        return call
+
+    def _last_layer(self, inputs: Any) -> tuple[nn.Module, Spread, Callable[[Any], Tensor]]:
+        """The layer that gives the outputs, the covariance of its weights, and what calls it on what goes in."""
+        name, layer, features = last_layer(self.model, inputs)
+        own = {f"{name}.{p}".lstrip("."): p for p, _ in layer.named_parameters()}
+        variance = {own[full]: s for full, s in self.spread.variance.items() if full in own}
+        blocks = [_within(block, own, self.params) for block in self.spread.blocks if any(full in own for full in block.names)]
+        return layer, Spread(variance, blocks), lambda rows: layer(features[rows])
+
+    @torch.no_grad()
+    def _by_draws(self, inputs: Any) -> tuple[Tensor, Times]:
+        assert self.posterior is not None
+        values = outputs_of(self.model, inputs)
+        draws, found = Draws(self.posterior, self.params, self.seed), list[Tensor]()
+        with kept(self.params.values()):
+            for draw in range(self.num_samples):
+                draws.write(draw)
+                drawn = outputs_of(self.model, inputs)
+                if self.posterior.is_gaussian:
+                    draws.mirror()
+                    drawn = (drawn - outputs_of(self.model, inputs)) / 2
+                found.append(drawn)
+        offsets = torch.stack(found)
+        if not self.posterior.is_gaussian:
+            offsets = offsets - offsets.mean(0)
+
+        def times(v: Tensor, rows: Tensor) -> Tensor:
+            own = offsets[:, rows]
+            return (own * (own * v).flatten(2).sum(2).view(*own.shape[:2], *[1] * (v.dim() - 1))).mean(0)
+
+        return values, times
+
+
+def last_layer(model: nn.Module, inputs: Any) -> tuple[str, nn.Module, Tensor]:
+    """The linear layer that gives a model's outputs: its name, itself, and what goes in.
+
+    Raises:
+        ValueError: There is none.
+    """
+    seen: list[tuple[str, nn.Module, Tensor, Any]] = []
+    handles = [
+        module.register_forward_hook(lambda module, args, out, name=name: seen.append((name, module, args[0], out)))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            outputs = outputs_of(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, module, features, out in reversed(seen):
+        if isinstance(out, Tensor) and out.shape == outputs.shape and out.data_ptr() == outputs.data_ptr():
+            return name, module, features
+    raise ValueError("the model's outputs come from no linear layer, which is what 'last_layer' needs; take another estimator")
+
+
+def _spread(posterior: Posterior | None, params: Mapping[str, Tensor]) -> Spread:
+    """The covariance of the weights that are not known exactly."""
+    if posterior is None:
+        return Spread({name: torch.ones_like(p) for name, p in params.items() if p.requires_grad})
+    together = {name for part in posterior.parts for name in part.names}
+    variance = {name: 1 / s for name, s in posterior.precision.items() if name not in together}
+    return Spread(
+        {name: s for name, s in variance.items() if s.any()},
+        [Block(part.names, part.solve) for part in posterior.parts],
+    )
+
+
+def _within(block: Block, own: Mapping[str, str], params: Mapping[str, Tensor]) -> Block:
+    """The part of a block that belongs to a layer, under the layer's names; the other weights of the block may be anything."""
+    inside = [name for name in block.names if name in own]
+
+    def solve(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        like = next(iter(v.values()))
+        padded = {name: v[own[name]] if name in own else like.new_zeros(params[name].shape) for name in block.names}
+        solved = block.solve(padded)
+        return {own[name]: solved[name] for name in inside}
+
+    return Block([own[name] for name in inside], solve)
+
+
+def _examples(inputs: Any) -> int:
+    values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    return next(len(x) for x in values if isinstance(x, Tensor))

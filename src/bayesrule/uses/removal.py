@@ -1,0 +1,197 @@
+"""Examples that are taken away together, and the influence of one on another."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..estimators.linearized import Spread
+from ..estimators.per_example import inner_products
+from .batches import inputs_and_labels, on_device, outputs_of
+from .deviations import first_order, newton
+from .losses import OutputLoss, Slopes
+from .products import Products
+
+Parts = Sequence[tuple[Any, Tensor]]
+"""Inputs and labels, batch by batch."""
+
+
+class Effect(NamedTuple):
+    """What taking examples away does to others. N of them."""
+
+    outputs: Tensor
+    """The change of their outputs, shape (N, ...)."""
+    loss: Tensor
+    """Their losses before, shape (N,)."""
+    loss_without: Tensor
+    """And after, shape (N,)."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What taking some examples away would change.
+
+    Attributes:
+        indices: Their numbers in the data, shape (M,).
+        deviation: The change of their outputs, shape (M, ...).
+        loss: Their losses before, shape (M,).
+        loss_without: Their losses after, shape (M,).
+        weights: The change of the weights, by name.
+        leverage: How much of their own predictions they make up, in the directions that mattered; at 1 or more the estimate is
+            the first order.
+    """
+
+    indices: Tensor
+    deviation: Tensor
+    loss: Tensor
+    loss_without: Tensor
+    weights: dict[str, Tensor]
+    leverage: float
+    _group: Group
+
+    def effect(self, loader: Iterable[Any]) -> Effect:
+        """What it does to other examples. Costs a forward and two backwards.
+
+        Args:
+            loader: Batches (inputs, labels), or mappings with ``labels``.
+        """
+        return self._group.effect(self.weights, loader)
+
+
+class Group:
+    """Examples together.
+
+    Args:
+        products: The model and its posterior.
+        loss: Of an example.
+        correction: "newton" or "first_order".
+    """
+
+    def __init__(self, products: Products, loss: OutputLoss, correction: str) -> None:
+        self.products, self.loss, self.correction = products, loss, correction
+        self.params = {name: products.params[name] for name in products.spread.names}
+
+    def removal(self, indices: Tensor, parts: Parts) -> Removal:
+        """What taking these away would change."""
+        with self.products.at_the_mean():
+            parts = [(on_device(self.products.model, x), y.to(next(self.products.model.parameters()).device)) for x, y in parts]
+            with torch.no_grad():
+                values = [outputs_of(self.products.model, x) for x, _ in parts]
+            f, y = torch.cat(values), torch.cat([y for _, y in parts])
+            self.loss.check(f, y)
+            sizes = [len(v) for v in values]
+            one = _together(self.loss.slopes(f, y))
+
+            def times(v: Tensor, _: Tensor) -> Tensor:
+                return self._push(parts, self._solve(self._pull(parts, v[0].split(sizes))))[None]
+
+            found = newton(times, lambda _: one, 1) if self.correction == "newton" else first_order(times, one)
+            leverage = found.leverage.item()
+            if leverage >= 1:
+                warnings.warn(
+                    f"these {len(f)} examples together have leverage {leverage:.2f} >= 1; falling back to first order "
+                    "(posterior too wide or not converged)",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            weights = self._solve(self._pull(parts, found.weighted[0].split(sizes)))
+        moved = found.outputs[0]
+        before, after = (self.loss.values(at, y).cpu() for at in (f, f + moved))
+        return Removal(indices, moved.cpu(), before, after, weights, leverage, self)
+
+    def effect(self, weights: dict[str, Tensor], loader: Iterable[Any]) -> Effect:
+        """What a change of the weights does."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        device = next(self.products.model.parameters()).device
+        with self.products.at_the_mean():
+            for batch in loader:
+                x, y = inputs_and_labels(batch)
+                x, y = on_device(self.products.model, x), y.to(device)
+                with torch.no_grad():
+                    f = outputs_of(self.products.model, x)
+                moved = self._push([(x, y)], weights)
+                found.append((moved.cpu(), self.loss.values(f, y).cpu(), self.loss.values(f + moved, y).cpu()))
+        if not found:
+            raise ValueError("there are no examples: the loader gave no batch")
+        return Effect(*map(torch.cat, zip(*found, strict=True)))
+
+    def influence(self, query: Iterable[tuple[Any, Tensor]], train: Iterable[tuple[Any, Tensor]]) -> Tensor:
+        """What each training example does to the loss of each query, shape (queries, N)."""
+        model, loss = self.products.model, self.loss
+        with self.products.at_the_mean():
+            directions = []
+            for x, y in query:
+                for i in range(len(y)):
+                    f = outputs_of(model, x[i : i + 1])
+                    slopes = loss.slopes(f.detach(), y[i : i + 1])
+                    directions.append(self._solve(self._pull([(x[i : i + 1], y)], [slopes.error])))
+            if not directions:
+                raise ValueError("there are no queries: the loader gave no batch")
+            columns = []
+            for x, y in train:
+                losses = partial(_losses, model, loss, x, y)
+                columns.append(torch.stack([inner_products(model, losses, u) for u in directions]).cpu())
+        if not columns:
+            raise ValueError("there are no examples: the loader gave no batch")
+        return torch.cat(columns, 1)
+
+    # Products of a group
+
+    def _pull(self, parts: Parts, directions: Sequence[Tensor]) -> dict[str, Tensor]:
+        """J^T v, summed over the examples."""
+        total = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        for (x, _), v in zip(parts, directions, strict=True):
+            with torch.enable_grad():
+                f = outputs_of(self.products.model, x)
+                found = torch.autograd.grad(f, list(self.params.values()), v, allow_unused=True)
+            for name, g in zip(self.params, found, strict=True):
+                if g is not None:
+                    total[name] += g
+        return total
+
+    @torch.no_grad()
+    def _solve(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The covariance times v."""
+        return solved(self.products.spread, v)
+
+    def _push(self, parts: Parts, u: dict[str, Tensor]) -> Tensor:
+        """J u of every example."""
+        found = []
+        params = [self.params[name] for name in u]
+        for x, _ in parts:
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+                f = outputs_of(self.products.model, x)
+                v = torch.zeros_like(f, requires_grad=True)
+                back = torch.autograd.grad(f, params, v, create_graph=True, allow_unused=True)
+                pairs = [(g, u[name]) for name, g in zip(u, back, strict=True) if g is not None and g.requires_grad]
+                along = torch.autograd.grad([g for g, _ in pairs], v, [d for _, d in pairs])[0] if pairs else torch.zeros_like(f)
+            found.append(along.detach())
+        return torch.cat(found)
+
+
+def _losses(model: nn.Module, loss: OutputLoss, x: Any, y: Tensor) -> Tensor:
+    return loss.values(outputs_of(model, x), y)
+
+
+def solved(spread: Spread, v: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A covariance times a vector by name."""
+    found = {name: s * v[name] for name, s in spread.variance.items()}
+    for block in spread.blocks:
+        found |= block.solve({name: v[name] for name in block.names})
+    return found
+
+
+def _together(slopes: Slopes) -> Slopes:
+    """Those of one example that is all of them."""
+
+    def as_one(of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda v: of(v[0])[None]
+
+    return Slopes(slopes.error[None], as_one(slopes.root), as_one(slopes.across))

@@ -1,0 +1,423 @@
+r"""How much a model depends on each of its training examples: the memory-perturbation equation.
+
+What a model would say of example i, had it been trained without i, follows from two things that a posterior knows: how uncertain
+the outputs are there, :math:`V_i = J_i S^{-1} J_i^T`, and how wrong they were, :math:`e_i`:
+
+.. math::  \Delta f_i = (1 - V_i L_i)^{-1} V_i e_i.
+
+Nothing is retrained. Source: P. Nickl, L. Xu, D. Tailor, T. Moellenhoff and M. E. Khan (2023), The memory-perturbation equation,
+arXiv:2310.19273; the Newton form and the full covariance of the outputs are ours (``docs/decisions.md``, section 12).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..posterior import Posterior
+from .batches import inputs_and_labels, on_device, rows_of
+from .deviations import first_order, newton
+from .journal import Journal
+from .losses import OutputLoss, loss_of
+from .products import Estimator, Products
+from .removal import Group, Removal
+
+Correction = Literal["newton", "first_order"]
+KEPT = 1024
+"""Outputs of an example up to which their changes are kept."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is known of each of N examples, in the order of the data; on the CPU. K outputs each.
+
+    Attributes:
+        loss: Its loss, shape (N,).
+        loo_loss: Its loss by a model trained without it: the leave-one-out loss, shape (N,).
+        sensitivity: How much its own probabilities change, summed over them: the published score, shape (N,).
+        self_influence: How much its own loss grows to first order, :math:`e^T V e`, shape (N,).
+        cook: Cook's distance, the squared change of the weights in the posterior's metric by their number, shape (N,).
+        leverage: How much of its own prediction it makes up, in the directions that mattered; 1 is all, shape (N,).
+        correct: Whether it is named right, as 0 or 1, shape (N,); -1 where nothing is named.
+        loo_correct: The same without it.
+        deviation: The change of its outputs, shape (N, ...), or (N, 0) where an example has more than 1,024.
+        probability_deviation: The change of its probabilities, likewise.
+    """
+
+    loss: Tensor
+    loo_loss: Tensor
+    sensitivity: Tensor
+    self_influence: Tensor
+    cook: Tensor
+    leverage: Tensor
+    correct: Tensor
+    loo_correct: Tensor
+    deviation: Tensor
+    probability_deviation: Tensor
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    @property
+    def gap(self) -> Tensor:
+        """The leave-one-out loss less the loss, shape (N,)."""
+        return self.loo_loss - self.loss
+
+    def by(self, score: str) -> Tensor:
+        """One of the scores by its name, shape (N,).
+
+        Raises:
+            ValueError: There is no such score.
+        """
+        if score not in SCORES:
+            raise ValueError(f"unknown score {score!r}; there are {', '.join(map(repr, SCORES))}")
+        found: Tensor = getattr(self, score)
+        return found
+
+
+SCORES = ("loo_loss", "loss", "gap", "sensitivity", "self_influence", "cook", "leverage")
+
+
+class LOOEstimate(NamedTuple):
+    """What leave-one-out cross-validation would say."""
+
+    nll: float
+    """Mean of the leave-one-out losses, in nats."""
+    accuracy: float
+    """Share named right; NaN where nothing is named."""
+    per_example: Tensor
+    """Leave-one-out losses in the order of the data, shape (N,)."""
+    train_nll: float
+    """Mean of the losses with all examples."""
+
+
+class Ranked(NamedTuple):
+    """Examples from the most suspicious on."""
+
+    indices: Tensor
+    """Their numbers in the data, shape (k,)."""
+    scores: Tensor
+    """Shape (k,)."""
+
+
+class Sensitivity:
+    r"""The dependence of a model on its training data.
+
+    The posterior is that of the sum of the losses: where its ``ess`` is not ``num_data``, it is rescaled, with a warning.
+
+    Args:
+        model: In eval mode; it is looked at in the posterior's mean, and comes back as it was.
+        posterior: What was learned, of whatever structure. None is for a model trained by SGD: all variances are 1, so that
+            scores are a ranking only.
+        loss: "cross_entropy" of logits and classes, "bce" of logits and labels 0 or 1, "mse" of numbers with Gaussian noise, or a
+            function of outputs and labels of n examples that gives n losses. Sequences have outputs (n, T, K) and labels (n, T);
+            their loss is the sum over tokens.
+        correction: "newton" for a Newton step on the rest of the data, exact for linear regression; "first_order" for V e.
+        estimator: "vjp_jvp" for any model, a backward and a forward a product; "layerwise" for few outputs, a backward for each;
+            "last_layer" for the weights of the last layer only; "mc" by draws of the weights.
+        noise_variance: Of "mse".
+        error_fn: Derivative of a loss that is a function; None is torch's.
+        hessian_fn: Its second derivative by example, shape (n, K, K); None is torch's.
+        num_samples: Draws of "mc". Rank correlation with the exact values is about 0.8 for 32.
+        seed: Which draws.
+
+    Raises:
+        ValueError: An argument is none of the above, or names and shapes are not the model's.
+        RuntimeError: The model is in training mode and has norms over the batch or dropout.
+
+    Example:
+        >>> import bayesrule as br
+        >>> x, y = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0], [1.0], [5.0]])
+        >>> q, model = br.ridge(x, y[:, 0], penalty=1.0), nn.Linear(1, 1, bias=False)
+        >>> post = br.Posterior.of(q, {"weight": (1, 1)}, ess=3, num_data=3)
+        >>> Sensitivity(model, post, "mse").scores([(x, y)]).deviation[:, 0]
+        tensor([ 0.0000,  0.1667, -2.6667])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        posterior: Posterior | None,
+        loss: str | OutputLoss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        *,
+        correction: Correction = "newton",
+        estimator: Estimator = "vjp_jvp",
+        noise_variance: float = 1.0,
+        error_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        hessian_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        num_samples: int = 32,
+        seed: int = 0,
+    ) -> None:
+        if correction not in ("newton", "first_order"):
+            raise ValueError(f"unknown correction {correction!r}; take 'newton' or 'first_order'")
+        self.model, self.correction = model, correction if posterior is not None else "first_order"
+        self.loss = loss_of(loss, noise_variance, error_fn, hessian_fn)
+        self.posterior = None if posterior is None else of_the_sum(posterior)
+        self.products = Products(model, self.posterior, estimator, num_samples, seed)
+        self._data: Iterable[Any] | None = None
+        self._scores: Scores | None = None
+
+    # One by one
+
+    def scores(self, loader: Iterable[Any], *, path: str | os.PathLike[str] | None = None, subset: int | None = None) -> Scores:
+        """All that is known of each example.
+
+        Costs, with "vjp_jvp" and "newton", some ten times a training epoch, of which the first order is a half; memory for a batch.
+
+        Args:
+            loader: Batches (inputs, labels), or mappings with ``labels``, in an order that stays.
+            path: A safetensors file in which what is found is kept while it goes on; if it is there, from where it was left.
+            subset: Only the first so many examples.
+
+        Raises:
+            ValueError: There is no data, labels do not suit the outputs, or the file is of another model or data.
+        """
+        self._check_mode()
+        _check_order(loader)
+        journal = Journal(path, self._fingerprint(), [one.name for one in fields(Scores)])
+        seen = 0
+        with self.products.at_the_mean():
+            for batch in loader:
+                inputs, labels = inputs_and_labels(batch)
+                if subset is not None and seen + len(labels) > subset:
+                    kept = slice(0, subset - seen)
+                    inputs, labels = rows_of(inputs, kept, len(labels)), labels[kept]
+                known = journal.known(seen, labels)
+                if known < len(labels):
+                    rest = slice(known, len(labels))
+                    inputs, asked = on_device(self.model, rows_of(inputs, rest, len(labels))), labels[rest]
+                    journal.add(self._of(inputs, asked.to(next(self.model.parameters()).device)), asked)
+                seen += len(labels)
+                if subset is not None and seen >= subset:
+                    break
+        if not seen:
+            raise ValueError("there are no examples: the loader gave no batch")
+        if subset is None:
+            _warn_of_size(self.posterior, seen)
+        self._data, self._scores = loader, Scores(**journal.finish(seen))
+        _warn_of_leverage(self._scores.leverage)
+        return self._scores
+
+    def _of(self, inputs: Any, labels: Tensor) -> dict[str, Tensor]:
+        """The scores of a batch."""
+        loss = self.loss
+        values, times = self.products.of(inputs)
+        self._check_outputs(values, labels)
+        slopes = loss.slopes(values, labels)
+        if self.correction == "newton":
+            found = newton(times, lambda rows: loss.slopes(values[rows], labels[rows]), len(values))
+        else:
+            found = first_order(times, slopes)
+        moved = values + found.outputs
+        change = loss.change(values, found.outputs)
+        size = sum(p.numel() for p in self.products.params.values())
+        right, loo_right = loss.correct(values, labels), loss.correct(moved, labels)
+        flat = values[:1].numel() <= KEPT
+        scores = {
+            "loss": loss.values(values, labels),
+            "loo_loss": loss.values(moved, labels),
+            "sensitivity": change.abs().flatten(1).sum(1),
+            "self_influence": _dot(slopes.error, found.first),
+            "cook": _dot(found.weighted, found.outputs) / size,
+            "leverage": found.leverage,
+            "correct": values.new_full((len(values),), -1.0) if right is None else right.to(values.dtype),
+            "loo_correct": values.new_full((len(values),), -1.0) if loo_right is None else loo_right.to(values.dtype),
+            "deviation": found.outputs if flat else values.new_zeros(len(values), 0),
+            "probability_deviation": change if flat else values.new_zeros(len(values), 0),
+        }
+        return {name: t.detach().cpu() for name, t in scores.items()}
+
+    def loo(self, loader: Iterable[Any], **how: Any) -> LOOEstimate:
+        """What leave-one-out cross-validation would say, without training anything again; costs as :meth:`scores`.
+
+        Example:
+            >>> model = nn.Linear(2, 3).eval()
+            >>> data = [(torch.eye(2), torch.tensor([0, 2]))]
+            >>> estimate = Sensitivity(model, Posterior.point(model)).loo(data)
+            >>> estimate.nll == estimate.train_nll  # nothing to be learned, nothing to be lost
+            True
+        """
+        found = self.scores(loader, **how)
+        right = found.loo_correct.double()
+        accuracy = float("nan") if bool((right < 0).any()) else right.mean().item()
+        return LOOEstimate(found.loo_loss.double().mean().item(), accuracy, found.loo_loss, found.loss.double().mean().item())
+
+    def self_scores(self, loader: Iterable[Any], **how: Any) -> Tensor:
+        """The self-influence of each example, shape (N,)."""
+        return self.scores(loader, **how).self_influence
+
+    def top(self, k: int, score: str = "sensitivity") -> Ranked:
+        """The k examples of the data last scored that the model depends on most.
+
+        Raises:
+            RuntimeError: Nothing was scored yet.
+        """
+        if self._scores is None:
+            raise RuntimeError("nothing was scored yet: call scores(loader) first")
+        return _ranked(self._scores.by(score), k)
+
+    def mislabelled(self, loader: Iterable[Any], k: int | None = None, *, score: str = "loo_loss", **how: Any) -> Ranked:
+        """The examples whose labels look wrong, the most suspicious first.
+
+        Args:
+            loader: The training data.
+            k: How many; None ranks all.
+            score: What to rank by: "loo_loss", or any other of :class:`Scores`. "loss" is plain training loss.
+            **how: As :meth:`scores`.
+        """
+        return _ranked(self.scores(loader, **how).by(score), k)
+
+    # Together
+
+    def remove(self, indices: Any, loader: Iterable[Any] | None = None) -> Removal:
+        """What would change if some examples were taken away together.
+
+        Costs a few passes over these examples, forward and backward.
+
+        Args:
+            indices: Their numbers in the data.
+            loader: The training data; None is what was scored last.
+
+        Raises:
+            ValueError: There are none, or a number is not in the data.
+
+        Warns:
+            UserWarning: They are more than a tenth of the data: the estimate is a ranking at best.
+        """
+        chosen = torch.as_tensor(indices).reshape(-1)
+        return self._removed(loader, lambda numbers, _: torch.isin(numbers, chosen), chosen)
+
+    def leave_class_out(self, label: int, loader: Iterable[Any] | None = None) -> Removal:
+        """What would change if all examples of a class were taken away; else as :meth:`remove`."""
+        return self._removed(loader, lambda _, labels: labels.cpu() == label, None)
+
+    def _removed(self, loader: Iterable[Any] | None, choose: Callable[[Tensor, Tensor], Tensor], wanted: Tensor | None) -> Removal:
+        data = self._data if loader is None else loader
+        if data is None:
+            raise ValueError("there is no data: pass the loader, or call scores(loader) before")
+        self._check_mode()
+        total, numbers, parts = 0, list[Tensor](), list[tuple[Any, Tensor]]()
+        for batch in data:
+            inputs, labels = inputs_and_labels(batch)
+            here = torch.arange(total, total + len(labels))
+            rows = choose(here, labels).nonzero()[:, 0]
+            if len(rows):
+                numbers.append(here[rows])
+                parts.append((rows_of(inputs, rows, len(labels)), labels[rows]))
+            total += len(labels)
+        indices = torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.long)
+        if not len(indices) or (wanted is not None and len(indices) < len(wanted.unique())):
+            asked = "no example" if wanted is None else f"{len(wanted.unique())} examples"
+            raise ValueError(f"{asked} to take away, and {len(indices)} of them are among the {total} of the data")
+        if len(indices) > total / 10:
+            kind = "first-order" if self.correction == "first_order" else "Newton"
+            share = f"{100 * len(indices) / total:.0f}%"
+            warnings.warn(f"{kind} estimate removes {share} of the data; values are a ranking only", UserWarning, stacklevel=3)
+        return Group(self.products, self.loss, self.correction).removal(indices, parts)
+
+    def pairwise_scores(self, query: Iterable[Any], train: Iterable[Any]) -> Tensor:
+        r"""How much the loss of each query grows to first order if a training example is taken away, shape (queries, N).
+
+        .. math::  e_j^T V_{ji} e_i = \langle \nabla \ell_j, S^{-1} \nabla \ell_i \rangle
+
+        Costs a gradient for each query, which are kept, and a backward over the training data with a product for each query.
+        """
+        self._check_mode()
+        return Group(self.products, self.loss, self.correction).influence(_moved(self.model, query), _moved(self.model, train))
+
+    # Checks
+
+    def _check_mode(self) -> None:
+        awake = [m for m in self.model.modules() if m.training]
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in awake):
+            raise RuntimeError("the model is in training mode, in which batch norm mixes examples; call model.eval()")
+        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in awake):
+            raise RuntimeError("the model is in training mode, in which dropout is random; call model.eval()")
+
+    def _check_outputs(self, values: Tensor, labels: Tensor) -> None:
+        if not values.isfinite().all():
+            bad = int((~values.flatten(1).isfinite()).any(1).sum())
+            raise RuntimeError(f"the model gave outputs that are not finite for {bad} of {len(values)} examples")
+        self.loss.check(values, labels)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        q = self.posterior
+        mean = self.products.params if q is None else q.mean
+        total = sum(float(m.double().sum()) for m in mean.values())
+        spread = 0.0 if q is None else sum(float(s.double().clamp_max(1e30).log().sum()) for s in q.precision.values())
+        about = {"correction": self.correction, "estimator": self.products.estimator, "loss": repr(self.loss)}
+        return {**about, "mean": total, "precision": spread, "weights": sum(m.numel() for m in mean.values())}
+
+
+def of_the_sum(posterior: Posterior) -> Posterior:
+    """The posterior of the sum of the losses, with ess the number of examples.
+
+    Warns:
+        UserWarning: It was another.
+    """
+    if posterior.num_data is None or posterior.ess == posterior.num_data or not posterior.is_gaussian:
+        return posterior
+    factor = posterior.ess / posterior.num_data
+    warnings.warn(
+        f"posterior was trained with ess={posterior.ess:g} but num_data={posterior.num_data}; variances are scaled by {factor:g} "
+        "for leave-one-out estimates",
+        UserWarning,
+        stacklevel=3,
+    )
+    return posterior.rescale(ess=float(posterior.num_data))
+
+
+def _warn_of_size(posterior: Posterior | None, examples: int) -> None:
+    known = None if posterior is None else posterior.num_data or posterior.ess
+    if known is not None and known != examples and known != 1.0:
+        warnings.warn(
+            f"the data have {examples} examples, and the posterior is of {known:g}; estimates are those of a model trained on "
+            "these data: rescale(ess=...), or pass all of them",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_leverage(leverage: Tensor) -> None:
+    refused = (leverage >= 1).nonzero()[:, 0]
+    if len(refused):
+        first = int(refused[0])
+        others = f", as have {len(refused) - 1} of the {len(leverage) - 1} others" if len(refused) > 1 else ""
+        warnings.warn(
+            f"example {first} has leverage {leverage[first].item():.2f} >= 1{others}; falling back to first order (posterior "
+            "too wide or not converged)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _check_order(loader: Iterable[Any]) -> None:
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, torch.utils.data.RandomSampler):
+        warnings.warn(
+            "the loader shuffles, so the numbers of examples mean nothing after this pass; pass shuffle=False",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _moved(model: nn.Module, loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
+    device = next(model.parameters()).device
+    for batch in loader:
+        inputs, labels = inputs_and_labels(batch)
+        yield on_device(model, inputs), labels.to(device)
+
+
+def _ranked(scores: Tensor, k: int | None) -> Ranked:
+    found = scores.sort(descending=True, stable=True)
+    return Ranked(found.indices[:k], found.values[:k])
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
