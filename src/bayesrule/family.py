@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from .noise import Noise
@@ -92,6 +93,15 @@ class Family(ABC):
     @abstractmethod
     def sample(self, noise: Noise) -> Point:
         """One draw of theta."""
+
+    def solve(self, v: Point) -> Point:
+        """The covariance times v."""
+        raise TypeError(f"a {type(self).__name__} offers no product with its covariance; average over draws")
+
+    def solve_each(self, v: Tensor) -> Tensor:
+        """The covariance times each of n vectors, shape (n, ...); for a mean that is a tensor."""
+        found: Tensor = torch.func.vmap(self.solve)(v)
+        return found
 
     @abstractmethod
     def entropy(self) -> Tensor:

@@ -81,6 +81,13 @@ class Joint(Part):
     def solve(self, v: Named) -> dict[str, Tensor]:
         return self.named(self.q.solve(self.point(v)))
 
+    def solve_each(self, v: Named) -> dict[str, Tensor]:
+        if isinstance(self.q.mean, Vector):
+            return super().solve_each(v)
+        rows = self.q.solve_each(torch.cat([v[name].flatten(1) for name in self.names], 1))
+        pieces = rows.split([math.prod(shape) for shape in self.shapes], 1)
+        return {n: piece.view(-1, *shape) for n, shape, piece in zip(self.names, self.shapes, pieces, strict=True)}
+
     def root_solve(self, v: Named) -> dict[str, Tensor]:
         return self.named(self.q.root_solve(self.point(v)))
 

@@ -65,6 +65,11 @@ class Part(ABC):
     def solve(self, v: Named) -> dict[str, Tensor]:
         """The covariance times v."""
 
+    def solve_each(self, v: Named) -> dict[str, Tensor]:
+        """The covariance times each of n vectors, by name of shape (n, ...)."""
+        found: dict[str, Tensor] = torch.func.vmap(self.solve)(dict(v))
+        return found
+
     @abstractmethod
     def root_solve(self, v: Named) -> dict[str, Tensor]:
         """R v with R R^T the covariance."""

@@ -31,13 +31,13 @@ class Case:
         root = normal(4, int(chosen.sum()), int(chosen.sum())) / max(1, int(chosen.sum())) ** 0.5
         matrix[torch.outer(chosen, chosen)] = (root @ root.T).reshape(-1)
 
-        def solve(v):
-            row = matrix[chosen][:, chosen] @ torch.cat([v[name].reshape(-1) for name in inside])
-            parts = row.split([self.sizes[name] for name in inside])
-            return {name: part.view(self.params[name].shape) for name, part in zip(inside, parts, strict=True)}
+        def solve_each(v):
+            rows = torch.cat([v[name].flatten(1) for name in inside], 1) @ matrix[chosen][:, chosen]
+            parts = rows.split([self.sizes[name] for name in inside], 1)
+            return {name: part.view(-1, *self.params[name].shape) for name, part in zip(inside, parts, strict=True)}
 
         apart = {name: s.view(self.params[name].shape) for name, s in variance.items() if name not in inside}
-        return Spread(apart, [Block(inside, solve)] if inside else []), matrix
+        return Spread(apart, [Block(inside, solve_each)] if inside else []), matrix
 
 
 @pytest.mark.parametrize("chunk", [1, 2**23], ids=["one-by-one", "at-once"])

@@ -33,11 +33,11 @@ class Block(NamedTuple):
 
     Args:
         names: Of the parameters.
-        solve: The covariance times vectors by name, of one example.
+        solve_each: The covariance times each of n vectors, by name of shape (n, ...).
     """
 
     names: Sequence[str]
-    solve: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    solve_each: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,13 @@ class Linearized:
 
     def _solved(self, kept: Mapping[nn.Parameter, Tensor]) -> Iterator[tuple[Sequence[str], dict[str, Tensor]]]:
         """By block: its names, and the covariance times what was kept, of shape (n, K, ...)."""
-        for names, solve in self.spread.blocks:
+        for names, solve_each in self.spread.blocks:
             like = next((kept[self._wanted[name]] for name in names if self._wanted[name] in kept), None)
             if like is None:
                 continue
             lead = like.shape[:2]
             v = {name: kept.get(p, like.new_zeros(1).expand(*lead, *p.shape)) for name in names for p in [self._wanted[name]]}
-            made = torch.func.vmap(solve)({name: each.flatten(0, 1) for name, each in v.items()})
+            made = solve_each({name: each.flatten(0, 1) for name, each in v.items()})
             yield names, {name: each.unflatten(0, lead) for name, each in made.items()}
 
     # Products

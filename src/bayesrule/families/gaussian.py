@@ -286,6 +286,9 @@ class Full(TwoBlocks):
     def root_precondition(self, v: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._root.mT, v[..., None], upper=True)[..., 0]
 
+    def solve_each(self, v: Tensor) -> Tensor:
+        return torch.cholesky_solve(v.mT, self._root).mT / self.ess
+
     def spread(self, X: Tensor) -> Tensor:
         inverse = torch.linalg.inv_ex(self._root).inverse.mT
         return torch.cat([(rows @ inverse).square().sum(-1) for rows in X.split(ROWS)]) / self.ess

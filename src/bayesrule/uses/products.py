@@ -170,7 +170,7 @@ def _spread(posterior: Posterior | None, params: Mapping[str, Tensor]) -> Spread
     variance = {name: 1 / s for name, s in posterior.precision.items() if name not in together}
     return Spread(
         {name: s for name, s in variance.items() if s.any()},
-        [Block(part.names, part.solve) for part in posterior.parts],
+        [Block(part.names, part.solve_each) for part in posterior.parts],
     )
 
 
@@ -178,13 +178,13 @@ def _within(block: Block, own: Mapping[str, str], params: Mapping[str, Tensor]) 
     """The part of a block that belongs to a layer, under the layer's names; the other weights of the block may be anything."""
     inside = [name for name in block.names if name in own]
 
-    def solve(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def solve_each(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         like = next(iter(v.values()))
-        padded = {name: v[own[name]] if name in own else like.new_zeros(params[name].shape) for name in block.names}
-        solved = block.solve(padded)
+        zeros = {name: like.new_zeros(1).expand(len(like), *params[name].shape) for name in block.names if name not in own}
+        solved = block.solve_each({name: v[own[name]] if name in own else zeros[name] for name in block.names})
         return {own[name]: solved[name] for name in inside}
 
-    return Block([own[name] for name in inside], solve)
+    return Block([own[name] for name in inside], solve_each)
 
 
 def _examples(inputs: Any) -> int:

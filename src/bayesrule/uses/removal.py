@@ -184,7 +184,7 @@ def solved(spread: Spread, v: dict[str, Tensor]) -> dict[str, Tensor]:
     """A covariance times a vector by name."""
     found = {name: s * v[name] for name, s in spread.variance.items()}
     for block in spread.blocks:
-        found |= block.solve({name: v[name] for name in block.names})
+        found |= {name: each[0] for name, each in block.solve_each({name: v[name][None] for name in block.names}).items()}
     return found
 
 
