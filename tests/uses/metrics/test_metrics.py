@@ -21,7 +21,7 @@ from bayesrule.uses.metrics import (
     risk_coverage,
 )
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "metrics.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "metrics.json").read_text())
 SAMPLES = torch.tensor(GOLDEN["sample_logits"], dtype=torch.float64).softmax(-1)
 LABELS = torch.tensor(GOLDEN["labels"])
 
