@@ -54,7 +54,8 @@ _HOMES = {
     "algorithms.newton": "gradient_descent laplace newton",
     "algorithms.regression": "linear_regression ridge",
     "algorithms.table": "table",
-    "uses.prediction": "Prediction evaluate predict",
+    "uses.prediction": "Prediction predict",
+    "uses.evaluation": "evaluate",
 }
 _MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

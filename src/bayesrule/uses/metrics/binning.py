@@ -46,26 +46,57 @@ def reliability(
 
     Source: Niculescu-Mizil & Caruana (2005), Predicting good probabilities with supervised learning, section 4.
     """
-    probs = check_predictions(probs, labels)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1; got {bins}")
-    if closed not in ("right", "left"):
-        raise ValueError(f"closed must be 'right' or 'left'; got {closed!r}")
-    confidence, predicted = probs.max(1)
-    right = wide(predicted == labels)
+    confidence, predicted = _checked(probs, labels, bins, closed).max(1)
+    correct = predicted == labels
     if adaptive:
-        confidence, order = confidence.sort()
-        right = mean_over_ties(confidence, right[order])
-        starts = _equal_mass_starts(len(labels), bins).to(probs.device)
-        edges = torch.cat([confidence[starts.clamp_max(len(labels) - 1)], confidence[-1:]])
-        index = torch.searchsorted(starts, torch.arange(len(labels), device=probs.device), right=True) - 1
+        totals, edges = equal_mass(confidence, correct, bins)
     else:
-        edges = torch.arange(bins + 1, dtype=probs.dtype, device=probs.device) / bins
-        # With the inner borders alone, 0 falls into the first bin and 1 (or a rounding above it) into the last.
-        index = torch.bucketize(confidence, edges[1:-1], right=closed == "left")
-    ones = torch.ones_like(right)
-    count, total, correct = (ones.new_zeros(bins).index_add_(0, index, x) for x in (ones, wide(confidence), right))
-    return Reliability(total / count, correct / count, count.long(), wide(edges))
+        totals, edges = equal_width(confidence, correct, bins, closed), _edges(confidence, bins)
+    count, promised, kept = totals
+    return Reliability(promised / count, kept / count, count.long(), wide(edges))
+
+
+def equal_width(confidence: Tensor, correct: Tensor, bins: int, closed: Literal["right", "left"]) -> Tensor:
+    """Of each bin of equal width the number of examples, and the sums of their confidences and of what is right, (..., 3, bins).
+
+    Args:
+        confidence: Numbers in [0, 1], shape (..., N).
+        correct: Booleans or 0 and 1, shape (..., N).
+        bins: Number of bins.
+        closed: As in :func:`reliability`.
+    """
+    # With the inner borders alone, 0 falls into the first bin and 1 (or a rounding above it) into the last.
+    index = torch.bucketize(confidence, _edges(confidence, bins)[1:-1], right=closed == "left")
+    return _totals(index, confidence, wide(correct), bins)
+
+
+def equal_mass(confidence: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """The same sums of bins that hold equally many examples, up to one, shape (3, bins), and the borders, (bins + 1,)."""
+    confidence, order = confidence.sort()
+    right, examples = mean_over_ties(confidence, wide(correct)[order]), len(order)
+    number = torch.arange(bins, device=order.device)
+    starts = number * (examples // bins) + number.clamp_max(examples % bins)  # the longer bins first
+    index = torch.searchsorted(starts, torch.arange(examples, device=order.device), right=True) - 1
+    edges = torch.cat([confidence[starts.clamp_max(examples - 1)], confidence[-1:]])
+    return _totals(index, confidence, right, bins), edges
+
+
+def gap(totals: Tensor, norm: Literal["l1", "max"] = "l1") -> Tensor:
+    """The calibration error that sums by bin, shape (..., 3, bins), come to; shape (...)."""
+    count, promised, kept = totals.unbind(-2)
+    if norm == "max":
+        return ((kept - promised).abs() / count.clamp_min(1)).amax(-1)  # an empty bin has no gap
+    return (kept - promised).abs().sum(-1) / count.sum(-1)
+
+
+def _edges(confidence: Tensor, bins: int) -> Tensor:
+    return torch.arange(bins + 1, dtype=confidence.dtype, device=confidence.device) / bins
+
+
+def _totals(index: Tensor, confidence: Tensor, right: Tensor, bins: int) -> Tensor:
+    parts = torch.stack([torch.ones_like(right), wide(confidence), right], -2)
+    index = index.unsqueeze(-2).expand_as(parts)
+    return parts.new_zeros((*parts.shape[:-1], bins)).scatter_add_(-1, index, parts)
 
 
 def calibration_error(
@@ -107,12 +138,58 @@ def calibration_error(
     """
     if norm not in ("l1", "max"):
         raise ValueError(f"norm must be 'l1' or 'max'; got {norm!r}")
-    bin_ = reliability(probs, labels, bins, closed, adaptive)
-    gap = (bin_.accuracy - bin_.confidence).abs().nan_to_num(0.0)  # an empty bin has no gap
-    return gap.max() if norm == "max" else (gap * bin_.count).sum() / bin_.count.sum()
+    if adaptive:
+        confidence, predicted = _checked(probs, labels, bins, closed).max(1)
+        return gap(equal_mass(confidence, predicted == labels, bins)[0], norm)
+    return gap(bin_totals(probs, labels, bins, closed), norm)
 
 
-def _equal_mass_starts(examples: int, bins: int) -> Tensor:
-    """First example of each of ``bins`` runs whose lengths differ by at most one, the longer runs first."""
-    number = torch.arange(bins)
-    return number * (examples // bins) + number.clamp_max(examples % bins)
+def bin_totals(probs: Tensor, labels: Tensor, bins: int, closed: Literal["right", "left"]) -> Tensor:
+    """The sums that :func:`calibration_error` needs, shape (3, bins); those of parts of the data add up."""
+    confidence, predicted = _checked(probs, labels, bins, closed).max(1)
+    return equal_width(confidence, predicted == labels, bins, closed)
+
+
+def classwise_calibration_error(
+    probs: Tensor, labels: Tensor, bins: int = 15, closed: Literal["right", "left"] = "right"
+) -> Tensor:
+    r"""Classwise ECE: the calibration error of the probability of each class by itself, averaged over the classes.
+
+    .. math:: \frac1K \sum_k \sum_b \frac{n_{bk}}{N} \, |\mathrm{freq}_{bk} - \mathrm{conf}_{bk}|
+
+    with bins of the probability :math:`p_k`, not of the largest one, and the frequency of the label k in them.
+
+    Args:
+        probs: Class probabilities, shape (N, K).
+        labels: True classes, integers in [0, K), shape (N,).
+        bins: Number of bins, at least 1.
+        closed: Which border belongs to a bin, as in :func:`reliability`.
+
+    Returns:
+        A number in [0, 1], shape (). With many classes most probabilities are near 0, and so is this: compare it for one K only.
+
+    Raises:
+        ValueError: As :func:`reliability`.
+
+    Example:
+        >>> round(classwise_calibration_error(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1])).item(), 4)
+        0.4
+
+    Source: Kull et al. (2019), Beyond temperature scaling, section 2. arXiv:1910.12656.
+    """
+    return gap(classwise_totals(probs, labels, bins, closed)).mean()
+
+
+def classwise_totals(probs: Tensor, labels: Tensor, bins: int, closed: Literal["right", "left"]) -> Tensor:
+    """The sums that :func:`classwise_calibration_error` needs, shape (K, 3, bins); those of parts of the data add up."""
+    probs = _checked(probs, labels, bins, closed)
+    is_label = labels == torch.arange(probs.shape[1], device=labels.device)[:, None]
+    return equal_width(probs.T.contiguous(), is_label, bins, closed)
+
+
+def _checked(probs: Tensor, labels: Tensor, bins: int, closed: str) -> Tensor:
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1; got {bins}")
+    if closed not in ("right", "left"):
+        raise ValueError(f"closed must be 'right' or 'left'; got {closed!r}")
+    return check_predictions(probs, labels)

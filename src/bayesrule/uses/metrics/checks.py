@@ -1,5 +1,7 @@
 """What metrics may be asked of, and how wide they count."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,38 @@ def check_scores(name: str, scores: Tensor, kind_name: str, kinds: Tensor) -> No
     other = kinds[(kinds != 0) & (kinds != 1)]
     if len(other):
         raise ValueError(f"{kind_name} must be booleans or 0 and 1; got {other[0].item()}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse what is no number in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {value!r}")
+
+
+def known_names(metrics: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """The names, if all are known.
+
+    Raises:
+        ValueError: One is not.
+    """
+    wanted = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    if odd := [name for name in wanted if name not in set(known)]:
+        raise ValueError(f"unknown metric {odd[0]!r}; take of {', '.join(known)}")
+    return wanted
+
+
+def check_numbers(mean: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Predicted and true numbers, wide, once they are known to be sound.
+
+    Raises:
+        ValueError: If the shapes differ, a number is not finite or there is none.
+    """
+    if mean.shape != targets.shape or mean.numel() == 0:
+        raise ValueError(f"mean and targets must have one shape, not empty; got {tuple(mean.shape)} and {tuple(targets.shape)}")
+    for name, x in (("mean", mean), ("targets", targets)):
+        if bad := int((~x.isfinite()).sum()):
+            raise ValueError(f"{name} must be finite; {bad} of {x.numel()} numbers are not")
+    return wide(mean), wide(targets).to(mean.device)
 
 
 def width(x: Tensor) -> torch.dtype:

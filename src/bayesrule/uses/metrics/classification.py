@@ -1,32 +1,44 @@
 """Probabilities of classes against the true ones."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .binning import calibration_error
-from .checks import average, check_predictions, check_probabilities, wide
-from .ranking import aurc, auroc
+from .binning import calibration_error, classwise_calibration_error
+from .checks import average, check_predictions, check_probabilities, known_names, wide
+from .ranking import aurc, auroc, coverage_at_risk, eaurc
 
 
-def accuracy(probs: Tensor, labels: Tensor) -> Tensor:
-    """Share of the examples whose most probable class is the label; the first class wins a tie.
+def accuracy(probs: Tensor, labels: Tensor, top_k: int = 1) -> Tensor:
+    """Share of the examples whose label is the most probable class, or among the ``top_k``; the first class wins a tie.
 
     Args:
         probs: Class probabilities, shape (N, K).
         labels: True classes, integers in [0, K), shape (N,).
+        top_k: How many answers may be given, from 1 to K.
 
     Returns:
         A number in [0, 1], shape ().
 
     Raises:
-        ValueError: If shapes disagree, labels are out of range, rows do not sum to 1 or there are no examples.
+        ValueError: If shapes disagree, labels are out of range, rows do not sum to 1, there are no examples, or K are fewer
+            than ``top_k``.
 
     Example:
         >>> accuracy(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1])).item()
         0.5
     """
     probs = check_predictions(probs, labels)
-    return average(probs.argmax(1) == labels)
+    if not 1 <= top_k <= probs.shape[1]:
+        raise ValueError(f"top_k must lie between 1 and the number of classes, {probs.shape[1]}; got {top_k}")
+    if top_k == 1:
+        return average(probs.argmax(1) == labels)
+    number = labels.long()[:, None]
+    own, place = probs.gather(1, number), torch.arange(probs.shape[1], device=probs.device)
+    before = (probs > own) | ((probs == own) & (place < number))
+    return average(before.sum(1) < top_k)
 
 
 def nll(probs: Tensor, labels: Tensor) -> Tensor:
@@ -98,32 +110,53 @@ def entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(wide(probs).clamp_min(0)).sum(-1)
 
 
-def classification_metrics(probs: Tensor, labels: Tensor) -> dict[str, float]:
-    """All metrics of a classifier at once, by the names that ``evaluate`` reports.
+STANDARD = ("accuracy", "nll", "ece", "brier", "auroc", "aurc")
+"""What is measured of a classifier unless something else is asked for."""
+
+CLASSIFICATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "accuracy": accuracy,
+    "top5_accuracy": partial(accuracy, top_k=5),
+    "nll": nll,
+    "brier": brier,
+    "ece": calibration_error,
+    "adaptive_ece": partial(calibration_error, adaptive=True),
+    "classwise_ece": classwise_calibration_error,
+    "mce": partial(calibration_error, norm="max"),
+    "auroc": lambda probs, labels: auroc(*_answers(probs, labels)),
+    "aurc": lambda probs, labels: aurc(*_answers(probs, labels)),
+    "eaurc": lambda probs, labels: eaurc(*_answers(probs, labels)),
+    "coverage_at_1_risk": lambda probs, labels: coverage_at_risk(*_answers(probs, labels), risk=0.01),
+    "coverage_at_5_risk": lambda probs, labels: coverage_at_risk(*_answers(probs, labels), risk=0.05),
+}
+"""Figures of a classifier by name; those at a risk are at so many percent of wrong answers."""
+
+
+def classification_metrics(probs: Tensor, labels: Tensor, metrics: Iterable[str] = STANDARD) -> dict[str, float]:
+    """Several metrics of a classifier at once, by the names that ``evaluate`` reports.
 
     Args:
         probs: Class probabilities, shape (N, K).
         labels: True classes, integers in [0, K), shape (N,).
+        metrics: Names, of those of ``CLASSIFICATION``.
 
     Returns:
-        ``accuracy``, ``nll``, ``ece`` (15 bins of equal width, closed on the right), ``brier``, ``auroc`` (how well the
-        confidence separates right from wrong predictions; NaN if there is only one kind) and ``aurc``.
+        Unless others are asked for: ``accuracy``, ``nll``, ``ece`` (15 bins of equal width, closed on the right), ``brier``,
+        ``auroc`` (how well the confidence separates right from wrong predictions; NaN if there is only one kind) and ``aurc``.
 
     Raises:
-        ValueError: As :func:`accuracy`.
+        ValueError: As :func:`accuracy`, or a name is unknown.
 
     Example:
         >>> metrics = classification_metrics(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
         >>> metrics["accuracy"], metrics["auroc"], metrics["aurc"]
         (0.5, 1.0, 0.25)
     """
+    wanted = known_names(metrics, CLASSIFICATION)
+    check_predictions(probs, labels)
+    return {name: CLASSIFICATION[name](probs, labels).item() for name in wanted}
+
+
+def _answers(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The confidence in each answer, and whether it is right."""
     confidence, predicted = check_predictions(probs, labels).max(1)
-    correct = predicted == labels
-    return {
-        "accuracy": accuracy(probs, labels).item(),
-        "nll": nll(probs, labels).item(),
-        "ece": calibration_error(probs, labels).item(),
-        "brier": brier(probs, labels).item(),
-        "auroc": auroc(confidence, correct).item(),
-        "aurc": aurc(confidence, correct).item(),
-    }
+    return confidence, predicted == labels
