@@ -71,7 +71,7 @@ def aupr(scores: Tensor, positives: Tensor) -> Tensor:
         0.8333
     """
     check_scores("scores", scores, "positives", positives)
-    hits, taken = _roc(scores, positives)
+    _, hits, taken = from_the_top(scores, positives)
     steps = hits.diff(prepend=hits.new_zeros(1))
     return (steps * hits / taken).sum() / hits[-1]
 
@@ -99,7 +99,7 @@ def fpr_at_tpr(scores: Tensor, positives: Tensor, tpr: float = 0.95) -> Tensor:
     """
     check_share("tpr", tpr)
     check_scores("scores", scores, "positives", positives)
-    hits, taken = _roc(scores, positives)
+    _, hits, taken = from_the_top(scores, positives)
     false, enough = taken - hits, hits / hits[-1] >= tpr
     return (false / false[-1])[enough].amin() if enough.any() else false[-1] * float("nan")
 
@@ -130,12 +130,12 @@ def ood_metrics(known: Tensor, unknown: Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in zip(("auroc_ood", "aupr_in", "aupr_out", "fpr95"), found, strict=True)}
 
 
-def _roc(scores: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """At each distinct score, from the largest down: how many positives, and how many examples, score at least as much."""
+def from_the_top(scores: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct scores from the largest down, and how many positives and how many examples score at least as much."""
     scores, order = scores.sort(descending=True)
-    _, size = scores.unique_consecutive(return_counts=True)
+    values, size = scores.unique_consecutive(return_counts=True)
     taken = size.cumsum(0)
-    return wide(positives)[order].cumsum(0)[taken - 1], wide(taken)
+    return values, wide(positives)[order].cumsum(0)[taken - 1], wide(taken)
 
 
 def risk_coverage(confidence: Tensor, correct: Tensor) -> RiskCoverage:
@@ -230,4 +230,4 @@ def coverage_at_risk(confidence: Tensor, correct: Tensor, risk: float = 0.05) ->
     """
     check_share("risk", risk)
     curve = risk_coverage(confidence, correct)
-    return torch.where(curve.risk <= risk, curve.coverage, 0).max()
+    return torch.where(curve.risk <= risk + 1e-12, curve.coverage, 0).max()  # sums over ties are rounded

@@ -28,8 +28,8 @@ def rmse(mean: Tensor, targets: Tensor) -> Tensor:
         ValueError: If shapes differ, a number is not finite or there are none.
 
     Example:
-        >>> rmse(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 6.0])).item() * 2**0.5
-        5.0
+        >>> rmse(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 5.0])).item() ** 2
+        9.0
     """
     mean, targets = check_numbers(mean, targets)
     return average((mean - targets).square()).sqrt()
