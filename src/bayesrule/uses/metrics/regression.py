@@ -172,9 +172,7 @@ def _checked(mean: Tensor, variance: Tensor, targets: Tensor, least: bool) -> tu
     try:
         return mean, wide(variance).to(mean.device).expand(mean.shape), targets
     except RuntimeError:
-        raise ValueError(
-            f"variance must broadcast to the shape of mean, {tuple(mean.shape)}; got {tuple(variance.shape)}"
-        ) from None
+        raise ValueError(f"variance must broadcast to the shape {tuple(mean.shape)} of mean; got {tuple(variance.shape)}") from None
 
 
 def _check_variance(variance: Tensor, least: bool) -> None:
