@@ -23,7 +23,7 @@ def conformity_scores(probs: Tensor, score: Score = "lac", uniform: Tensor | Non
     Args:
         probs: Class probabilities, shape (N, K).
         score: "lac" or "aps".
-        uniform: u in [0, 1] for each example, shape (N,), of "aps" only; None is 1, which makes sets larger than they have to be.
+        uniform: u in [0, 1] for each example, shape (N,), of "aps" only; None is 1.
 
     Returns:
         Scores in [0, 1], shape (N, K).
@@ -83,9 +83,9 @@ class ConformalSets:
 
     Args:
         level: The probability, in (0, 1); 0.9 is "the truth is missing in one of ten".
-        score: "lac" for the smallest sets on average, "aps" for sets that grow where the model is unsure; see
+        score: "lac" for the smallest sets on average, if the probabilities are right, "aps" for sets that grow with doubt; see
             :func:`conformity_scores`.
-        seed: Of the uniform numbers that make "aps" exact; None does without, with larger sets.
+        seed: Of the uniform numbers u of "aps", as it was published; None does without, u = 1.
 
     Attributes:
         threshold: Of scores in the set; None before :meth:`fit`.

@@ -128,8 +128,8 @@ def calibrate(
         loader: Batches (inputs, labels) that played no part in training; labels that are floating point are the numbers of a
             regression with Gaussian noise. Read once.
         what: "tau": the scale of the posterior, ess -> tau ess; where nothing beats its mean, that is returned, known exactly, with
-            a warning. "temperature": of logits. "noise": the variance of each output's noise, of regressions. What is not named
-            stays as it is.
+            a warning: its draws no longer say anything of unknown data. "temperature": of logits. "noise": the variance of each
+            output's noise, of regressions. What is not named stays as it is.
         method: How the posterior will predict.
         num_samples: As for :func:`bayesrule.predict`, and better the same as there.
         seed: Which draws.
@@ -246,7 +246,9 @@ class _Classes(_Data):
             return at(posterior.temperature), posterior.temperature
         start, limit = math.log(posterior.temperature), math.log(_LIMIT)
         log_t, value = valley(lambda u: at(math.exp(u)), start, math.log(2), limit, tolerance)
-        return value, _LIMIT ** (log_t / limit)
+        ends = {end: at(end) for end in (1 / _LIMIT, _LIMIT)}  # where all are right, it is 0 long before
+        end = min(ends, key=lambda t: ends[t])
+        return (ends[end], end) if ends[end] <= value else (value, math.exp(log_t))
 
     def settled(self, posterior: Posterior) -> Posterior:
         temperature = self.best(posterior)[1]
@@ -306,7 +308,7 @@ class _Numbers(_Data):
         mean, variance = found.mean.cpu().double(), found.variance.cpu().double()
         targets = of_outputs(torch.cat(self.labels), mean).double()
         if not self.free:
-            return gaussian_nll(mean, variance + noise_of(posterior, None), targets).item(), posterior.noise_variance
+            return gaussian_nll(mean, variance + noise_of(posterior, None, mean), targets).item(), posterior.noise_variance
         columns = [x.reshape(-1, mean.shape[-1] if mean.ndim > 1 else 1).unbind(-1) for x in (mean, variance, targets)]
         each = [_noise(m, v, y, tolerance) for m, v, y in zip(*columns, strict=True)]
         return sum(value for value, _ in each) / len(each), tuple(noise for _, noise in each)

@@ -121,7 +121,7 @@ def evaluate(
         return _of_tokens(_answers(model, posterior, inputs, targets, how), token_bytes, wanted, metrics is None)
     found = _predict(model, posterior, inputs, "identity" if task == "regression" else "softmax", how)
     if task == "regression":
-        return _of_numbers(found, torch.cat(targets), noise_of(posterior, noise_variance), wanted)
+        return _of_numbers(found, torch.cat(targets), noise_of(posterior, noise_variance, found.mean), wanted)
     return _of_classes(found, torch.cat(targets), wanted, SCORES[ood_score])
 
 
@@ -140,14 +140,24 @@ def _wanted(task: Task, metrics: Iterable[str] | None, ood: bool) -> tuple[str, 
     return known_names(metrics, known[task])
 
 
-def noise_of(posterior: Posterior | None, given: float | Tensor | None) -> Tensor:
-    """The variance of the noise: what is given, else the posterior's, else none."""
+def noise_of(posterior: Posterior | None, given: float | Tensor | None, outputs: Tensor) -> Tensor:
+    """The variance of the noise: what is given, else the posterior's, else none; one number or one for each output.
+
+    Raises:
+        ValueError: It is negative, or of another number of outputs.
+    """
     if given is None:
-        given = torch.tensor(0.0 if posterior is None or posterior.noise_variance is None else posterior.noise_variance)
+        known = None if posterior is None else posterior.noise_variance
+        given = torch.tensor(0.0 if known is None else known, dtype=torch.float64)
     noise = torch.as_tensor(given, dtype=torch.float64)
     if not (noise >= 0).all():
         raise ValueError(f"noise_variance must be >= 0, got {noise.min().item():.6g}")
-    return noise.squeeze(-1) if noise.shape == (1,) else noise
+    noise = noise.squeeze(-1) if noise.shape == (1,) else noise
+    if noise.ndim and noise.shape != outputs.shape[1:][-1:]:
+        raise ValueError(
+            f"noise_variance must be one number or one for each output, {tuple(outputs.shape)}; got {tuple(noise.shape)}"
+        )
+    return noise
 
 
 def _of_classes(
