@@ -149,7 +149,7 @@ class Scores(Streaming):
     def _keep(self, *batch: Tensor) -> Tensor:
         scores, kinds = batch
         check_scores("scores", scores, "kinds", kinds)
-        return torch.stack([scores.detach().double(), kinds.double()], 1)
+        return torch.stack([x.detach().cpu().double() for x in (scores, kinds)], 1)
 
     def _figure(self, kept: Tensor) -> Tensor:
         return type(self).function(kept[:, 0], kept[:, 1], **self._options)
@@ -213,7 +213,7 @@ class AdaptiveCalibrationError(Streaming):
     def _keep(self, *batch: Tensor) -> Tensor:
         probs, labels = batch
         confidence, predicted = check_predictions(probs, labels).max(1)
-        return torch.stack([confidence.double(), (predicted == labels).double()], 1)
+        return torch.stack([x.cpu().double() for x in (confidence, predicted == labels)], 1)
 
     def _figure(self, kept: Tensor) -> Tensor:
         return gap(equal_mass(kept[:, 0], kept[:, 1], self._options["bins"])[0], self._options["norm"])
