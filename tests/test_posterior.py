@@ -584,7 +584,7 @@ HOSTILE = {
     "temperature zero": (tensors(blocks(), temperature=0.0), ValueError, "temperature must be a number > 0, got 0.0"),
     "noise one number": (tensors(blocks(), noise_variance=2.0), ValueError, "noise_variance"),
     "noise null in a list": (tensors(blocks(), noise_variance=[1.0, None]), ValueError, "noise_variance"),
-    "noise negative": (tensors(blocks(), noise_variance=[1.0, -2.0]), ValueError, "noise_variance must hold numbers > 0"),
+    "noise negative": (tensors(blocks(), noise_variance=[1.0, -2.0]), ValueError, "noise_variance must be a tuple of numbers > 0"),
     "no tensors": (tensors({}), ValueError, "mean|empty|no posterior file"),
     "precision missing": (tensors(blocks(precision={})), ValueError, "precision"),
     "mean missing": (tensors(blocks(mean={})), ValueError, "mean"),

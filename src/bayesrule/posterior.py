@@ -94,8 +94,9 @@ class Posterior:
             object.__setattr__(self, "num_data", whole_number("num_data", self.num_data, 1, "; None where it is not known"))
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a number > 0, got {self.temperature!r}")
-        if self.noise_variance is not None and not (self.noise_variance and all(0 < v < math.inf for v in self.noise_variance)):
-            raise ValueError(f"noise_variance must hold numbers > 0, or be None, got {self.noise_variance!r}")
+        noise = self.noise_variance
+        if noise is not None and not (isinstance(noise, tuple) and noise and all(0 < v < math.inf for v in noise)):
+            raise ValueError(f"noise_variance must be a tuple of numbers > 0, or None, got {self.noise_variance!r}")
 
     @property
     def structure(self) -> str:

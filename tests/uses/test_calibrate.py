@@ -222,6 +222,20 @@ class TestFiles:
         assert br.Posterior.load(tmp_path / "p.safetensors").temperature == 0.5
         assert all(p.temperature == 2 for p in (replace(post, temperature=2.0), replace(post, temperature=2.0).exact()))
 
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"temperature": 0.0},
+            {"temperature": math.nan},
+            {"noise_variance": 1.0},
+            {"noise_variance": ()},
+            {"noise_variance": (-1.0,)},
+        ],
+    )
+    def test_hold_positive_numbers(self, more):
+        with pytest.raises(ValueError, match=f"{next(iter(more))} must be a .*> 0"):
+            replace(fixture()[1], **more)
+
     def test_a_mixture_is_of_posteriors_with_one_temperature(self):
         _, post = fixture()
         hot = replace(post, temperature=2.0)
