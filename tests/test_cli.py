@@ -283,7 +283,14 @@ class TestReport:
         assert first == second and {"accuracy", "nll", "ece", "brier", "auroc", "aurc"} <= set(first)
         mean, averaged = first["rows"]
         assert averaged["nll"] == first["nll"] != mean["nll"]
-        assert "auroc_ood" in json.loads(call("evaluate {ivon} --json --ood {noise}")[1])
+        assert {"auroc_ood", "aupr_in", "fpr95"} <= set(json.loads(call("evaluate {ivon} --json --ood {noise}")[1]))
+        assert {"classwise_ece", "eaurc", "coverage_at_5_risk"} <= set(first) and "fpr95" not in first
+
+    def test_evaluate_prints_what_there_is_to_say_by_subject(self, call):
+        out = call("evaluate {ivon} --ood {noise}")[1]
+        subjects = [line for line in out.splitlines() if line in ("calibration", "selective prediction", "unknown data")]
+        assert subjects == ["calibration", "selective prediction", "unknown data"] and "E-AURC" in out and "AUPR known" in out
+        assert "unknown data" not in call("evaluate {ivon}")[1]
 
 
 def test_json_has_no_nan(capsys):

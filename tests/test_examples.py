@@ -20,6 +20,7 @@ PICTURES = {
 WITHOUT = {
     "attach": (),
     "compose": (),
+    "calibrate": (),
     "lightning_digits": ("lightning",),
     "accelerate_loop": ("accelerate",),
 }  # a picture, and what they need
@@ -121,6 +122,15 @@ def test_attach(show):
     assert number(text, "IVON, the mean") > 0.93 and number(text, "IVON, the posterior") > 0.93
     assert number(text, "IVON, the posterior", 1) < number(text, "AdamW", 1)
     assert number(text, "mistakes", 1) > 0.8 * number(text, "mistakes")
+
+
+def test_calibrate(show):
+    text = show("calibrate")
+    for column in (1, 2):  # NLL and ECE
+        assert number(text, "calibrated", column) < min(number(text, way, column) for way in ("mean", "averaged"))
+    assert number(text, "chosen on validation data: tau") > 2
+    assert number(text, "sets of classes for 99 %: hold the truth in") > 98 and number(text, "sets of classes", 2) < 2
+    assert number(text, "answering from", 2) < 2 and number(text, "answering from", 3) > 80
 
 
 def test_families(tmp_path, capsys):

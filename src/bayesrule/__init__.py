@@ -54,9 +54,12 @@ _HOMES = {
     "algorithms.newton": "gradient_descent laplace newton",
     "algorithms.regression": "linear_regression ridge",
     "algorithms.table": "table",
-    "uses.prediction": "Prediction evaluate predict",
+    "uses.prediction": "Prediction predict",
+    "uses.evaluation": "evaluate",
+    "uses.calibration": "calibrate fit_temperature",
+    "uses.abstaining": "ConformalSets selective_threshold",
 }
-_MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods"}
+_MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods", "metrics": "uses.metrics"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [*_HOME, *_MODULES, "__version__"]

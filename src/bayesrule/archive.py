@@ -16,11 +16,14 @@ from .parts import Law, Named, Part
 from .storage import write_tensors
 
 FORMAT = "bayesrule-posterior"
-VERSION, WITH_PARTS = 1, 2
-"""Of files: without weights that vary together, and with them."""
+VERSION, WITH_PARTS, CALIBRATED = 1, 2, 3
+"""Of files: without weights that vary together, with them, and with what predictions need to know beside the weights."""
 
 BLOCKS = ("mean", "precision", "prior_mean", "prior_precision")
 """What is kept of every weight, name -> tensor."""
+
+CALIBRATION = ("temperature", "noise_variance")
+"""What predictions need to know beside the weights; left out where there is nothing to say."""
 
 
 def write(path: str | os.PathLike[str], blocks: Mapping[str, Named], said: Mapping[str, Any], law: Law | None) -> None:
@@ -33,7 +36,9 @@ def write(path: str | os.PathLike[str], blocks: Mapping[str, Named], said: Mappi
         law: How weights vary together, where they do.
     """
     tensors = {f"{block}.{name}": t for block, named in blocks.items() for name, t in named.items()}
-    about: dict[str, Any] = dict(format=FORMAT, version=WITH_PARTS if law else VERSION, **said)
+    calibrated = not said.keys().isdisjoint(CALIBRATION)  # an earlier release would predict without
+    version = CALIBRATED if calibrated else WITH_PARTS if law else VERSION
+    about: dict[str, Any] = dict(format=FORMAT, version=version, **said)
     if law is not None:
         together, about["parts"] = law.tensors()
         tensors |= together
@@ -75,7 +80,10 @@ def read(
         order = [name.removeprefix(prefix) for name in names]
         blocks[block] = {**{name: found[name] for name in order if name in found}, **found}
     parts = _parts(path, names, together, about.get("parts", ()), prefix)
-    return blocks, {key: about[key] for key in ("ess", "num_data")}, parts
+    said = {key: about[key] for key in ("ess", "num_data", *CALIBRATION) if key in about}
+    if said.get("noise_variance") is not None:
+        said["noise_variance"] = tuple(said["noise_variance"])
+    return blocks, said, parts
 
 
 def _parts(path: Any, names: Any, tensors: Named, about: Any, prefix: str) -> tuple[Part, ...]:
@@ -101,9 +109,9 @@ def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> 
         known = False
     if not known:
         raise ValueError(f"{os.fspath(path)!r} is no posterior file: its metadata does not say {FORMAT!r} and a version")
-    if about["version"] > WITH_PARTS:
+    if about["version"] > CALIBRATED:
         raise ValueError(
-            f"{os.fspath(path)!r} has format version {about['version']}, this release reads {WITH_PARTS}; upgrade bayesrule"
+            f"{os.fspath(path)!r} has format version {about['version']}, this release reads {CALIBRATED}; upgrade bayesrule"
         )
     parts = about.get("parts", [])
     fits = {
@@ -111,9 +119,15 @@ def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> 
         "ess": isinstance(about.get("ess"), int | float),
         "num_data": about.get("num_data") is None or isinstance(about["num_data"], int),
         "names": isinstance(about.get("names", []), list) and all(isinstance(name, str) for name in about.get("names", [])),
+        "temperature": isinstance(about.get("temperature", 1.0), int | float),
+        "noise_variance": _numbers(about.get("noise_variance")),
         "parts": isinstance(parts, list) and all(isinstance(part, dict) for part in parts),
     }
     for key, fit in fits.items():
         if not fit:
             raise ValueError(f"{os.fspath(path)!r} has a {key} that this release cannot read: {about.get(key)!r}")
     return about
+
+
+def _numbers(found: Any) -> bool:
+    return found is None or (isinstance(found, list) and all(isinstance(one, int | float) for one in found))

@@ -252,7 +252,7 @@ class Evaluate:
         """Compute and print the metrics."""
         with progress() as bars:
             report = compare([self.dir], self.num_samples, self.ood, again=True, bars=bars)
-        print_results(report, self.json)
+        print_results(report, self.json, detailed=True)
 
 
 @dataclass(frozen=True)

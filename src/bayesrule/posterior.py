@@ -35,10 +35,12 @@ class Posterior:
         ess: Effective sample size that multiplied the mean loss, in examples.
         num_data: Number of training examples, a whole number >= 1, where known.
         parts: Weights that vary together, see ``bayesrule.parts``: made by an optimizer, :meth:`of` or :meth:`mixture`.
+        temperature: What logits are divided by when predicting, > 0; fitted by :func:`bayesrule.calibrate`.
+        noise_variance: Of targets around the outputs of a regression, one number or one for each output, likewise; where known.
 
     Raises:
-        ValueError: Names or shapes do not agree, a precision is not positive, a prior's is negative, or ``ess`` or
-            ``num_data`` is no size; the message names the tensor.
+        ValueError: Names or shapes do not agree, a precision is not positive, a prior's is negative, ``ess`` or ``num_data`` is no
+            size, or a temperature or variance is not positive; the message names the tensor.
 
     Example:
         >>> post = Posterior({"w": torch.zeros(2)}, {"w": torch.full((2,), 4.0)})
@@ -53,6 +55,8 @@ class Posterior:
     ess: float = 1.0
     num_data: int | None = None
     parts: tuple[Part, ...] = ()
+    temperature: float = 1.0
+    noise_variance: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.parts:
@@ -88,6 +92,11 @@ class Posterior:
             raise ValueError(f"ess must be a number > 0, got {self.ess!r}")
         if self.num_data is not None:
             object.__setattr__(self, "num_data", whole_number("num_data", self.num_data, 1, "; None where it is not known"))
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number > 0, got {self.temperature!r}")
+        noise = self.noise_variance
+        if noise is not None and not (isinstance(noise, tuple) and noise and all(0 < v < math.inf for v in noise)):
+            raise ValueError(f"noise_variance must be a tuple of numbers > 0, or None, got {self.noise_variance!r}")
 
     @property
     def structure(self) -> str:
@@ -184,6 +193,8 @@ class Posterior:
         for other in posteriors:
             if odd := set(first.mean) ^ set(other.mean):
                 raise ValueError(f"the posteriors disagree on the name {min(odd)!r}")
+            if (other.temperature, other.noise_variance) != (first.temperature, first.noise_variance):
+                raise ValueError("the posteriors disagree on temperature or noise_variance; mix them before they are calibrated")
             for name, m in other.mean.items():
                 if m.shape != first.mean[name].shape:
                     raise ValueError(f"the posteriors disagree on the shape of {name!r}: {tuple(m.shape)}")
@@ -291,6 +302,10 @@ class Posterior:
         """Write one safetensors file, whole or not at all."""
         blocks = {block: getattr(self, block) or {} for block in BLOCKS}
         said = dict(structure=self.structure, ess=self.ess, num_data=self.num_data, names=list(self.mean))
+        if self.temperature != 1:
+            said["temperature"] = self.temperature
+        if self.noise_variance is not None:
+            said["noise_variance"] = list(self.noise_variance)
         write(path, blocks, said, self._law if self.parts else None)
 
     @classmethod

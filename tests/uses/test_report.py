@@ -15,8 +15,10 @@ from tests.sweeps import sweep
 
 from bayesrule.uses.charts import POINTS, count_confusions, frequent, heat_map, mean_line, styles, thinned
 from bayesrule.uses.galleries import SMALL, TILES, WIDEST, Shown, draw, galleries
-from bayesrule.uses.metrics import auroc, classification_metrics, entropy
-from bayesrule.uses.report import COLUMNS, Method, Report, Trial, abstaining, costs, render, table, undecided
+from bayesrule.uses.metrics import auroc, classification_metrics, entropy, ood_metrics
+from bayesrule.uses.metrics.classification import CLASSIFICATION
+from bayesrule.uses.report import Method, Report, Trial, abstaining, costs, render
+from bayesrule.uses.tables import COLUMNS, DETAILS, table, undecided
 
 HISTORY = [{"epoch": n, "train_loss": 1 / n, "validation_nll": 1 / n, "validation_accuracy": 1 - 1 / n} for n in (1, 2, 3)]
 NASTY = ["<i>cat</i> & \"dog\" 'eel'", "plain", "a class with a name so long that no column of any table is wide enough to hold it"]
@@ -119,6 +121,17 @@ def test_rows_of_one_seed_are_its_metrics():
         ood = auroc(scores, torch.arange(60) >= 40).item()
         measured = classification_metrics(only.test, report.labels) | {"auroc_ood": ood, "seconds": only.seconds}
         assert row == {"method": method.name, **measured}
+
+
+def test_detailed_rows_tell_of_calibration_selection_and_the_unknown():
+    report = example()
+    for row, more, method in zip(report.rows, report.detailed, report.methods, strict=True):
+        (only,) = method.trials
+        told = {column.key for columns in DETAILS.values() for column in columns}
+        assert row.items() <= more.items() and set(more) == set(row) | told
+        names = [name for name in more if name in CLASSIFICATION]
+        assert {name: more[name] for name in names} == classification_metrics(only.test, report.labels, names)
+        assert more["fpr95"] == ood_metrics(entropy(only.test), entropy(only.unknown))["fpr95"]
 
 
 def test_rows_of_several_seeds_are_means_with_their_spread():

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bayesrule.recipes.data import Bars, some
-from bayesrule.uses.report import Report, table
+from bayesrule.uses.report import Report
+from bayesrule.uses.tables import COLUMNS, DETAILS, Column, table
 
 MOST = 40  # classes that are listed
 
@@ -51,12 +52,17 @@ def print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(sound(value)))
 
 
-def print_results(report: Report, as_json: bool) -> None:
+def print_results(report: Report, as_json: bool, detailed: bool = False) -> None:
     """The rows of a report; as JSON that of the last, which is the best that there is, with all of them in ``rows``."""
+    rows = report.detailed if detailed else report.rows
     if as_json:
-        print_json({**report.rows[-1], "rows": report.rows} if len(report.rows) > 1 else report.rows[0])
-    else:
-        print_rows(report.rows)
+        print_json({**rows[-1], "rows": rows} if len(rows) > 1 else rows[0])
+        return
+    print_rows(rows)
+    for subject, columns in DETAILS.items() if detailed else ():
+        if any(columns[-1].key in row for row in rows):
+            print(subject)
+            print_rows(rows, columns)
 
 
 def print_data(found: Mapping[str, Any]) -> None:
@@ -91,9 +97,9 @@ def _print_classes(found: Mapping[str, Any]) -> None:
     Console().print(grid)
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column] = COLUMNS) -> None:
     """The table of results."""
-    columns, cells = table(rows)
+    columns, cells = table(rows, columns)
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("method", no_wrap=True)
     for column in columns:

@@ -18,7 +18,6 @@ from torch.optim.swa_utils import update_bn
 
 from ..drawing import Draws, kept, whole_number
 from ..posterior import Posterior
-from .metrics import auroc, classification_metrics
 
 Method = Literal["mean", "mc"]
 
@@ -77,7 +76,8 @@ def predict(
     Args:
         model: Gives logits (outputs, for regression), shape (n, ..., K), in eval mode; in training mode a forward also moves the
             running statistics of batch norm, and without ``batch_norm`` they stay moved.
-        posterior: What was learned; None takes the model's weights as they are.
+        posterior: What was learned; None takes the model's weights as they are. Logits are divided by its ``temperature`` before
+            they become probabilities, whatever the method.
         x: Inputs, shape (N, ...).
         method: "mean", "mc" (Monte Carlo), or None: "mc" where there is a posterior.
         num_samples: Draws S of "mc"; 32 is usual, under 4 is worse than the mean.
@@ -113,74 +113,6 @@ def predict(
     batch_size = whole_number("batch_size", batch_size, 1)
     how = _How(method, num_samples, seed, antithetic, vmap, compile, batch_norm)
     return _predict(model, posterior, x.split(batch_size), link, how)
-
-
-def evaluate(
-    model: nn.Module,
-    posterior: Posterior | None,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    task: Literal["classification"] = "classification",
-    *,
-    method: Method | None = None,
-    num_samples: int = 32,
-    seed: int = 0,
-    ood: Iterable[Any] | None = None,
-    antithetic: bool = False,
-    vmap: int | None = None,
-    compile: bool = False,
-    batch_norm: Iterable[Tensor] | None = None,
-) -> dict[str, float]:
-    """Measure predictions on data with known answers.
-
-    Costs as :func:`predict`, for all of the data; one draw serves the data and ``ood``.
-
-    Args:
-        model: As for :func:`predict`.
-        posterior: As for :func:`predict`.
-        loader: Batches (inputs, labels); read once.
-        task: "classification".
-        method: As for :func:`predict`.
-        num_samples: As for :func:`predict`.
-        seed: As for :func:`predict`.
-        ood: Batches of inputs (or (inputs, anything)) of another kind, to be told from the data by predictive entropy.
-        antithetic: As for :func:`predict`.
-        vmap: As for :func:`predict`.
-        compile: As for :func:`predict`.
-        batch_norm: As for :func:`predict`.
-
-    Returns:
-        accuracy, nll (nats, of log probabilities that do not underflow), ece (15 equal-width bins, right-closed), brier (0
-        to 2), auroc (confidence telling right from wrong predictions), aurc; with ``ood`` also auroc_ood (known against
-        unknown).
-
-    Raises:
-        ValueError: Unknown task, or no data.
-
-    Example:
-        >>> model = nn.Linear(2, 2).eval()
-        >>> data = [(torch.randn(8, 2), torch.zeros(8, dtype=torch.long))]
-        >>> sorted(evaluate(model, None, data))
-        ['accuracy', 'aurc', 'auroc', 'brier', 'ece', 'nll']
-    """
-    if task != "classification":
-        raise ValueError(f"unknown task {task!r}; this release evaluates 'classification'")
-    batches = [(batch[0], batch[1]) for batch in loader]
-    if not batches:
-        raise ValueError("there is nothing to evaluate: the loader gave no batch")
-    others = [] if ood is None else _inputs(ood)
-    inputs = [x for x, _ in batches] + others
-    how = _How(method, num_samples, seed, antithetic, vmap, compile, batch_norm)
-    found = _predict(model, posterior, inputs, "softmax", how)
-    assert found.probs is not None and found.entropy is not None and found.log_probs is not None
-    labels = torch.cat([y for _, y in batches]).to(found.probs.device)
-    figures = classification_metrics(found.probs[: len(labels)], labels)
-    right = found.log_probs[: len(labels)].gather(1, labels.long()[:, None])
-    figures["nll"] = -right.cpu().double().mean().item()
-    if ood is not None:
-        unknown, known = found.entropy[len(labels) :], found.entropy[: len(labels)]
-        scores = torch.cat([unknown, known])
-        figures["auroc_ood"] = auroc(scores, torch.arange(len(scores), device=scores.device) < len(unknown)).item()
-    return figures
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -269,7 +201,7 @@ def _predict(
         warnings.warn(f"an average over {num_samples} draws may be worse than the mean", UserWarning, stacklevel=3)
     statistics = _statistics(model, batch_norm, vmap)
     params = {} if posterior is None else posterior.bind(model)
-    averages = _Averages(link)
+    averages = _Averages(link, 1.0 if posterior is None else posterior.temperature)
     with torch.no_grad(), kept(params.values()), as_found(model) if statistics else nullcontext():
         numbers: Iterator[int] = iter(range(1))
         if posterior is not None and method == "mc":
@@ -339,14 +271,16 @@ class _Averages:
     exp(log probability - top).
     """
 
-    def __init__(self, link: str) -> None:
-        self.link, self.count = link, 0
+    def __init__(self, link: str, temperature: float = 1.0) -> None:
+        self.link, self.temperature, self.count = link, temperature, 0
         self.mean = self.squares = self.top = self.total = self.noise = torch.zeros(())
 
     def update(self, outputs: Tensor) -> None:
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         self.count += 1
-        logs = outputs.log_softmax(dim=-1) if self.link == "softmax" else None
+        logs = None
+        if self.link == "softmax":
+            logs = (outputs if self.temperature == 1 else outputs / self.temperature).log_softmax(dim=-1)
         if self.count == 1:
             self.mean, self.squares = outputs.clone(), torch.zeros_like(outputs)
             if logs is not None:

@@ -15,75 +15,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from bayesrule.uses import charts
+from bayesrule.uses.evaluation import OOD
 from bayesrule.uses.galleries import Shown, galleries
-from bayesrule.uses.metrics import auroc, classification_metrics, entropy, risk_coverage
+from bayesrule.uses.metrics import classification_metrics, entropy, ood_metrics, risk_coverage
+from bayesrule.uses.metrics.classification import STANDARD
+from bayesrule.uses.tables import DETAILS, SECONDS, Cells, Column, cells_of, table, undecided
 
 SHARES = (1.0, 0.95, 0.9, 0.8)  # of the examples answered, in the table of what abstaining gains
 FEW = 3  # seeds up to which a spread is called rough
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of numbers.
-
-    Args:
-        key: Of a row.
-        heading: As shown.
-        decimals: How many are shown.
-        percent: Whether a share is shown in percent.
-        best: ``min`` or ``max`` of the values as shown; none if there is no better.
-        meaning: In plain words, with ``{thing}`` for what an example is called and ``{unknown}`` for the unknown ones.
-    """
-
-    key: str
-    heading: str
-    decimals: int
-    percent: bool = False
-    best: Callable[..., Any] | None = None
-    meaning: str = ""
-
-    def show(self, value: float, spread: float | None = None) -> str:
-        """A value, with its spread over seeds if there is one.
-
-        Example:
-            >>> COLUMNS[0].show(0.9751), COLUMNS[0].show(0.9751, 0.002), COLUMNS[1].show(0.0812, 0.0041)
-            ('97.5 %', '97.5 ± 0.2 %', '0.081 ± 0.004')
-        """
-        parts = [value] if spread is None else [value, spread]
-        scale = 100 if self.percent else 1
-        return " ± ".join(f"{scale * part:.{self.decimals}f}" for part in parts) + " %" * self.percent
-
-
-COLUMNS = (
-    Column("accuracy", "accuracy", 1, True, max, "Share of test {thing}s named correctly. Larger is better."),
-    Column(
-        "nll",
-        "NLL",
-        3,
-        best=min,
-        meaning="Negative log-likelihood: how surprising the true answers were to the method, in nats. It punishes confident "
-        "mistakes most. Smaller is better.",
-    ),
-    Column(
-        "ece",
-        "ECE",
-        3,
-        best=min,
-        meaning="Expected calibration error: the distance between what the method promised and what it kept, over "
-        f"{charts.BINS} equal bins of confidence. Smaller is better.",
-    ),
-    Column("brier", "Brier", 3, best=min, meaning="Squared error of the probabilities, from 0 to 2. Smaller is better."),
-    Column(
-        "auroc_ood",
-        "AUROC unknown",
-        3,
-        best=max,
-        meaning="Of one test {thing} and one of the {unknown}: the chance that the latter is given more uncertainty (predictive "
-        "entropy). 0.5 is guessing, 1 is perfect. Larger is better.",
-    ),
-    Column("seconds", "seconds", 1, meaning="Training time, without validation."),
-)
-SECONDS = COLUMNS[-1]
 
 
 @dataclass(frozen=True)
@@ -174,7 +113,17 @@ class Report:
         It has ``method``, its name, and the means over its seeds of all metrics, ``auroc_ood`` and ``seconds``; for more than one
         seed also ``seeds``, their number, and ``spread``, the standard deviation of each mean's parts.
         """
-        return [{"method": method.name, **_averaged([_measure(t, self.labels) for t in method.trials])} for method in self.methods]
+        return self._measured(STANDARD)
+
+    @cached_property
+    def detailed(self) -> list[dict[str, Any]]:
+        """The same with all that there is to say of calibration, selective prediction and unknown data."""
+        told = [column.key for columns in DETAILS.values() for column in columns]
+        return self._measured(tuple(dict.fromkeys([*STANDARD, *told])))
+
+    def _measured(self, metrics: Sequence[str]) -> list[dict[str, Any]]:
+        measured = [[_measure(trial, self.labels, metrics) for trial in method.trials] for method in self.methods]
+        return [{"method": method.name, **_averaged(found)} for method, found in zip(self.methods, measured, strict=True)]
 
     @cached_property
     def top(self) -> list[list[tuple[Tensor, Tensor]]]:
@@ -210,11 +159,11 @@ class Report:
                     )
 
 
-def _measure(trial: Trial, labels: Tensor) -> dict[str, float]:
-    found = classification_metrics(trial.test, labels)
+def _measure(trial: Trial, labels: Tensor, metrics: Sequence[str]) -> dict[str, float]:
+    found = classification_metrics(trial.test, labels, [name for name in metrics if name not in OOD])
     if trial.unknown is not None and len(trial.unknown):
-        scores = entropy(torch.cat((trial.test, trial.unknown)))
-        found["auroc_ood"] = auroc(scores, torch.arange(len(scores)) >= len(trial.test)).item()
+        told = ood_metrics(entropy(trial.test), entropy(trial.unknown))
+        found |= {name: value for name, value in told.items() if name == "auroc_ood" or name in metrics}
     if trial.seconds is not None:
         found["seconds"] = trial.seconds
     return found
@@ -230,55 +179,6 @@ def _averaged(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     return row
 
 
-Cells = list[list[tuple[str, bool]]]
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Column], Cells]:
-    """The columns that apply, and every row's cells: the text, and whether no row shows a better value.
-
-    Example:
-        >>> columns, cells = table([{"accuracy": 0.9712, "nll": 0.1}, {"accuracy": 0.9713, "nll": 0.2}])
-        >>> [column.heading for column in columns], cells
-        (['accuracy', 'NLL'], [[('97.1 %', True), ('0.100', True)], [('97.1 %', True), ('0.200', False)]])
-    """
-    columns = [column for column in COLUMNS if any(column.key in row for row in rows)]
-    return columns, _cells(columns, rows)
-
-
-def _cells(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> Cells:
-    """Every row's cells; the best is told by the means as shown, whatever their spread."""
-    best = [
-        column.show(column.best(row[column.key] for row in rows if column.key in row)) if column.best else None
-        for column in columns
-    ]
-
-    def cell(column: Column, row: Mapping[str, Any], top: str | None) -> tuple[str, bool]:
-        if column.key not in row:
-            return "", False
-        value = row[column.key]
-        return column.show(value, row.get("spread", {}).get(column.key)), column.show(value) == top
-
-    return [[cell(column, row, top) for column, top in zip(columns, best, strict=True)] for row in rows]
-
-
-def undecided(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], error: float) -> list[str]:
-    """Headings of the columns whose two best rows differ by less than their spread or, in accuracy, the test's standard error.
-
-    Example:
-        >>> rows = [{"accuracy": 0.95, "nll": 0.1}, {"accuracy": 0.96, "nll": 0.2}]
-        >>> undecided(COLUMNS[:2], rows, error=0.02), undecided(COLUMNS[:2], rows, error=0.005)
-        (['accuracy'], [])
-    """
-    close = []
-    for column in columns:
-        able = sorted((row for row in rows if column.key in row), key=lambda row: row[column.key], reverse=column.best is max)[:2]
-        if column.best and len(able) > 1:
-            noise = [row.get("spread", {}).get(column.key, 0.0) for row in able]
-            if abs(able[0][column.key] - able[1][column.key]) < max(*noise, error if column.key == "accuracy" else 0.0):
-                close.append(column.heading)
-    return close
-
-
 def abstaining(report: Report) -> tuple[list[Column], Cells]:
     """The error of each method among the surest 100 %, 95 %, 90 % and 80 % of the test examples."""
     decimals = 1 if len(report.labels) < 10_000 else 2
@@ -287,7 +187,7 @@ def abstaining(report: Report) -> tuple[list[Column], Cells]:
     rows = [
         _averaged([{key: risk[place].item() for key, place in last.items()} for risk in seeds.double()]) for seeds in report.risks
     ]
-    return columns, _cells(columns, rows)
+    return columns, cells_of(columns, rows)
 
 
 def costs(methods: Sequence[Method]) -> tuple[list[str], list[list[str]]]:

@@ -15,13 +15,15 @@ from bayesrule.uses.metrics import (
     brier,
     calibration_error,
     classification_metrics,
+    classwise_calibration_error,
+    eaurc,
     entropy,
     nll,
     reliability,
     risk_coverage,
 )
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "metrics.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "metrics.json").read_text())
 SAMPLES = torch.tensor(GOLDEN["sample_logits"], dtype=torch.float64).softmax(-1)
 LABELS = torch.tensor(GOLDEN["labels"])
 
@@ -57,6 +59,7 @@ class TestGolden:
             ("adaptive_ece10", lambda p, y: calibration_error(p, y, bins=10, adaptive=True)),
             ("mce15", lambda p, y: calibration_error(p, y, norm="max")),
             ("aurc", lambda p, y: aurc(p.amax(1), p.argmax(1) == y)),
+            ("eaurc", lambda p, y: eaurc(p.amax(1), p.argmax(1) == y)),
         ],
     )
     def test_figure(self, case, name, metric):
@@ -104,6 +107,21 @@ class TestAgainstOthers:
         probs, labels = problem(2)
         theirs = sklearn.brier_score_loss(labels, probs, labels=range(5))
         assert brier(probs, labels).item() == pytest.approx(theirs, abs=1e-12)
+
+    @pytest.mark.parametrize("closed", ["left", "right"])
+    def test_classwise_calibration_error_is_torchmetrics_class_by_class(self, closed):
+        from torchmetrics.functional.classification import binary_calibration_error
+
+        probs, labels = problem(12)
+        theirs = [binary_calibration_error(probs[:, k].contiguous(), (labels == k).long(), n_bins=15).item() for k in range(5)]
+        assert classwise_calibration_error(probs, labels, closed=closed).item() == pytest.approx(sum(theirs) / 5, abs=1e-7)
+        assert classwise_calibration_error(probs, labels).item() != pytest.approx(calibration_error(probs, labels).item(), abs=1e-3)
+
+    @pytest.mark.parametrize("k", [1, 2, 4, 5])
+    def test_top_k_accuracy_is_scikit_learns(self, k):
+        probs, labels = problem(13)
+        theirs = sklearn.top_k_accuracy_score(labels, probs.numpy(), k=k, labels=range(5)) if k < 5 else 1
+        assert accuracy(probs, labels, top_k=k).item() == pytest.approx(theirs, abs=1e-12)
 
     @pytest.mark.parametrize("decimals", [16, 1, 0])  # the fewer, the more ties
     def test_auroc_is_scikit_learns(self, decimals):
@@ -164,6 +182,24 @@ class TestConventions:
         curve = risk_coverage(torch.full((4,), 0.5), torch.tensor([1, 0, 1, 1]))
         assert curve.risk.tolist() == [0.25, 0.25, 0.25, 0.25]
         assert curve.coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
+
+    @pytest.mark.parametrize(
+        ("row", "label", "place"),
+        [([0.25] * 4, 0, 1), ([0.25] * 4, 3, 4), ([0.4, 0.3, 0.3, 0.0], 1, 2), ([0.4, 0.3, 0.3, 0.0], 2, 3)],
+    )
+    def test_the_first_class_wins_a_tie_whatever_k(self, row, label, place):
+        found = [accuracy(torch.tensor([row]), torch.tensor([label]), top_k=k).item() for k in range(1, 5)]
+        assert found == [float(k >= place) for k in range(1, 5)]
+
+    def test_what_is_asked_for_is_measured_and_nothing_else(self):
+        probs, labels = problem(14, classes=6)
+        found = classification_metrics(probs, labels, ("mce", "top5_accuracy", "eaurc", "coverage_at_5_risk", "adaptive_ece"))
+        correct, confidence = probs.argmax(1) == labels, probs.amax(1)
+        assert list(found) == ["mce", "top5_accuracy", "eaurc", "coverage_at_5_risk", "adaptive_ece"]
+        assert found["mce"] == calibration_error(probs, labels, norm="max").item()
+        assert found["top5_accuracy"] == accuracy(probs, labels, top_k=5).item() < 1
+        assert found["eaurc"] == eaurc(confidence, correct).item()
+        assert found["adaptive_ece"] == calibration_error(probs, labels, adaptive=True).item()
 
     def test_dictionary(self):
         probs, labels = problem(8)
@@ -241,7 +277,9 @@ class TestBadInput:
     PROBS = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
     LABELS = torch.tensor([0, 1])
 
-    @pytest.mark.parametrize("metric", [accuracy, nll, brier, reliability, calibration_error, classification_metrics])
+    @pytest.mark.parametrize(
+        "metric", [accuracy, nll, brier, reliability, calibration_error, classwise_calibration_error, classification_metrics]
+    )
     @pytest.mark.parametrize(
         ("probs", "labels", "message"),
         [
@@ -288,6 +326,15 @@ class TestBadInput:
     def test_choices(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             calibration_error(self.PROBS, self.LABELS, **arguments)
+
+    def test_top_k_is_from_one_to_the_number_of_classes(self):
+        for k in (0, 3):
+            with pytest.raises(ValueError, match=f"top_k must lie between 1 and the number of classes, 2; got {k}"):
+                accuracy(self.PROBS, self.LABELS, top_k=k)
+
+    def test_an_unknown_name_is_refused_with_the_known(self):
+        with pytest.raises(ValueError, match="unknown metric 'f1'; take of accuracy, top5_accuracy, nll, "):
+            classification_metrics(self.PROBS, self.LABELS, ["f1"])
 
     def test_entropy(self):
         with pytest.raises(ValueError, match="sums to 2"):

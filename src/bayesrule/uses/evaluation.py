@@ -1,0 +1,247 @@
+"""Measure predictions on data with known answers: classes, numbers, tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import count, cycle
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..posterior import Posterior
+from .metrics import energy, max_probability, ood_metrics
+from .metrics.checks import check_labels, known_names
+from .metrics.classification import CLASSIFICATION, STANDARD, classification_metrics
+from .metrics.language import IGNORED, token_sums
+from .metrics.regression import coverage, crps, gaussian_nll, interval_width, rmse
+from .prediction import Method, Prediction, _check, _How, _inputs, _predict
+
+Task = Literal["classification", "regression", "lm"]
+
+OOD = ("auroc_ood", "aupr_in", "aupr_out", "fpr95")
+REGRESSION: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "rmse": lambda mean, variance, targets: rmse(mean, targets),
+    "nll": gaussian_nll,
+    "crps": crps,
+    "coverage": coverage,
+    "interval_width": lambda mean, variance, targets: interval_width(variance.expand_as(mean)),
+}
+LANGUAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "nll": lambda sums: sums[0] / sums[1],
+    "perplexity": lambda sums: (sums[0] / sums[1]).exp(),
+    "bits_per_byte": lambda sums: sums[0] / (math.log(2) * sums[2]),
+}
+SCORES: dict[str, Callable[[Prediction], Tensor | None]] = {
+    "entropy": lambda found: found.entropy,
+    "max_probability": lambda found: None if found.probs is None else max_probability(found.probs),
+    "mutual_information": lambda found: found.mutual_information,
+    "variance": lambda found: found.variance.mean(-1),
+    "energy": lambda found: energy(found.mean),
+}
+BYTES = 256  # tokens of a vocabulary of which each may be a byte
+
+
+def evaluate(
+    model: nn.Module,
+    posterior: Posterior | None,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    task: Task = "classification",
+    *,
+    method: Method | None = None,
+    num_samples: int = 32,
+    seed: int = 0,
+    metrics: Iterable[str] | None = None,
+    ood: Iterable[Any] | None = None,
+    ood_score: str = "entropy",
+    noise_variance: float | Tensor | None = None,
+    token_bytes: int | Tensor | None = None,
+    antithetic: bool = False,
+    vmap: int | None = None,
+    compile: bool = False,
+    batch_norm: Iterable[Tensor] | None = None,
+) -> dict[str, float]:
+    """Measure predictions on data with known answers.
+
+    Costs as :func:`predict`, for all of the data; one draw serves the data and ``ood``. Of a language model no more is kept than
+    the probability of each token that came.
+
+    Args:
+        model: As for :func:`predict`.
+        posterior: As for :func:`predict`.
+        loader: Batches (inputs, labels), or (inputs, numbers in the outputs' shape), or (tokens, those that follow); read once.
+        task: "classification"; "regression", Gaussian; "lm", the tokens that come, of which -100 do not count.
+        method: As for :func:`predict`; "lm" knows "mean" and "mc".
+        num_samples: As for :func:`predict`.
+        seed: As for :func:`predict`.
+        metrics: Names of the figures wanted; None is the task's usual ones. Others are, for classes, top5_accuracy, adaptive_ece,
+            classwise_ece, mce, eaurc, coverage_at_1_risk and coverage_at_5_risk (largest share answered with at most so many
+            percent wrong) and, with ``ood``, auroc_ood, aupr_in, aupr_out, fpr95; for numbers, interval_width.
+        ood: Batches of inputs (or (inputs, anything)) of another kind, to be told from the data of classes.
+        ood_score: By what: "entropy" of the prediction, "max_probability", "mutual_information", "variance" or "energy".
+        noise_variance: Of the targets of a regression around the true outputs, a number or one for each output; None is the
+            posterior's ``noise_variance``, or none.
+        token_bytes: Bytes of all tokens that count, or of each in the vocabulary, shape (K,); None where each is one.
+        antithetic: As for :func:`predict`.
+        vmap: As for :func:`predict`; not for "lm".
+        compile: As for :func:`predict`.
+        batch_norm: As for :func:`predict`; not for "lm".
+
+    Returns:
+        Of classes accuracy, nll (nats, of log probabilities that do not underflow), ece (15 equal-width bins, right-closed), brier
+        (0 to 2), auroc (confidence telling right from wrong predictions), aurc; with ``ood`` also auroc_ood (known against
+        unknown). Of numbers rmse, nll (nats a target, of the total variance), crps, coverage (of central 95 % intervals). Of
+        tokens nll (nats a token), perplexity and, if ``token_bytes`` is given or there are at most 256 tokens, bits_per_byte.
+
+    Raises:
+        ValueError: Unknown task or metric, no data, or data that do not fit the outputs.
+
+    Example:
+        >>> model = nn.Linear(2, 2).eval()
+        >>> data = [(torch.randn(8, 2), torch.zeros(8, dtype=torch.long))]
+        >>> sorted(evaluate(model, None, data))
+        ['accuracy', 'aurc', 'auroc', 'brier', 'ece', 'nll']
+    """
+    if task not in ("classification", "regression", "lm"):
+        raise ValueError(f"unknown task {task!r}; take 'classification', 'regression' or 'lm'")
+    if ood is not None and task != "classification":
+        raise ValueError(f"ood data are told from those of classes; take task='classification', not {task!r}")
+    wanted = _wanted(task, metrics, ood is not None)
+    if ood_score not in SCORES:
+        raise ValueError(f"unknown ood_score {ood_score!r}; take of {', '.join(SCORES)}")
+    batches = [(batch[0], batch[1]) for batch in loader]
+    if not batches:
+        raise ValueError("there is nothing to evaluate: the loader gave no batch")
+    others = [] if ood is None else _inputs(ood)
+    inputs, targets = [x for x, _ in batches] + others, [y for _, y in batches]
+    how = _How(method, num_samples, seed, antithetic, vmap, compile, batch_norm)
+    if task == "lm":
+        return _of_tokens(_answers(model, posterior, inputs, targets, how), token_bytes, wanted, metrics is None)
+    found = _predict(model, posterior, inputs, "identity" if task == "regression" else "softmax", how)
+    if task == "regression":
+        return _of_numbers(found, torch.cat(targets), noise_of(posterior, noise_variance, found.mean), wanted)
+    return _of_classes(found, torch.cat(targets), wanted, SCORES[ood_score])
+
+
+def _wanted(task: Task, metrics: Iterable[str] | None, ood: bool) -> tuple[str, ...]:
+    usual: dict[Task, tuple[str, ...]] = {
+        "classification": (*STANDARD, *(OOD[:1] if ood else ())),
+        "regression": ("rmse", "nll", "crps", "coverage"),
+        "lm": tuple(LANGUAGE),
+    }
+    if metrics is None:
+        return usual[task]
+    known = {"classification": (*CLASSIFICATION, *(OOD if ood else ())), "regression": REGRESSION, "lm": LANGUAGE}
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    if not ood and (lost := [name for name in metrics if name in OOD]):
+        raise ValueError(f"{lost[0]} tells unknown data from known data; pass ood=, batches of unknown inputs")
+    return known_names(metrics, known[task])
+
+
+def noise_of(posterior: Posterior | None, given: float | Tensor | None, outputs: Tensor) -> Tensor:
+    """The variance of the noise: what is given, else the posterior's, else none; one number or one for each output.
+
+    Raises:
+        ValueError: It is negative, or of another number of outputs.
+    """
+    if given is None:
+        known = None if posterior is None else posterior.noise_variance
+        given = torch.tensor(0.0 if known is None else known, dtype=torch.float64)
+    noise = torch.as_tensor(given, dtype=torch.float64)
+    if not (noise >= 0).all():
+        raise ValueError(f"noise_variance must be >= 0, got {noise.min().item():.6g}")
+    noise = noise.squeeze(-1) if noise.shape == (1,) else noise
+    if noise.ndim and noise.shape != outputs.shape[1:][-1:]:
+        raise ValueError(
+            f"noise_variance must be one number or one for each output, {tuple(outputs.shape)}; got {tuple(noise.shape)}"
+        )
+    return noise
+
+
+def _of_classes(
+    found: Prediction, labels: Tensor, wanted: Sequence[str], score: Callable[[Prediction], Tensor | None]
+) -> dict[str, float]:
+    assert found.probs is not None and found.log_probs is not None
+    labels = labels.to(found.probs.device)
+    known = len(labels)
+    figures = classification_metrics(found.probs[:known], labels, [name for name in wanted if name not in OOD])
+    if "nll" in figures:
+        figures["nll"] = -found.log_probs[:known].gather(1, labels.long()[:, None]).cpu().double().mean().item()
+    if any(name in OOD for name in wanted):
+        scores = score(found)
+        assert scores is not None
+        figures |= ood_metrics(scores[:known], scores[known:])
+    return {name: figures[name] for name in wanted}
+
+
+def of_outputs(targets: Tensor, outputs: Tensor) -> Tensor:
+    """The targets in the shape of a regression's outputs; a column may be left out of either.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    if targets.shape != outputs.shape and targets.numel() == outputs.numel() and targets.squeeze().shape == outputs.squeeze().shape:
+        targets = targets.reshape(outputs.shape)
+    if targets.shape != outputs.shape:
+        raise ValueError(f"the model gave outputs of shape {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}")
+    return targets.to(outputs.device)
+
+
+def _of_numbers(found: Prediction, targets: Tensor, noise: Tensor, wanted: Sequence[str]) -> dict[str, float]:
+    mean = found.mean.cpu()
+    variance, targets = found.variance.cpu().double() + noise, of_outputs(targets, mean)
+    return {name: REGRESSION[name](mean, variance, targets).item() for name in wanted}
+
+
+class _Answers(NamedTuple):
+    nll: Tensor  # (M,) of each token that counts, in nats, the probability averaged over draws
+    tokens: Tensor  # (M,)
+    vocabulary: int  # number of tokens that there are
+
+
+def _answers(
+    model: nn.Module, posterior: Posterior | None, inputs: Sequence[Tensor], targets: Sequence[Tensor], how: _How
+) -> _Answers:
+    """What the model says of the tokens that came; of all others only how probable they are together, so that little is kept."""
+    if how.method not in (None, "mean", "mc"):
+        raise ValueError(f"tokens are predicted by 'mean' or 'mc', not {how.method!r}")
+    if how.vmap is not None or how.batch_norm is not None:
+        raise ValueError("tokens are predicted draw by draw, without vmap and batch_norm; leave them out")
+    temperature, sizes = 1.0, set[int]()
+    if posterior is not None:  # logits are tempered before the answer is read off them
+        temperature, posterior = posterior.temperature, replace(posterior, temperature=1.0)
+        how = how._replace(method=how.method or "mc")
+    turn, calls = cycle(targets), count()
+
+    def answer(module: nn.Module, _: Any, outputs: Tensor) -> Tensor:
+        came = next(turn).to(outputs.device)
+        if outputs.shape[:-1] != came.shape or not came.ndim:
+            raise ValueError(f"the model gave outputs of shape {tuple(outputs.shape)} for tokens of shape {tuple(came.shape)}")
+        _check(outputs, next(calls) // len(targets), posterior, "softmax")
+        sizes.add(outputs.shape[-1])
+        check_labels(counted := came[came != IGNORED], len(counted), outputs.shape[-1])
+        logs = (outputs.to(torch.promote_types(outputs.dtype, torch.float32)) / temperature).log_softmax(-1)
+        right = logs.gather(-1, came.where(came != IGNORED, 0).long()[..., None])
+        return torch.cat([right, (-right.expm1()).log().clamp_min(-1e4)], -1).flatten(0, -2)
+
+    hook = model.register_forward_hook(answer)
+    try:
+        found = _predict(model, posterior, inputs, "softmax", how)
+    finally:
+        hook.remove()
+    assert found.log_probs is not None
+    came = torch.cat([y.flatten() for y in targets]).to(found.log_probs.device)
+    if not (counts := came != IGNORED).any():
+        raise ValueError(f"there is nothing to evaluate: all {came.numel()} tokens are {IGNORED}, which do not count")
+    return _Answers(-found.log_probs[:, 0][counts], came[counts], sizes.pop())
+
+
+def _of_tokens(found: _Answers, token_bytes: int | Tensor | None, wanted: Sequence[str], usual: bool) -> dict[str, float]:
+    if token_bytes is None and found.vocabulary > BYTES and "bits_per_byte" in wanted:
+        if not usual:
+            raise ValueError(f"bits_per_byte needs token_bytes, the bytes of each of the {found.vocabulary} tokens")
+        wanted = [name for name in wanted if name != "bits_per_byte"]
+    sums = token_sums(found.nll, found.tokens, token_bytes)
+    return {name: LANGUAGE[name](sums).item() for name in wanted}
