@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from dataclasses import fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,83 +27,11 @@ from .journal import Journal
 from .losses import OutputLoss, loss_of
 from .products import Estimator, Products
 from .removal import Group, Removal
+from .scores import LOOEstimate, Ranked, Scores, ranked
 
 Correction = Literal["newton", "first_order"]
 KEPT = 1024
 """Outputs of an example up to which their changes are kept."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What is known of each of N examples, in the order of the data; on the CPU. K outputs each.
-
-    Attributes:
-        loss: Its loss, shape (N,).
-        loo_loss: Its loss by a model trained without it: the leave-one-out loss, shape (N,).
-        sensitivity: How much its own probabilities change, summed over them: the published score, shape (N,).
-        self_influence: How much its own loss grows to first order, :math:`e^T V e`, shape (N,).
-        cook: Cook's distance, the squared change of the weights in the posterior's metric by their number, shape (N,).
-        leverage: How much of its own prediction it makes up, in the directions that mattered; 1 is all, shape (N,).
-        correct: Whether it is named right, as 0 or 1, shape (N,); -1 where nothing is named.
-        loo_correct: The same without it.
-        deviation: The change of its outputs, shape (N, ...), or (N, 0) where an example has more than 1,024.
-        probability_deviation: The change of its probabilities, likewise.
-    """
-
-    loss: Tensor
-    loo_loss: Tensor
-    sensitivity: Tensor
-    self_influence: Tensor
-    cook: Tensor
-    leverage: Tensor
-    correct: Tensor
-    loo_correct: Tensor
-    deviation: Tensor
-    probability_deviation: Tensor
-
-    def __len__(self) -> int:
-        return len(self.loss)
-
-    @property
-    def gap(self) -> Tensor:
-        """The leave-one-out loss less the loss, shape (N,)."""
-        return self.loo_loss - self.loss
-
-    def by(self, score: str) -> Tensor:
-        """One of the scores by its name, shape (N,).
-
-        Raises:
-            ValueError: There is no such score.
-        """
-        if score not in SCORES:
-            raise ValueError(f"unknown score {score!r}; there are {', '.join(map(repr, SCORES))}")
-        found: Tensor = getattr(self, score)
-        return found
-
-
-SCORES = ("loo_loss", "loss", "gap", "sensitivity", "self_influence", "cook", "leverage")
-
-
-class LOOEstimate(NamedTuple):
-    """What leave-one-out cross-validation would say."""
-
-    nll: float
-    """Mean of the leave-one-out losses, in nats."""
-    accuracy: float
-    """Share named right; NaN where nothing is named."""
-    per_example: Tensor
-    """Leave-one-out losses in the order of the data, shape (N,)."""
-    train_nll: float
-    """Mean of the losses with all examples."""
-
-
-class Ranked(NamedTuple):
-    """Examples from the most suspicious on."""
-
-    indices: Tensor
-    """Their numbers in the data, shape (k,)."""
-    scores: Tensor
-    """Shape (k,)."""
 
 
 class Sensitivity:
@@ -260,7 +188,7 @@ class Sensitivity:
         """
         if self._scores is None:
             raise RuntimeError("nothing was scored yet: call scores(loader) first")
-        return _ranked(self._scores.by(score), k)
+        return ranked(self._scores.by(score), k)
 
     def mislabelled(self, loader: Iterable[Any], k: int | None = None, *, score: str = "loo_loss", **how: Any) -> Ranked:
         """The examples whose labels look wrong, the most suspicious first.
@@ -271,7 +199,7 @@ class Sensitivity:
             score: What to rank by: "loo_loss", or any other of :class:`Scores`. "loss" is plain training loss.
             **how: As :meth:`scores`.
         """
-        return _ranked(self.scores(loader, **how).by(score), k)
+        return ranked(self.scores(loader, **how).by(score), k)
 
     # Together
 
@@ -412,11 +340,6 @@ def _moved(model: nn.Module, loader: Iterable[Any]) -> Iterator[tuple[Any, Tenso
     for batch in loader:
         inputs, labels = inputs_and_labels(batch)
         yield on_device(model, inputs), labels.to(device)
-
-
-def _ranked(scores: Tensor, k: int | None) -> Ranked:
-    found = scores.sort(descending=True, stable=True)
-    return Ranked(found.indices[:k], found.values[:k])
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
