@@ -58,6 +58,7 @@ _HOMES = {
     "uses.evaluation": "evaluate",
     "uses.calibration": "calibrate fit_temperature",
     "uses.abstaining": "ConformalSets selective_threshold",
+    "uses.sensitivity": "Sensitivity",
 }
 _MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods", "metrics": "uses.metrics"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

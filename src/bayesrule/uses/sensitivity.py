@@ -277,7 +277,7 @@ class Sensitivity:
     def _fingerprint(self) -> dict[str, Any]:
         q = self.posterior
         mean = self.products.params if q is None else q.mean
-        total = sum(float(m.double().sum()) for m in mean.values())
+        total = sum(float(m.detach().double().sum()) for m in mean.values())
         spread = 0.0 if q is None else sum(float(s.double().clamp_max(1e30).log().sum()) for s in q.precision.values())
         about = {"correction": self.correction, "estimator": self.products.estimator, "loss": repr(self.loss)}
         return {**about, "mean": total, "precision": spread, "weights": sum(m.numel() for m in mean.values())}

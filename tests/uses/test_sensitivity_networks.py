@@ -1,0 +1,405 @@
+"""What examples mean to networks, and what is refused."""
+
+import math
+import re
+import warnings
+
+import pytest
+import torch
+from tests.contracts import close, normal
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import bayesrule as br
+from bayesrule.uses.scores import SCORES
+
+CLASSES = 3
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+
+
+def convolutional():
+    return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, CLASSES))
+
+
+NETWORKS = {"perceptron": (perceptron, (4,)), "convolutional": (convolutional, (1, 4, 4))}
+
+
+def network(name="perceptron", examples=12):
+    make, shape = NETWORKS[name]
+    model = make().double().eval()
+    with torch.no_grad():
+        for number, p in enumerate(model.parameters()):
+            p.copy_(normal(number, *p.shape) / 2)
+    return model, normal(50, examples, *shape), torch.arange(examples) % CLASSES
+
+
+def posterior_of(model, structure="diag", ess=12.0, width=5.0):
+    """Around the model's weights."""
+    params = dict(model.named_parameters())
+    names, size = list(params), sum(p.numel() for p in params.values())
+    mean = torch.cat([p.detach().reshape(-1) for p in params.values()])
+    precision = width * normal(60, size).exp() + 20.0
+    if structure == "diag":
+        parts = precision.split([p.numel() for p in params.values()])
+        named = {name: s.view(params[name].shape) for name, s in zip(names, parts, strict=True)}
+        return br.Posterior({n: p.detach().clone() for n, p in params.items()}, named, ess=ess, num_data=int(ess))
+    factor = normal(61, size, 3)
+    q = {
+        "full": lambda: br.Full(mean, precision.diag() + factor @ factor.T),
+        "low_rank": lambda: br.LowRank(mean, br.DiagonalPlusFactor(precision, factor)),
+    }[structure]()
+    return br.Posterior.of(q, params, ess=ess, num_data=int(ess))
+
+
+def by_hand(model, post, x, y):
+    """The equation with the whole Jacobian and the whole covariance."""
+    params = list(model.parameters())
+    rows = [torch.autograd.grad(f, params, retain_graph=True) for f in model(x).reshape(-1)]
+    jacobian = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows]).view(len(x), CLASSES, -1)
+    names, sizes = list(post.mean), [m.numel() for m in post.mean.values()]
+    columns = []
+    for unit in torch.eye(sum(sizes), dtype=torch.float64):
+        v = {n: part.view(post.mean[n].shape) for n, part in zip(names, unit.split(sizes), strict=True)}
+        columns.append(torch.cat([t.reshape(-1) for t in post.matvec(v).values()]))
+    V = jacobian @ torch.stack(columns, 1) @ jacobian.mT
+    p = model(x).detach().softmax(1)
+    L = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    e = p - F.one_hot(y, CLASSES)
+    return torch.linalg.solve(torch.eye(CLASSES, dtype=torch.float64) - V @ L, V @ e[:, :, None])[:, :, 0]
+
+
+@pytest.mark.parametrize("structure", ["diag", "full", "low_rank"])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("estimator", ["vjp_jvp", "layerwise"])
+def test_equals_the_equation(name, structure, estimator):
+    model, x, y = network(name)
+    post = posterior_of(model, structure)
+    before = {n: p.detach().clone() for n, p in model.state_dict().items()}
+    found = br.Sensitivity(model, post, estimator=estimator).scores([(x[:5], y[:5]), (x[5:], y[5:])])
+    close(found.deviation, by_hand(model, post, x, y), 1e-9)
+    assert bool((found.leverage < 1).all())
+    assert bool((found.loo_loss >= found.loss).all())  # who is left out is missed
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("structure", ["diag", "full", "low_rank"])
+def test_of_the_last_layer_it_is_that_of_a_posterior_over_the_last_layer(structure):
+    model, x, y = network()
+    post = posterior_of(model, structure)
+    found = br.Sensitivity(model, post, estimator="last_layer", correction="first_order").scores([(x, y)])
+    inner = {name: torch.full_like(s, math.inf) for name, s in post.precision.items() if name.startswith("0.")}
+    if structure == "diag":
+        alone = br.Posterior(post.mean, {**post.precision, **inner}, ess=12, num_data=12)
+    else:  # the marginal of some weights
+        last = ["2.weight", "2.bias"]
+        names, sizes = list(post.mean), [m.numel() for m in post.mean.values()]
+        units = torch.eye(sum(sizes), dtype=torch.float64)
+        rows = [
+            torch.cat([t.reshape(-1) for t in post.matvec({n: p.view(post.mean[n].shape) for n, p in parts}).values()])
+            for parts in (list(zip(names, unit.split(sizes), strict=True)) for unit in units)
+        ]
+        first = sum(post.mean[n].numel() for n in names if n not in last)
+        covariance = torch.stack(rows)[first:, first:]
+        mean = torch.cat([post.mean[n].reshape(-1) for n in last])
+        q = br.Full(mean, torch.linalg.inv(covariance))
+        alone = br.Posterior.of(q, {n: post.mean[n].shape for n in last}, ess=12, num_data=12)
+    wanted = br.Sensitivity(model, alone, estimator="layerwise", correction="first_order").scores([(x, y)])
+    close(found.deviation, wanted.deviation, 1e-8)
+
+
+def test_draws_converge_to_it():
+    """As the root of their number, where the network is nearly linear within the posterior."""
+    model, x, y = network()
+    post = posterior_of(model, width=1e4)
+    exact = br.Sensitivity(model, post).scores([(x, y)]).deviation
+    found = [br.Sensitivity(model, post, estimator="mc", num_samples=count).scores([(x, y)]).deviation for count in (16, 1024)]
+    few, many = ((deviation - exact).norm() / exact.norm() for deviation in found)
+    assert many < 0.07
+    assert many < few / 4
+
+
+def test_of_sgd_it_is_the_squared_gradient_times_the_error():
+    """Of one output: the norm of its gradient, squared, times the error."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double().eval()
+    x, y = normal(1, 6, 4), normal(2, 6, 1)
+    found = br.Sensitivity(model, None, "mse").scores([(x, y)])
+    for i in range(6):
+        gradients = torch.autograd.grad(model(x[i : i + 1]).sum(), list(model.parameters()))
+        size = sum(g.square().sum() for g in gradients)
+        close(found.deviation[i, 0], (size * (model(x[i : i + 1]) - y[i])[0, 0]).detach(), 1e-9)
+
+
+def test_pairs_are_products_of_gradients():
+    model, x, y = network()
+    post = posterior_of(model)
+    found = br.Sensitivity(model, post).pairwise_scores([(x[:2], y[:2])], [(x[:5], y[:5]), (x[5:], y[5:])])
+    params = dict(model.named_parameters())
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    each = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses]
+    rows = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in each])
+    variance = torch.cat([(1 / post.precision[n]).reshape(-1) for n in params])
+    close(found, rows[:2] @ (variance * rows).T, 1e-9)
+    close(found[:, :2].diagonal(), br.Sensitivity(model, post).self_scores([(x, y)])[:2], 1e-9)
+
+
+LOSSES = {
+    "a function": (lambda f, y: F.cross_entropy(f, y, reduction="none"), {}, "cross_entropy", lambda y: y),
+    "with its derivatives": (
+        lambda f, y: F.cross_entropy(f, y, reduction="none"),
+        dict(
+            error_fn=lambda f, y: f.softmax(1) - F.one_hot(y, CLASSES),
+            hessian_fn=lambda f, y: torch.diag_embed(f.softmax(1)) - f.softmax(1)[:, :, None] * f.softmax(1)[:, None],
+        ),
+        "cross_entropy",
+        lambda y: y,
+    ),
+    "of labels one by one": (
+        lambda f, y: F.binary_cross_entropy_with_logits(f, y, reduction="none").sum(1),
+        {},
+        "bce",
+        lambda y: F.one_hot(y, CLASSES).double(),
+    ),
+    "of numbers": (
+        lambda f, y: ((f - y) ** 2 + math.log(2 * math.pi)).sum(1) / 2,
+        {},
+        "mse",
+        lambda y: F.one_hot(y, CLASSES).double(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_any_function_is_a_loss(case):
+    function, how, name, labels = LOSSES[case]
+    model, x, y = network()
+    post = posterior_of(model)
+    mine = br.Sensitivity(model, post, function, **how).scores([(x, labels(y))])
+    wanted = br.Sensitivity(model, post, name).scores([(x, labels(y))])
+    for score in ("loss", "loo_loss", "self_influence", "cook", "deviation"):
+        close(getattr(mine, score), getattr(wanted, score), 1e-8)
+
+
+def test_sequences_are_examples_whose_losses_add_up():
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6)).double().eval()
+    text, labels = torch.randint(6, (5, 4), generator=torch.Generator().manual_seed(0)), torch.arange(20).view(5, 4) % 6
+    labels[1, 2:] = -100
+    post = posterior_of(model, ess=5.0)
+    found = [br.Sensitivity(model, post, estimator=name).scores([(text, labels)]) for name in ("vjp_jvp", "layerwise")]
+    close(found[0].deviation, found[1].deviation, 1e-8)
+    wanted = F.cross_entropy(model(text).flatten(0, 1), labels.flatten(), reduction="none").view(5, 4).sum(1).detach()
+    close(found[0].loss, wanted, 1e-12)
+    assert found[0].deviation.shape == (5, 4, 6)
+
+
+class Named(nn.Module):
+    """Takes named inputs, gives something with logits."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, features, scale):
+        return type("Output", (), {"logits": self.inner(features) * scale})()
+
+
+def test_batches_may_be_mappings():
+    inner, x, y = network()
+    post = posterior_of(inner)
+    wanted = br.Sensitivity(inner, post).scores([(x, y)])
+    renamed = br.Posterior(
+        {f"inner.{n}": m for n, m in post.mean.items()}, {f"inner.{n}": s for n, s in post.precision.items()}, ess=12, num_data=12
+    )
+    batch = {"features": x, "scale": torch.ones(()), "labels": y}
+    found = br.Sensitivity(Named(inner).eval(), renamed).scores([batch])
+    close(found.deviation, wanted.deviation, 1e-12)
+
+
+def test_a_wide_posterior_falls_back_to_first_order_and_says_so():
+    model, x, y = network()
+    post = posterior_of(model).rescale(ess=0.02)
+    wide = br.Posterior(post.mean, post.precision, ess=12, num_data=12)
+    with pytest.warns(RuntimeWarning, match=r"^example \d+ has leverage [\d.]+ >= 1.*; falling back to first order"):
+        found = br.Sensitivity(model, wide).scores([(x, y)])
+    first = br.Sensitivity(model, wide, correction="first_order").scores([(x, y)])
+    refused = found.leverage >= 1
+    assert refused.any()
+    close(found.deviation[refused], first.deviation[refused], 1e-12)
+
+
+def test_another_ess_is_that_of_the_sum_with_a_warning():
+    model, x, y = network()
+    post = posterior_of(model)
+    tempered = post.rescale(ess=1200.0)
+    with pytest.warns(UserWarning, match=r"trained with ess=1200 but num_data=12; variances are scaled by 100 for leave-one-out"):
+        found = br.Sensitivity(model, tempered).scores([(x, y)])
+    close(found.deviation, br.Sensitivity(model, post).scores([(x, y)]).deviation, 1e-9)
+
+
+def test_other_numbers_of_examples_are_told():
+    model, x, y = network()
+    with pytest.warns(UserWarning, match="the data have 6 examples, and the posterior is of 12"):
+        br.Sensitivity(model, posterior_of(model)).scores([(x[:6], y[:6])])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = br.Sensitivity(model, posterior_of(model)).scores([(x[:8], y[:8]), (x[8:], y[8:])], subset=6)
+    assert len(found) == 6
+
+
+class TestResuming:
+    def test_goes_on_where_it_was(self, tmp_path):
+        model, x, y = network()
+        post, path = posterior_of(model), tmp_path / "scores.safetensors"
+        wanted = br.Sensitivity(model, post).scores([(x, y)])
+
+        def dying():
+            yield x[:5], y[:5]
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bayesrule.uses.journal.EVERY", 0.0)
+            br.Sensitivity(model, post).scores(dying(), path=path)
+        forwards = []
+        model.register_forward_hook(lambda _, inputs, __: forwards.append(len(inputs[0])))
+        found = br.Sensitivity(model, post).scores([(x[:7], y[:7]), (x[7:], y[7:])], path=path)
+        assert max(forwards) <= 5  # two of the first batch are left
+        for score in SCORES:
+            close(getattr(found, score), getattr(wanted, score), 1e-12)
+        forwards.clear()
+        again = br.Sensitivity(model, post).scores([(x, y)], path=path)
+        assert not forwards
+        close(again.loo_loss, wanted.loo_loss, 1e-12)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda p: p.write_bytes(b"nonsense"), "is no file of scores"),
+            (lambda p: p.write_bytes(p.read_bytes()[:-40]), "is no file of scores"),
+            (None, "holds scores of another mean"),
+            ("labels", "holds scores of other data"),
+            ("fewer", "holds scores of 12 examples, and the data have 6"),
+        ],
+        ids=["nonsense", "cut", "another-model", "other-labels", "fewer"],
+    )
+    def test_files_of_something_else_are_refused(self, tmp_path, change, message):
+        model, x, y = network()
+        post, path = posterior_of(model), tmp_path / "scores.safetensors"
+        br.Sensitivity(model, post).scores([(x, y)], path=path)
+        if callable(change):
+            change(path)
+        elif change is None:
+            post = br.Posterior({n: m + 1 for n, m in post.mean.items()}, post.precision, ess=12, num_data=12)
+        kept = path.read_bytes()
+        data = {"labels": [(x, y.flip(0))], "fewer": [(x[:6], y[:6])]}.get(change if isinstance(change, str) else "", [(x, y)])
+        with pytest.raises(ValueError, match=message), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            br.Sensitivity(model, post).scores(data, path=path)
+        assert path.read_bytes() == kept
+
+
+def test_ranks_by_any_score():
+    model, x, y = network()
+    found = br.Sensitivity(model, posterior_of(model))
+    for score in SCORES:
+        ranked = found.mislabelled([(x, y)], 4, score=score)
+        values = found.scores([(x, y)]).by(score)
+        close(ranked.scores, values.sort(descending=True).values[:4], 0)
+        close(values[ranked.indices], ranked.scores, 0)
+        close(found.top(4, score).scores, ranked.scores, 0)
+    estimate = found.loo([(x, y)])
+    assert estimate.nll == pytest.approx(estimate.per_example.mean().item())
+    assert 0 <= estimate.accuracy <= 1
+
+
+def dropping():
+    return nn.Sequential(perceptron(), nn.Dropout(0.5)).double()
+
+
+REFUSED = {
+    "estimator": (lambda m, q, x, y: br.Sensitivity(m, q, estimator="exact"), ValueError, "unknown estimator 'exact'"),
+    "correction": (lambda m, q, x, y: br.Sensitivity(m, q, correction="full"), ValueError, "unknown correction 'full'"),
+    "loss": (lambda m, q, x, y: br.Sensitivity(m, q, "hinge"), ValueError, "unknown loss 'hinge'; there are 'cross_entropy'"),
+    "noise": (lambda m, q, x, y: br.Sensitivity(m, q, "mse", noise_variance=0), ValueError, "noise_variance must be > 0, got 0"),
+    "draws without a posterior": (lambda m, q, x, y: br.Sensitivity(m, None, estimator="mc"), ValueError, "there is none"),
+    "no data": (lambda m, q, x, y: br.Sensitivity(m, q).scores([]), ValueError, "there are no examples"),
+    "a batch of one": (lambda m, q, x, y: br.Sensitivity(m, q).scores([x]), TypeError, "a batch is a pair"),
+    "labels": (lambda m, q, x, y: br.Sensitivity(m, q).scores([(x, y + 7)]), ValueError, r"must lie in \[0, 3\)"),
+    "shape of labels": (lambda m, q, x, y: br.Sensitivity(m, q).scores([(x, y[:, None])]), ValueError, "labels must have shape"),
+    "numbers": (lambda m, q, x, y: br.Sensitivity(m, q, "mse").scores([(x, y)]), ValueError, "one number for each output"),
+    "no 0 or 1": (
+        lambda m, q, x, y: br.Sensitivity(m, q, "bce").scores([(x, torch.full((12, 3), 2.0))]),
+        ValueError,
+        "labels must be 0 or 1, or between them; 36 of 36",
+    ),
+    "not finite": (lambda m, q, x, y: br.Sensitivity(m, q).scores([(x / 0, y)]), RuntimeError, "not finite for 12 of 12"),
+    "score": (lambda m, q, x, y: br.Sensitivity(m, q).mislabelled([(x, y)], score="best"), ValueError, "unknown score 'best'"),
+    "nothing scored": (lambda m, q, x, y: br.Sensitivity(m, q).top(3), RuntimeError, "nothing was scored yet"),
+    "nothing to remove from": (lambda m, q, x, y: br.Sensitivity(m, q).remove([1]), ValueError, "there is no data"),
+    "not in the data": (
+        lambda m, q, x, y: br.Sensitivity(m, q).remove([1, 40], [(x, y)]),
+        ValueError,
+        "2 examples to take away, and 1",
+    ),
+    "no such class": (lambda m, q, x, y: br.Sensitivity(m, q).leave_class_out(9, [(x, y)]), ValueError, "no example to take away"),
+    "a loss of all": (
+        lambda m, q, x, y: br.Sensitivity(m, q, F.cross_entropy).scores([(x, y)]),
+        ValueError,
+        "one number for each example",
+    ),
+    "other names": (
+        lambda m, q, x, y: br.Sensitivity(m, br.Posterior.point(nn.Linear(2, 2))),
+        KeyError,
+        "posterior holds 'weight' and the model has no parameter of that name",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_is_refused_in_one_line(case):
+    action, error, message = REFUSED[case]
+    model, x, y = network()
+    with pytest.raises(error, match=message) as caught:
+        action(model, posterior_of(model), x, y)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(lambda: network("convolutional")[0].train(), "batch norm mixes examples"), (dropping, "dropout is random")],
+)
+def test_training_mode_is_refused(make, message):
+    model = make()
+    x = torch.zeros(2, 1, 4, 4) if "norm" in message else torch.zeros(2, 4)
+    with pytest.raises(RuntimeError, match=f"{message}; call model.eval\\(\\)"):
+        br.Sensitivity(model, br.Posterior.point(model)).scores([(x.double(), torch.zeros(2, dtype=torch.long))])
+
+
+def test_a_model_whose_outputs_come_from_no_linear_layer_has_no_last_layer():
+    model = nn.Sequential(perceptron(), nn.Tanh()).double().eval()
+    with pytest.raises(ValueError, match="come from no linear layer"):
+        br.Sensitivity(model, br.Posterior.point(model), estimator="last_layer").scores([(normal(1, 2, 4), torch.zeros(2).long())])
+
+
+def test_a_loader_that_shuffles_is_told():
+    model, x, y = network()
+    loader = DataLoader(TensorDataset(x, y), 4, shuffle=True)
+    with pytest.warns(UserWarning, match="the loader shuffles"):
+        br.Sensitivity(model, posterior_of(model)).scores(loader)
+
+
+def test_a_covariance_that_is_too_large_is_refused_with_the_cheaper_way(monkeypatch):
+    monkeypatch.setattr("bayesrule.uses.products.LIMIT", 10)
+    model, x, y = network()
+    with pytest.raises(RuntimeError, match=re.escape("the covariance of 3 outputs takes 0.0 GiB an example; take 'vjp_jvp'")):
+        br.Sensitivity(model, posterior_of(model), estimator="layerwise").scores([(x, y)])
+
+
+def test_a_large_batch_is_halved(monkeypatch):
+    model, x, y = network()
+    wanted = br.Sensitivity(model, posterior_of(model), estimator="layerwise").scores([(x, y)])
+    monkeypatch.setattr("bayesrule.uses.products.HELD", 1000)
+    found = br.Sensitivity(model, posterior_of(model), estimator="layerwise").scores([(x, y)])
+    close(found.deviation, wanted.deviation, 1e-12)
