@@ -59,6 +59,7 @@ _HOMES = {
     "uses.calibration": "calibrate fit_temperature",
     "uses.abstaining": "ConformalSets selective_threshold",
     "uses.sensitivity": "Sensitivity",
+    "uses.tracking": "TrackSensitivity",
 }
 _MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods", "metrics": "uses.metrics"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, Mode
 from lightning.pytorch.tuner import Tuner  # noqa: E402
 from tests.integrations.host_lightning import Module, loaders, trainer  # noqa: E402
 
-from bayesrule.integrations.lightning import DrawCallback  # noqa: E402
+from bayesrule.integrations.lightning import DrawCallback, SensitivityCallback  # noqa: E402
 
 FOUR = Cell(4, "fp32")
 
@@ -437,3 +437,38 @@ class TestOtherCallbacks:
         start = net.layers[0].weight.detach().clone()
         trainer(tmp_path, FOUR, callbacks=[DrawCallback(), Thaws()], enable_checkpointing=False).fit(module, *loaders(FOUR))
         assert not torch.equal(net.layers[0].weight, start)
+
+
+@pytest.mark.filterwarnings("ignore:posterior was trained with ess=64")
+def test_leave_one_out_estimates_are_logged_and_stop_the_training(tmp_path):
+    net = Net()
+    tracker = br.TrackSensitivity(loaders(FOUR)[0], subset=8)
+    seen = []
+
+    class Looks(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(trainer.callback_metrics["loo_nll"].item())
+
+    spy = Spy(net, accumulation=4)
+    made = trainer(
+        tmp_path,
+        FOUR,
+        callbacks=[DrawCallback(), SensitivityCallback(tracker, lambda module: module.net), Looks()],
+        enable_checkpointing=False,
+    )
+    try:
+        made.fit(Module(net, spy), *loaders(FOUR))
+    finally:
+        spy.remove()
+    assert seen == pytest.approx([line["loo_nll"] for line in tracker.history])
+    assert len(seen) == made.current_epoch >= 2
+    tracker.history[:] = [{"loo_nll": float(i)} for i in range(3)]
+    tracker.patience = 2
+    again = trainer(
+        tmp_path,
+        FOUR,
+        callbacks=[DrawCallback(), SensitivityCallback(tracker, lambda module: module.net)],
+        enable_checkpointing=False,
+    )
+    again.fit(Module(net, Spy(net, accumulation=4)), *loaders(FOUR))
+    assert again.current_epoch == 1

@@ -18,7 +18,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tests.integrations.host_transformers import Begun, HuggingFace, adapted, llama, texts, trainer  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from bayesrule.integrations.transformers import PosteriorCallback  # noqa: E402
+from bayesrule.integrations.transformers import PosteriorCallback, SensitivityCallback  # noqa: E402
 
 ONE, FOUR = Cell(1, "fp32"), Cell(4, "fp32")
 FILE = "posterior.safetensors"
@@ -337,3 +337,20 @@ class TestTrainer:
     def test_evaluates_at_the_mean_when_training_is_over(self, tmp_path):
         spy, made = run(tmp_path)
         assert torch.equal(flat(made.model), spy.means[-1])
+
+
+class TestSensitivity:
+    """Each text is an example, whose loss is the sum over its tokens, each of which is predicted from those before."""
+
+    @pytest.mark.filterwarnings("ignore:posterior was trained with ess=64")
+    def test_estimates_are_in_the_logs(self, tmp_path):
+        batch = [{"input_ids": torch.stack([text["input_ids"] for text in texts(ONE)[:4]])}]
+        batch[0]["labels"] = batch[0]["input_ids"]
+        tracker = br.TrackSensitivity(batch, num_data=48, correction="first_order")
+        _, made = run(tmp_path, callbacks=[SensitivityCallback(tracker)])
+        logged = [line["loo_nll"] for line in made.state.log_history if "loo_nll" in line]
+        assert logged == [line["loo_nll"] for line in tracker.history] and logged
+        made.optimizer.optimizer.eval()
+        with torch.no_grad():
+            wanted = made.model.eval()(**batch[0]).loss * (batch[0]["input_ids"].shape[1] - 1)
+        assert tracker.history[-1]["train_nll"] == pytest.approx(wanted.item(), rel=1e-5)

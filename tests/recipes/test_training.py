@@ -52,6 +52,16 @@ def test_learns_and_keeps_a_line_an_epoch(name, begin):
     assert ("elbo" in lines[0]) == gaussian
 
 
+@pytest.mark.parametrize("name", ["ivon", "evon", "sgd", "torch-adamw"])
+def test_an_estimate_by_leaving_one_out_stands_in_every_line_and_changes_nothing(name, begin):
+    plain, watched = begin(name), begin(name, loo=50)
+    lines = [(plain.epoch(), watched.epoch()) for _ in range(2)]
+    for without, line in lines:
+        assert line.pop("loo_nll") > 0 and 0 <= line.pop("loo_accuracy") <= 1 and 0.01 <= line.pop("concentration") <= 1
+        assert line == without
+    assert equal(plain, watched)
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [("sgd", "torch-sgd"), ("adamw", "torch-adamw")])
 def test_the_rules_own_optimizers_train_as_torchs(ours, theirs, begin):
     weights = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from ..optimizers.attaching import Attached, SavesMean
 from ..optimizers.optimizer import BayesOptimizer
+from ..uses.tracking import TrackSensitivity
 
 
 class DrawCallback(Callback):
@@ -83,6 +84,34 @@ class DrawCallback(Callback):
         for attached in self._attached:
             attached.remove()
         self._attached = []
+
+
+class SensitivityCallback(Callback):
+    """Leave-one-out estimates at the end of every training epoch, logged as ``loo_nll`` and ``loo_accuracy``.
+
+    Where the tracker has patience, training stops when no smaller estimate has come for so long.
+
+    Args:
+        tracker: What estimates, and keeps what it found.
+        part: Of the module, what takes inputs and gives outputs; None is the module itself, by its ``forward``.
+
+    Example:
+        >>> import bayesrule as br
+        >>> tracker = br.TrackSensitivity([(torch.zeros(2, 4), torch.tensor([0, 1]))])
+        >>> callback = SensitivityCallback(tracker, part=lambda module: module.net)
+        >>> callbacks = [DrawCallback(), callback]  # for Trainer(callbacks=callbacks)
+    """
+
+    def __init__(self, tracker: TrackSensitivity, part: Callable[[LightningModule], nn.Module] | None = None) -> None:
+        self.tracker, self.part = tracker, part
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        model = pl_module if self.part is None else self.part(pl_module)
+        line = self.tracker.update(model, optimizer, trainer.current_epoch + 1)
+        if line is not None:
+            pl_module.log_dict({name: line[name] for name in ("loo_nll", "loo_accuracy")}, rank_zero_only=True)
+        trainer.should_stop |= self.tracker.should_stop
 
 
 class Opens(Attached):

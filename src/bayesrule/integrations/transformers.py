@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..optimizers.attaching import SavesMean
 from ..optimizers.optimizer import BayesOptimizer
+from ..uses.tracking import TrackSensitivity
 
 FILE = "posterior.safetensors"
 
@@ -80,6 +81,40 @@ class PosteriorCallback(TrainerCallback):
         if self._attached is not None:
             self._attached.remove()
             self._attached = None
+
+
+class SensitivityCallback(TrainerCallback):
+    """Leave-one-out estimates at the end of every epoch, in the Trainer's logs as ``loo_nll`` and ``loo_accuracy``.
+
+    Where the tracker has patience, training stops when no smaller estimate has come for so long.
+
+    Args:
+        tracker: What estimates, and keeps what it found; its loader gives the mappings that the model takes, with ``labels``.
+
+    Example:
+        >>> import bayesrule as br, torch
+        >>> batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "labels": torch.tensor([0, 1])}
+        >>> callbacks = [SensitivityCallback(br.TrackSensitivity([batch]))]  # for Trainer(..., callbacks=callbacks)
+    """
+
+    def __init__(self, tracker: TrackSensitivity) -> None:
+        self.tracker = tracker
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        line = self.tracker.update(model, optimizer, round(state.epoch or 0))
+        if line is not None:
+            found = {name: line[name] for name in ("loo_nll", "loo_accuracy")}
+            state.log_history.append({"epoch": state.epoch, "step": state.global_step, **found})
+        control.should_training_stop |= self.tracker.should_stop
 
 
 def _own(optimizer: Any) -> BayesOptimizer:

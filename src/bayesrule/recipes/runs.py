@@ -60,6 +60,7 @@ def begin(settings: Settings, data: Data, workers: Workers = ALONE) -> tuple[Set
         augment=settings.augment,
         bf16=settings.precision == "bf16",
         patience=settings.patience,
+        loo=settings.loo,
         workers=workers,
     )
     return replace(settings, hyperparameters=hyperparameters), training

@@ -36,6 +36,7 @@ class Settings:
         precision: "float32", or "bf16" for autocast in training.
         patience: Stop after so many epochs without a smaller validation NLL, and keep the best; none never stops early.
         device: "auto", "cpu", "cuda".
+        loo: How many training examples give a leave-one-out estimate after each epoch; 0 is none.
     """
 
     data: str
@@ -56,6 +57,7 @@ class Settings:
     precision: str = "float32"
     patience: int | None = None
     device: str = "auto"
+    loo: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size), ("patience", self.patience)):
@@ -63,7 +65,7 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if len(self.size) > 2:
             raise ValueError(f"size must be one number of pixels, or height and width; got {' '.join(map(str, self.size))}")
-        for name, most in {"seed": 2**62, "split_seed": 2**62, "batch_size": 2**31, "epochs": 2**31}.items():
+        for name, most in {"seed": 2**62, "split_seed": 2**62, "batch_size": 2**31, "epochs": 2**31, "loo": 2**31}.items():
             value = getattr(self, name)
             if not 0 <= value < most:
                 raise ValueError(f"{name} must be a whole number from 0 to below {most}, got {value}")

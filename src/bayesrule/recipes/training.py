@@ -67,6 +67,7 @@ class Training:
         augment: Sequence[str] = (),
         bf16: bool = False,
         patience: int | None = None,
+        loo: int = 0,
         workers: Workers = ALONE,
     ) -> None:
         self.model, self.optimizer, self.data = model, optimizer, data
@@ -74,6 +75,7 @@ class Training:
         self.steps = -(-len(data.train) // batch_size)  # an epoch
         self.schedule, self.augment = SCHEDULES[schedule], augmentation(augment)
         self.bf16, self.patience, self.workers = bf16, patience, workers
+        self.tracker = br.TrackSensitivity(_First(self), subset=loo) if loo else None
         self.device = next(model.parameters()).device
         self.variational = "ess" in optimizer.defaults
         self.by_example = bool(getattr(optimizer, "squares_examples", False))
@@ -175,13 +177,20 @@ class Training:
         }
         if not all(map(math.isfinite, line.values())):
             raise Diverged(f"training diverged in epoch {line['epoch']} (loss {line['train_loss']:g}); lower the lr ({rate:g})")
-        self.history.append(line | self._bound(line["train_loss"]))
+        self.history.append(line | self._bound(line["train_loss"]) | self._left_out())
         self.seconds.append(self._elapsed)
         self._total, self._elapsed = 0.0, 0.0
         if self.patience is not None and self.best_epoch == len(self.history):
             self.best = {BEST + name: t.detach().clone() for name, t in self._tensors().items()}
         tick()
         return self.history[-1]
+
+    def _left_out(self) -> dict[str, float]:
+        """What leave-one-out cross-validation would say, if that is asked for."""
+        if self.tracker is None:
+            return {}
+        found = self.tracker.update(self.model, self.optimizer, len(self.history) + 1) or {}
+        return {name: found[name] for name in ("loo_nll", "loo_accuracy", "concentration")}
 
     def _bound(self, train_loss: float) -> dict[str, float]:
         """The evidence bound, in nats per example: minus the loss under the noise, minus the distance from the prior.
@@ -299,6 +308,16 @@ class Training:
             for device, state in zip(self._devices(), self._random[1:], strict=True):
                 torch.cuda.set_rng_state(state, device)
             yield
+
+
+class _First:
+    """The training data of a run in their order, as inputs of the model."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.dataset = training, training.data.train
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return batches_of(self.training.data.train, self.training.data, self.training.device)
 
 
 def batches_of(part: Part, data: Data, device: torch.device, workers: Workers = ALONE) -> Iterator[tuple[Tensor, Tensor]]:

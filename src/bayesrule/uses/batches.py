@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+IGNORED = -100
+"""The label of tokens that do not count."""
 
-def inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
+
+def inputs_and_labels(batch: Any, model: nn.Module) -> tuple[Any, Tensor]:
     """The two parts of a batch: (inputs, labels), or a mapping with ``labels``.
+
+    A language model of Hugging Face takes the text itself as labels; each place's is then the token that follows.
 
     Raises:
         TypeError: It is no such thing.
     """
     if isinstance(batch, Mapping) and "labels" in batch:
-        return {name: x for name, x in batch.items() if name != "labels"}, batch["labels"]
+        labels = batch["labels"]
+        if getattr(model, "loss_type", None) == "ForCausalLM":
+            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
+        return {name: x for name, x in batch.items() if name != "labels"}, labels
     if isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     kind = f"a mapping of {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else type(batch).__name__

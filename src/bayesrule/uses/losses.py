@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .batches import IGNORED
 from .metrics import check_labels
 
 
@@ -73,7 +74,7 @@ class CrossEntropy(OutputLoss):
         ignored: The label of tokens that do not count.
     """
 
-    ignored: int = -100
+    ignored: int = IGNORED
 
     def values(self, f: Tensor, y: Tensor) -> Tensor:
         each = F.cross_entropy(f.flatten(0, -2), y.long().flatten(), ignore_index=self.ignored, reduction="none")

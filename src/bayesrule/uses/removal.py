@@ -112,7 +112,7 @@ class Group:
         device = next(self.products.model.parameters()).device
         with self.products.at_the_mean():
             for batch in loader:
-                x, y = inputs_and_labels(batch)
+                x, y = inputs_and_labels(batch, self.products.model)
                 x, y = on_device(self.products.model, x), y.to(device)
                 with torch.no_grad():
                     f = outputs_of(self.products.model, x)

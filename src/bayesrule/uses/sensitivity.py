@@ -112,7 +112,7 @@ class Sensitivity:
         seen = 0
         with self.products.at_the_mean():
             for batch in loader:
-                inputs, labels = inputs_and_labels(batch)
+                inputs, labels = inputs_and_labels(batch, self.model)
                 if subset is not None and seen + len(labels) > subset:
                     kept = slice(0, subset - seen)
                     inputs, labels = rows_of(inputs, kept, len(labels)), labels[kept]
@@ -232,7 +232,7 @@ class Sensitivity:
         self._check_mode()
         total, numbers, parts = 0, list[Tensor](), list[tuple[Any, Tensor]]()
         for batch in data:
-            inputs, labels = inputs_and_labels(batch)
+            inputs, labels = inputs_and_labels(batch, self.model)
             here = torch.arange(total, total + len(labels))
             rows = choose(here, labels).nonzero()[:, 0]
             if len(rows):
@@ -338,7 +338,7 @@ def _check_order(loader: Iterable[Any]) -> None:
 def _moved(model: nn.Module, loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
     device = next(model.parameters()).device
     for batch in loader:
-        inputs, labels = inputs_and_labels(batch)
+        inputs, labels = inputs_and_labels(batch, model)
         yield on_device(model, inputs), labels.to(device)
 
 
