@@ -342,7 +342,7 @@ class TestTrainer:
 class TestSensitivity:
     """Each text is an example, whose loss is the sum over its tokens, each of which is predicted from those before."""
 
-    @pytest.mark.filterwarnings("ignore:posterior was trained with ess=64")
+    @pytest.mark.filterwarnings("ignore:posterior was trained with ess=64", "ignore:no closed form for LlamaRMSNorm")
     def test_estimates_are_in_the_logs(self, tmp_path):
         batch = [{"input_ids": torch.stack([text["input_ids"] for text in texts(ONE)[:4]])}]
         batch[0]["labels"] = batch[0]["input_ids"]
