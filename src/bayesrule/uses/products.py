@@ -84,6 +84,10 @@ class Products:
 
         return whole.values, times
 
+    def of_losses(self, losses: Callable[[], Tensor]) -> Tensor:
+        """The variance of one number of each example, shape (n,)."""
+        return Linearized(self.model, losses, self.spread).covariance()[:, 0, 0]
+
     def covariance(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """The outputs for a batch, shape (n, ...), and the covariance of each example's, (n, K, K) for K outputs."""
         call = self._call(inputs)
