@@ -1,0 +1,178 @@
+"""What sensitivity to every training example costs, in training epochs over the same examples, and beside kronfluence."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import bayesrule as br
+from benchmarks import child
+from benchmarks.data import as_cifar, digits
+from benchmarks.ledger import Settings, Table
+from benchmarks.memory import highest, peak_since_reset
+from benchmarks.models import mlp, resnet20
+from benchmarks.prediction import timed
+from benchmarks.timing import Lap, Laps, Neighbors, interleave, ratio, spread, typical
+
+EPOCH = "forward, backward, SGD step"
+NEWTON, FIRST, LAYERS, SELF = (
+    "scores, vjp_jvp, newton",
+    "scores, vjp_jvp, first order",
+    "scores, layerwise, newton",
+    "self-influence",
+)
+BATCH = 128
+WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor], int]] = {
+    "MLP 0.86M": (mlp, lambda x: x, 1024),
+    "ResNet-20": (resnet20, as_cifar, 1024),
+}
+
+
+def learned(workload: str, size: int) -> tuple[nn.Module, br.Posterior, list[tuple[Tensor, Tensor]]]:
+    """A network, trained by IVON for two epochs over real digits, its posterior, and the digits in batches."""
+    make, prepare, _ = WORKLOADS[workload]
+    pixels, labels = digits()
+    x, y = prepare(pixels[:size]), labels[:size]
+    torch.manual_seed(0)
+    model = make()
+    optimizer = br.IVON(model.parameters(), lr=0.1, ess=size, hess_init=0.5, weight_decay=1e-3, betas=(0.9, 0.999))
+    batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    for _ in range(2):
+        for inputs, wanted in batches:
+            with optimizer.sampled_params(train=True):
+                F.cross_entropy(model(inputs), wanted).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    posterior = optimizer.posterior(model, num_data=size)
+    if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        torch.optim.swa_utils.update_bn([inputs for inputs, _ in batches], model)
+    return model.eval(), posterior, batches
+
+
+def race(workload: str, rounds: int, warmup: int, seconds: float) -> Laps:
+    """In a process of its own."""
+    model, posterior, batches = learned(workload, WORKLOADS[workload][2])
+    trained = deepcopy(model).train()
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+
+    def epoch() -> None:
+        for x, y in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(trained(x), y).backward()
+            optimizer.step()
+
+    def scores(**how: Any) -> Callable[[], object]:
+        return lambda: br.Sensitivity(model, posterior, **how).scores(batches)
+
+    rivals: dict[str, Callable[[], object]] = {
+        EPOCH: epoch,
+        NEWTON: scores(),
+        FIRST: scores(correction="first_order"),
+        LAYERS: scores(estimator="layerwise"),
+        SELF: lambda: br.Sensitivity(model, posterior).self_scores(batches),
+    }
+    return interleave({name: timed(each) for name, each in rivals.items()}, rounds=rounds, warmup=warmup, seconds=seconds)
+
+
+def peak(size: int) -> float:
+    """In a process of its own: the peak of resident memory of scores of ResNet-20, over what stood before, in bytes."""
+    model, posterior, batches = learned("ResNet-20", size)
+    br.Sensitivity(model, posterior).scores(batches[:1], subset=BATCH)
+    before = peak_since_reset()
+    br.Sensitivity(model, posterior).scores(batches)
+    return highest() - before
+
+
+OURS, FIT, THEIRS = "self-influence, ours", "kronfluence, factors", "kronfluence, self-influence"
+
+
+def rivals(rounds: int, warmup: int, seconds: float) -> Laps | None:
+    """In a process of its own: one perceptron, its self-influence by us and by kronfluence; None where that is not installed."""
+    try:
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.task import Task
+        from kronfluence.utils.dataset import DataLoaderKwargs
+    except ImportError:
+        return None
+    model, posterior, batches = learned("MLP 0.86M", 1024)
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+    class Digits(Task):  # type: ignore[misc]
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            inputs, labels = batch
+            logits = model(inputs)
+            if sample:
+                labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
+            return F.cross_entropy(logits, labels, reduction="sum")
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return self.compute_train_loss(batch, model)
+
+    theirs = prepare_model(deepcopy(model), Digits())
+    data = TensorDataset(x, y)
+    folder = tempfile.TemporaryDirectory()
+    analyzer = Analyzer("race", theirs, Digits(), cpu=True, output_dir=folder.name, disable_tqdm=True, disable_model_save=True)
+    analyzer.set_dataloader_kwargs(DataLoaderKwargs(num_workers=0))
+
+    def quiet(action: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                action()
+
+        return run
+
+    def factors() -> None:
+        analyzer.fit_all_factors("own", data, per_device_batch_size=BATCH, overwrite_output_dir=True)
+
+    def their_scores() -> None:
+        analyzer.compute_self_scores("own", "own", data, per_device_train_batch_size=BATCH, overwrite_output_dir=True)
+
+    runs = {
+        OURS: lambda: br.Sensitivity(model, posterior).self_scores(DataLoader(data, BATCH)),
+        FIT: quiet(factors),
+        THEIRS: quiet(their_scores),
+    }
+    return interleave({name: timed(each) for name, each in runs.items()}, rounds=rounds, warmup=warmup, seconds=seconds)
+
+
+def tables(settings: Settings) -> list[Table]:
+    found = []
+    effort: dict[str, Any] = dict(rounds=settings.rounds(9), warmup=1, seconds=settings.seconds(240))
+    for workload, (_, _, size) in WORKLOADS.items():
+        neighbors = Neighbors()
+        answer = child.call("sensitivity:race", settings.threads, workload=workload, **effort)
+        laps = {name: [Lap(*lap) for lap in each] for name, each in answer.items()}
+        title = f"sensitivity, {workload}"
+        figures = {f"{title}: {name}": ratio(each, laps[EPOCH]) for name, each in laps.items()}
+        rows = [(n, str(figures[f"{title}: {n}"]), f"{typical(of).seconds:.4g}") for n, of in laps.items()]
+        note = f"{size} digits, 10 classes, trained by IVON; {len(laps[EPOCH])} rounds; {neighbors.report()}"
+        found.append(Table(title, ("work", "ratio to a training epoch", "s"), rows, figures, note))
+    sizes = [256, 512] if settings.quick else [1024, 4096]
+    peaks = {size: child.call("sensitivity:peak", settings.threads, size=size) for size in sizes}
+    grown = (peaks[sizes[1]] - peaks[sizes[0]]) / (sizes[1] - sizes[0])
+    figures = {"sensitivity, memory: bytes an example more": spread([grown], grown)}
+    rows = [(str(size), f"{of / 2**20:.4g}") for size, of in peaks.items()]
+    note = f"ResNet-20, vjp_jvp, newton, batches of {BATCH}: peak over what stood before, one process each"
+    found.append(Table("sensitivity, memory", ("examples", "MiB"), rows, figures, note))
+    neighbors = Neighbors()
+    answer = child.call("sensitivity:rivals", settings.threads, **effort)
+    title = "self-influence, MLP 0.86M, 1,024 digits"
+    if answer is None:
+        note = "kronfluence is not installed: pip install --no-deps kronfluence einconv einops opt_einsum"
+        return [*found, Table(title, ("work", "ratio to ours", "s"), [], {}, note)]
+    laps = {name: [Lap(*lap) for lap in each] for name, each in answer.items()}
+    figures = {f"{title}: {name}": ratio(laps[name], laps[OURS]) for name in (FIT, THEIRS)}
+    rows = [(n, str(figures.get(f"{title}: {n}", "1")), f"{typical(of).seconds:.4g}") for n, of in laps.items()]
+    found.append(Table(title, ("work", "ratio to ours", "s"), rows, figures, f"EK-FAC; {neighbors.report()}"))
+    return found
