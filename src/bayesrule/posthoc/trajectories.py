@@ -91,7 +91,16 @@ class SWAG:
     Moments are streamed by Welford's update, in float32 or the weights' dtype if wider. Costs 2 + K tensors of the weights.
 
     Args:
-        rank: K, at least 2; 0 or 1 for the diagonal alone, whose scale is then 1/2 as well.
+        rank: K, at least 2, or 0 for the diagonal alone.
+
+    Attributes:
+        count: How many moments there were.
+        mean: Their mean, by name.
+        squares: Sums of squared deviations from it, by name.
+        deviations: The last ones.
+
+    Raises:
+        ValueError: ``rank`` is none.
 
     Example:
         >>> model, swag = nn.Linear(2, 1), SWAG(rank=3)
@@ -107,6 +116,8 @@ class SWAG:
 
     def __init__(self, rank: int = 20) -> None:
         self.rank = whole_number("rank", rank, 0)
+        if rank == 1:
+            raise ValueError("rank 1 has no covariance; take 2 or more, or 0 for the diagonal alone")
         self.count = 0
         self.mean: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
@@ -141,7 +152,7 @@ class SWAG:
             self.mean[name].add_(gap, alpha=1 / self.count)
             last[name] = value - self.mean[name]
             self.squares[name].addcmul_(gap, last[name])
-        if self.rank > 1:
+        if self.rank:
             self.deviations = [*self.deviations, last][-self.rank :]
 
 
