@@ -15,6 +15,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 import bayesrule as br
+from bayesrule.estimators.data_curvature import Matrix
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "laplace_torch.json").read_text())
 STRUCTURES = ("diag", "kron", "last_layer", "full")
@@ -314,11 +315,48 @@ def test_axes_that_are_too_long_keep_the_diagonal_of_their_factor(monkeypatch):
     close(row(model, post.precision), row(model, br.Posterior.laplace(model, data(model, X), "kron").precision), 1e-9)
 
 
+@structures
+@losses
+def test_little_room_changes_nothing(structure, loss, monkeypatch):
+    """Columns one after the other, and rows."""
+    model = network()
+    whole = br.Posterior.laplace(model, data(model, X, loss), structure, 1.0, loss)
+    monkeypatch.setattr("bayesrule.estimators.data_curvature.CHUNK", 1)
+    monkeypatch.setattr("bayesrule.estimators.per_example.KEPT", 1)
+    tight = br.Posterior.laplace(model, data(model, X, loss), structure, 1.0, loss)
+    close(row(model, tight.precision), row(model, whole.precision), 1e-10)
+    direction = named(model, normal(3, 31))
+    close(row(model, tight.matvec(direction)), row(model, whole.matvec(direction)), 1e-10)
+
+
+@losses
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("positions", [(), (1,), (3,)])
+def test_of_the_last_layer_the_closed_form_is_that_of_all(bias, positions, loss):
+    """With the layers before it frozen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3, bias=bias)).double()
+    x = normal(4, 6, *positions, 3)
+    last = br.Posterior.laplace(model, data(model, x, loss), "last_layer", 1.0, loss)
+    model[0].requires_grad_(False)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    J = jacrev(lambda p: functional_call(model, p, (x,)))({name: p.detach() for name, p in params.items()})
+    J = torch.cat([j.reshape(6, -1, 3, p.numel()) for j, p in zip(J.values(), params.values(), strict=True)], 3)
+    p = model(x).detach().softmax(-1).reshape(6, -1, 3)
+    L = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+    L = L if loss == "cross_entropy" else torch.eye(3, dtype=torch.float64).expand(L.shape)
+    exact = torch.einsum("ntkp,ntkl,ntlq->pq", J, L, J) + torch.eye(J.shape[-1], dtype=torch.float64)
+    close(last.parts[0].q.precision, exact, 1e-10)
+
+
 def test_many_columns_of_curvature_go_in_smaller_pieces(monkeypatch):
     model = network()
     whole = br.Posterior.laplace(model, data(model, X, size=9), "full")
     monkeypatch.setattr("bayesrule.estimators.data_curvature.READY", 2000)
+    pieces, begin = [], Matrix.begin
+    monkeypatch.setattr(Matrix, "begin", lambda self, examples, columns: pieces.append(examples) or begin(self, examples, columns))
     close(row(model, br.Posterior.laplace(model, data(model, X, size=9), "full").variance), row(model, whole.variance), 1e-10)
+    assert pieces == [2, 2, 2, 2, 1]
     monkeypatch.setattr("bayesrule.estimators.data_curvature.MOST", 100)
     with pytest.raises(RuntimeError, match=r"^3 columns of curvature take .* take curvature='fisher'"):
         br.Posterior.laplace(model, data(model, X, size=9), "full")

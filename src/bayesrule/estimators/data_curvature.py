@@ -145,26 +145,90 @@ class Matrix(Sum):
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
         super().__init__(params)
         ends = list(itertools.accumulate(p.numel() for p in params.values()))
-        self._places = {p: slice(end - p.numel(), end) for p, end in zip(params.values(), ends, strict=True)}
+        self.places: dict[Tensor, slice] = {p: slice(end - p.numel(), end) for p, end in zip(params.values(), ends, strict=True)}
         one = next(iter(params.values()))
         self.sum = torch.zeros(ends[-1], ends[-1], dtype=wide(one), device=one.device)
-        self._jacobians = self.sum.new_zeros(0, 1, ends[-1])
+        self._jacobians = self._none = self.sum.new_zeros(0, 1, ends[-1])
+        self._shape = (0, 0)
 
     def bytes_each(self, columns: int) -> int:
         return columns * len(self.sum) * self.sum.element_size()
 
     def begin(self, examples: int, columns: int) -> None:
-        self.finish()
         super().begin(examples, columns)
-        self._jacobians = self.sum.new_zeros(examples, columns, len(self.sum))
+        self.finish()
+        self._shape = (examples, columns)
 
     def visit(self, p: nn.Parameter, gradients: Gradients, rows: slice, columns: slice) -> None:
-        self._jacobians[rows, columns, self._places[p]] = gradients.dense().each.flatten(2)
+        if not len(self._jacobians):
+            self._jacobians = self.sum.new_zeros(*self._shape, len(self.sum))
+        self._jacobians[rows, columns, self.places[p]] = gradients.dense().each.flatten(2)
 
     def finish(self) -> None:
         flat = self._jacobians.flatten(0, 1)
         self.sum.addmm_(flat.mT, flat)
-        self._jacobians = self._jacobians[:0].clone()
+        self._jacobians = self._none
+
+
+class Head(Matrix):
+    r"""The same for one linear layer that sees one vector an example, in closed form, without Jacobians.
+
+    .. math::  \sum_i J_i^T L_i J_i = \sum_i L_i \otimes \varphi_i \varphi_i^T, \qquad \varphi = (a, 1),
+
+    L_i of the layer's outputs, shape (O, O): O times fewer operations.
+
+    Args:
+        weight: Of the layer.
+        bias: Of the layer, if it has one and that is asked for.
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter], weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(params)
+        self._weight, self._bias = weight, bias
+        self._left = self._right = self.sum.new_zeros(0)
+        self._is_closed = False
+
+    def begin(self, examples: int, columns: int) -> None:
+        super().begin(examples, columns)
+        self._is_closed = False
+
+    def visit(self, p: nn.Parameter, gradients: Gradients, rows: slice, columns: slice) -> None:
+        if p is self._weight and isinstance(gradients, Outer) and gradients.right.shape[1] == 1:
+            if not self._is_closed:
+                (n, count), (rows_, width) = self._shape, p.shape
+                self._left, self._right = (
+                    self.sum.new_zeros(n, count, rows_),
+                    self.sum.new_ones(n, width + (self._bias is not None)),
+                )
+                self._is_closed = True
+            self._left[rows, columns] = gradients.left[:, :, 0]
+            self._right[rows, : p.shape[1]] = gradients.right[:, 0]
+        elif not self._is_closed:
+            super().visit(p, gradients, rows, columns)
+
+    def finish(self) -> None:
+        if not self._is_closed:
+            super().finish()
+            return
+        bends = self._left.mT @ self._left  # (n, O, O)
+        at = [self._row(o) for o in range(len(self._weight))]
+        for one in range(len(at)):
+            for other in range(one + 1):
+                block = (self._right * bends[:, one, other, None]).mT @ self._right
+                for a, b in {(one, other), (other, one)}:
+                    for mine, rows in at[a]:
+                        for theirs, columns in at[b]:
+                            self.sum[rows, columns] += block[mine, theirs]
+        self._is_closed = False
+
+    def _row(self, o: int) -> list[tuple[slice, slice]]:
+        """Of output o: places of its weights and its bias in phi, and in a row of all parameters."""
+        width, first = self._weight.shape[1], self.places[self._weight].start
+        found = [(slice(width), slice(first + o * width, first + (o + 1) * width))]
+        if self._bias is not None:
+            last = self.places[self._bias].start + o
+            found.append((slice(width, width + 1), slice(last, last + 1)))
+        return found
 
 
 def wide(p: Tensor) -> torch.dtype:

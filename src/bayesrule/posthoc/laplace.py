@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import Bases, Basis
-from ..estimators.data_curvature import KINDS, Diagonals, Factors, Matrix, Sum, accumulate, pairs, wide
+from ..estimators.data_curvature import KINDS, Diagonals, Factors, Head, Matrix, Sum, accumulate, pairs, wide
 from ..estimators.output_losses import OutputLoss
 from ..families.eigen import Eigen
 from ..families.gaussian import Full
@@ -149,7 +149,15 @@ def _kept(model: nn.Module, params: Mapping[str, nn.Parameter], how: Settings) -
             f"(max_bytes is {how.max_bytes / 1e9:.3g} GB); take "
             + ("'kron' or 'diag'" if how.structure == "last_layer" else "'last_layer', 'kron' or 'diag'")
         )
-    return Matrix(params)
+    return _head(model, params) or Matrix(params)
+
+
+def _head(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Head | None:
+    """For the parameters of one linear layer."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and set(params.values()) == set(module.parameters()):
+            return Head(params, module.weight, module.bias)
+    return None
 
 
 # From curvature to precision
