@@ -205,8 +205,8 @@ class Posterior(Makers):
                     raise ValueError(f"the posteriors disagree on the shape of {name!r}: {tuple(m.shape)}")
         laws = tuple(Law({name: p.mean[name] for name in first.mean}, p.precision, p.parts) for p in posteriors)
         part = OneOf(laws, torch.tensor(weights, dtype=torch.float64).log().log_softmax(0))
-        ess = min(p.ess for p in posteriors)
-        return replace(first, mean=part.mean, precision=part.precision, parts=(part,), ess=ess)
+        ess, hint = min(p.ess for p in posteriors), "mc" if any(p.method_hint for p in posteriors) else None
+        return replace(first, mean=part.mean, precision=part.precision, parts=(part,), ess=ess, method_hint=hint)
 
     def independent(self) -> Posterior:
         """The Gaussian with the same mean and the diagonal of the same precision: weights no longer vary together."""

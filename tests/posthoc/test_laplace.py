@@ -68,6 +68,15 @@ def data(model, x, loss="cross_entropy", size=4):
 X = normal(0, 9, 3)
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair = nn.Bilinear(3, 3, 2).double()
+
+    def forward(self, x):
+        return self.pair(x, x)
+
+
 # Closed forms
 
 
@@ -289,6 +298,17 @@ def test_a_prior_by_name_is_each_parameters():
         for name, number in prior.items():
             assert float(one.prior_precision[name]) == number
             close(one.precision[name], other.precision[name] + number - 1, 1e-9)
+
+
+def test_modules_without_a_closed_form_are_told_once_for_all_batches():
+    with pytest.warns(UserWarning, match="^no closed form for Bilinear") as told:
+        br.Posterior.laplace(Pair(), data(Pair(), X, size=2), "full")
+    assert [(warning.filename, str(warning.message)[:30]) for warning in told] == [(__file__, "no closed form for Bilinear: t")]
+
+
+def test_a_mixture_of_them_is_drawn_from():
+    post = br.Posterior.laplace(network(), data(network(), X))
+    assert br.Posterior.mixture([post, post]).method_hint == "mc"
 
 
 def test_another_layer_by_name():

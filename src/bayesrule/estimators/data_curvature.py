@@ -263,12 +263,13 @@ def accumulate(
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(iter(into.params.values())).device
-    step = 0
+    step, formless = 0, set[str]()
     for inputs, targets in pairs(batches, device):
         first = 0
         while first < len(inputs):
             rows = slice(first, first + step if step else len(inputs))
-            calls, outputs = _forward(model, inputs[rows], into)
+            calls, outputs, trace = _forward(model, inputs[rows], into)
+            formless |= trace.formless
             columns = outputs[0].numel() if curvature == "ggn" else 1
             fits = _fitting(outputs, columns, into)
             if fits < len(outputs):
@@ -278,6 +279,8 @@ def accumulate(
             first += len(outputs)
     if not into.examples:
         raise ValueError("there is nothing to learn from: the loader gave no example")
+    trace.formless = formless
+    trace.warn(stacklevel=5)
     into.finish()
 
 
@@ -292,17 +295,16 @@ def pairs(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor
         yield inputs.to(device), targets
 
 
-def _forward(model: nn.Module, inputs: Tensor, into: Sum) -> tuple[list[Call], Tensor]:
+def _forward(model: nn.Module, inputs: Tensor, into: Sum) -> tuple[list[Call], Tensor, Trace]:
     calls: list[Call] = []
     with torch.enable_grad(), Trace(model, into.params, calls.extend) as trace:
         outputs = model(inputs)
-    trace.warn()
     if not isinstance(outputs, Tensor) or not outputs.dim() or len(outputs) != len(inputs):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"the model must give one tensor with a row for each of {len(inputs)} inputs, got {got}")
     if bad := int((~outputs.isfinite()).reshape(len(outputs), -1).any(1).sum()):
         raise RuntimeError(f"the model gave outputs that are not finite in {bad} of {len(outputs)} rows")
-    return calls, outputs
+    return calls, outputs, trace
 
 
 def _fitting(outputs: Tensor, columns: int, into: Sum) -> int:
