@@ -171,7 +171,7 @@ class Makers:
     def ensemble(cls, models: Sequence[Weights], model: nn.Module | None = None) -> Self:
         """A deep ensemble: one of several trained models is right, each as likely; a mixture of points.
 
-        Costs the memory of all; a draw is one of them, so take a few times as many draws as there are members.
+        Costs the memory of all. Draws take turns, so that M draws, or a multiple, are exactly the average over M members.
 
         Args:
             models: Models of one architecture, or state dicts.
