@@ -166,15 +166,16 @@ def test_a_loss_of_ones_own_is_the_named_one():
         close(row(model, posts[0].variance), row(model, posts[1].variance), 1e-8)
 
 
-def test_empirical_curvature_is_the_sum_of_squared_gradients():
+@losses
+def test_empirical_curvature_is_the_sum_of_squared_gradients(loss):
     model = network()
-    y = targets(model(X), "cross_entropy")
+    y = targets(model(X), loss).detach()
     squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for x, label in zip(X, y, strict=True):
-        grads = torch.autograd.grad(F.cross_entropy(model(x), label), list(model.parameters()))
-        for square, g in zip(squares.values(), grads, strict=True):
+    for x, one in zip(X, y, strict=True):
+        value = F.cross_entropy(model(x), one) if loss == "cross_entropy" else (model(x) - one).square().sum() / 2
+        for square, g in zip(squares.values(), torch.autograd.grad(value, list(model.parameters())), strict=True):
             square += g**2
-    post = br.Posterior.laplace(model, [(X, y)], "diag", 0.5, curvature="empirical")
+    post = br.Posterior.laplace(model, [(X, y)], "diag", 0.5, loss, curvature="empirical")
     close(row(model, post.precision), row(model, squares) + 0.5, 1e-10)
 
 
@@ -298,6 +299,20 @@ def test_a_prior_by_name_is_each_parameters():
         for name, number in prior.items():
             assert float(one.prior_precision[name]) == number
             close(one.precision[name], other.precision[name] + number - 1, 1e-9)
+
+
+def test_what_has_no_factors_keeps_its_exact_diagonal_beside_them():
+    """Embeddings, norms, and a weight that nothing uses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Flatten(), nn.Linear(8, 3)).double()
+    model[1].spare = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    batches = [(torch.arange(12).view(6, 2) % 5, torch.arange(6) % 3)]
+    kron, diag = (br.Posterior.laplace(model, batches, structure) for structure in ("kron", "diag"))
+    assert kron.structure == "eigen+diag"
+    for name in ("0.weight", "1.weight", "1.bias", "3.bias"):
+        close(kron.precision[name], diag.precision[name], 1e-10)
+    assert kron.precision["1.spare"].tolist() == [1.0, 1.0]
+    assert kron.parts[0].names == ("3.weight", "3.bias")
 
 
 def test_modules_without_a_closed_form_are_told_once_for_all_batches():
@@ -452,7 +467,47 @@ def test_misuse_is_told(call, message):
         call()
 
 
+class Several(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Apart(nn.Module):
+    """Its outputs do not depend on its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x
+
+
+class Moody(nn.Module):
+    """Uses its weight as a matrix alone, or as a table, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.matrix = nn.Embedding(3, 3), nn.Linear(3, 3, bias=False)
+        self.matrix.weight = self.table.weight
+
+    def forward(self, x):
+        return self.matrix(x) if len(x) > 4 else self.matrix(x) + self.table(torch.zeros(len(x), dtype=torch.long))
+
+
 def test_what_is_not_finite_or_too_large_is_told():
+    with pytest.raises(ValueError, match="must give one tensor with a row for each of 9 inputs, got tuple"):
+        br.Posterior.laplace(Several(3, 3).double(), [(X, LABELS)])
+    with pytest.raises(ValueError, match="no parameter that requires a gradient has a part in the outputs"):
+        br.Posterior.laplace(Apart(), [(X, LABELS)])
+    with pytest.raises(ValueError, match=r"cross_entropy takes outputs of shape \(n, ..., classes >= 2\), got \(9, 1\)"):
+        br.Posterior.laplace(nn.Linear(3, 1).double(), [(X, LABELS * 0)])
+    with pytest.raises(RuntimeError, match="the curvature of 'weight' has 9 entries that are not finite"):
+        br.Posterior.laplace(nn.Linear(3, 3), [(X.float() * 1e25, X.float())], loss="mse")
+    with pytest.raises(ValueError, match=r"not positive definite in torch\.float32: .*; pass model\.double"):
+        br.Posterior.laplace(nn.Linear(3, 3), [(X.float()[:1] * 1e6, X.float()[:1])], "full", 1e-6, "mse")
+    with pytest.raises(RuntimeError, match=r"'table\.weight' is used in other ways from batch to batch"):
+        br.Posterior.laplace(Moody().double(), data(Moody().double(), X, size=5), "kron")
     with pytest.raises(RuntimeError, match="outputs that are not finite in 1 of 9 rows"):
         on(batches=[(torch.cat([X[:8], X[:1] / 0]), LABELS)])()
     for structure, cheaper in (("full", "'last_layer', 'kron' or 'diag'"), ("last_layer", "'kron' or 'diag'")):

@@ -41,6 +41,38 @@ class Branching(nn.Module):
         return self.one(self.drop(x)) if x.sum() > 0 else x
 
 
+class Shapes(nn.Module):
+    """A dropout whose readers have inputs of different shapes, by way of a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.one, self.two = nn.Dropout(0.25), nn.Linear(3, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.drop(x)
+        return self.one(h).sum(1) + self.two(h.flatten(1))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop, self.one = nn.Dropout(0.25), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.one(self.drop(self.one(self.drop(x))))
+
+
+class Idle(nn.Module):
+    def __init__(self, called):
+        super().__init__()
+        self.drop, self.one, self.called = nn.Dropout(0.25), nn.Linear(3, 3), called
+
+    def forward(self, x):
+        if self.called:
+            self.drop(x)
+        return self.one(x)
+
+
 MODELS = {  # a model, its input, and the weights that read dropouts together
     "linear": (
         lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 5), nn.Dropout(0.2), nn.Linear(5, 2)),
@@ -131,9 +163,6 @@ def test_predictions_average_over_masks():
     assert ((found - exact.mean(0)).abs() < 5 * exact.std(0) * (1 / 4000 + 1 / 2000) ** 0.5).all()
 
 
-ENCODER = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1)
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -147,8 +176,12 @@ ENCODER = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1)
         (nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(2, 2, 1, groups=2)), "which has groups=2"),
         (nn.Sequential(nn.Dropout2d(0.1), nn.Flatten(), nn.Linear(8, 2)), "channels that '0' drops are flattened"),
         (Residual(), r"the dropout 'drop' is read by add \(add\)"),
+        (Shapes(), "the dropout 'drop' have inputs of different shapes: one.weight, two.weight"),
+        (Tied(), "'one.weight' reads two dropouts"),
+        (Idle(called=True), "nothing reads the dropout 'drop'"),
+        (Idle(called=False), "the dropout 'drop' is called by no forward of the model's own modules"),
         (Branching(), "torch.fx cannot trace Branching"),
-        (ENCODER, "the dropout '.*' is inside of a layer of torch|torch.fx cannot trace|is a MultiheadAttention"),
+        (nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1), "'self_attn' is a MultiheadAttention"),
         (nn.Sequential(nn.LSTM(2, 2, 2, dropout=0.1)), "'0' is a LSTM"),
     ],
 )

@@ -41,7 +41,10 @@ def dropout_parts(model: nn.Module) -> tuple[Joint, ...]:
             parts.append(_part(model, node, modules, weights))
             found.add(node.target)
     if lost := set(sources) - found:
-        raise ValueError(f"the dropout {min(lost)!r} is inside of a layer of torch, where its readers cannot be found")
+        raise ValueError(
+            f"the dropout {min(lost)!r} is called by no forward of the model's own modules, but inside of a layer of torch or "
+            "never: its readers cannot be found"
+        )
     together = [name for part in parts for name in part.names]
     if twice := next((name for name in together if together.count(name) > 1), None):
         raise ValueError(f"{twice!r} reads two dropouts, and has one set of weights")
