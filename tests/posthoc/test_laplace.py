@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tests.contracts import close, normal
 from tests.estimators.architectures import NAMES, made
 from tests.estimators.test_per_example import jacobians
@@ -273,6 +275,21 @@ def test_a_file_keeps_all_of_it(structure, tmp_path):
     close(covariance(again, model), covariance(post, model), 1e-12)
     one, two = (br.predict(model, p, X, "mc", 4).probs for p in (post, again))
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("hint", ["laplace", 3])
+def test_a_file_with_another_hint_is_refused(hint, tmp_path):
+    path = tmp_path / "p.safetensors"
+    br.Posterior.laplace(network(), data(network(), X)).save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors, about = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["bayesrule"])  # noqa: SIM118
+    assert about["method_hint"] == "glm"
+    save_file(tensors, path, {"bayesrule": json.dumps({**about, "method_hint": hint})})
+    with pytest.raises(ValueError, match=rf"p\.safetensors.*method_hint.*{hint!r}"):
+        br.Posterior.load(path)
+    del about["method_hint"]
+    save_file(tensors, path, {"bayesrule": json.dumps(about)})
+    assert br.Posterior.load(path).method_hint is None
 
 
 @structures
