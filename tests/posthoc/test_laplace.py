@@ -91,7 +91,7 @@ def test_of_a_linear_model_it_is_the_posterior(structure):
         model.weight.copy_(exact.mean[None])
     post = br.Posterior.laplace(model, [(X, y[:, None])], structure, 2.0 / 0.5, "mse", noise_variance=0.5)
     close(covariance(post, model), exact.covariance, 1e-9)
-    assert (post.ess, post.num_data, post.method_hint) == (9.0, 9, "glm")
+    assert (post.ess, post.num_data, post.method_hint, post.noise_variance) == (9.0, 9, "glm", (0.5,))
 
 
 @structures
@@ -271,6 +271,7 @@ def test_a_file_keeps_all_of_it(structure, tmp_path):
     post.save(tmp_path / "p.safetensors")
     again = br.Posterior.load(tmp_path / "p.safetensors")
     assert (again.method_hint, again.ess, again.num_data, again.structure) == ("glm", 9.0, 9, post.structure)
+    assert again.noise_variance is None
     assert set(map(float, again.prior_precision.values())) == {3.0}
     close(covariance(again, model), covariance(post, model), 1e-12)
     one, two = (br.predict(model, p, X, "mc", 4).probs for p in (post, again))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..bases import Bases, Basis
 from ..estimators.data_curvature import KINDS, Diagonals, Factors, Head, Matrix, Sum, accumulate, pairs, wide
-from ..estimators.output_losses import OutputLoss
+from ..estimators.output_losses import OutputLoss, SquaredError
 from ..families.eigen import Eigen
 from ..families.gaussian import Full
 from ..joints import Joint, law_of
@@ -55,7 +55,8 @@ def laplace(model: nn.Module, loader: Iterable[Any], how: Settings) -> dict[str,
         accumulate(model, batches, how.loss, kept, how.curvature, how.seed)  # type: ignore[arg-type]
         examples = kept.examples if how.num_data is None else how.num_data
         fields = _posterior(model, params, kept, how.prior_precision, examples / kept.examples)
-        return {**fields, "ess": float(examples), "num_data": examples}
+        noise = (float(how.loss.noise_variance),) if isinstance(how.loss, SquaredError) else None
+        return {**fields, "ess": float(examples), "num_data": examples, "noise_variance": noise}
 
 
 def _check(model: nn.Module, how: Settings) -> None:

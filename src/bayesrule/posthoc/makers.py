@@ -68,7 +68,7 @@ class Makers:
                 the examples, shape (n,), convex in the outputs.
             curvature: "ggn" as above; "fisher": targets drawn from the model, unbiased; "empirical": squared gradients of the
                 examples, which are not the curvature of a loss far from its minimum.
-            noise_variance: sigma^2 of "mse", in squared units of y.
+            noise_variance: sigma^2 of "mse", in squared units of y; the posterior's own, too.
             num_data: N, where the loader gives a sample of the examples; the curvature is scaled up.
             layer: For "last_layer" the name of another layer than the last.
             max_bytes: Largest matrix of "last_layer" and "full".
