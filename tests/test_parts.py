@@ -46,11 +46,16 @@ def low_rank(seed):
     return br.LowRank(normal(seed + 2, SIZE), hess, 0.25, ess=3.0)
 
 
+def deviations(seed):
+    return br.Deviations(normal(seed, SIZE), br.DiagonalPlusFactor(deviation(seed + 1, SIZE), normal(seed + 2, SIZE, 3)), ess=3.0)
+
+
 GAUSSIANS = {
     "diag": lambda seed: br.Diagonal(normal(seed, SIZE), deviation(seed + 1, SIZE), 0.5, ess=2.0),
     "isotropic": lambda seed: br.Isotropic(normal(seed, SIZE), torch.tensor(2.0, dtype=WIDE)),
     "full": lambda seed: br.Full(normal(seed, SIZE), positive(seed + 1, SIZE), 0.5, ess=2.0),
     "low_rank": low_rank,
+    "deviations": deviations,
     "eigen": eigen,
 }
 OTHERS = {
@@ -75,7 +80,7 @@ def dense(kind, seed=0):
     q = GAUSSIANS[kind](seed)
     if kind != "eigen":
         made = q.to_torch()
-        covariance = made.covariance_matrix if kind in ("full", "low_rank") else torch.diag(made.variance)
+        covariance = made.covariance_matrix if kind in ("full", "low_rank", "deviations") else torch.diag(made.variance)
         return MultivariateNormal(made.mean, covariance)
     root = torch.stack([row(dict(zip(SHAPES, q.root_solve(br.Vector(list(named(e).values()))), strict=True))) for e in eye()], 1)
     return MultivariateNormal(row(dict(zip(SHAPES, q.mean, strict=True))), root @ root.T)

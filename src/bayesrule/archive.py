@@ -21,6 +21,8 @@ VERSION, WITH_PARTS, CALIBRATED = 1, 2, 3
 
 BLOCKS = ("mean", "precision", "prior_mean", "prior_precision")
 """What is kept of every weight, name -> tensor."""
+HINTS = (None, "mean", "mc", "glm")
+"""How to predict, where nobody says."""
 
 CALIBRATION = ("temperature", "noise_variance")
 """What predictions need to know beside the weights; left out where there is nothing to say."""
@@ -80,7 +82,7 @@ def read(
         order = [name.removeprefix(prefix) for name in names]
         blocks[block] = {**{name: found[name] for name in order if name in found}, **found}
     parts = _parts(path, names, together, about.get("parts", ()), prefix)
-    said = {key: about[key] for key in ("ess", "num_data", *CALIBRATION) if key in about}
+    said = {key: about[key] for key in ("ess", "num_data", "method_hint", *CALIBRATION) if key in about}
     if said.get("noise_variance") is not None:
         said["noise_variance"] = tuple(said["noise_variance"])
     return blocks, said, parts
@@ -121,6 +123,7 @@ def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> 
         "names": isinstance(about.get("names", []), list) and all(isinstance(name, str) for name in about.get("names", [])),
         "temperature": isinstance(about.get("temperature", 1.0), int | float),
         "noise_variance": _numbers(about.get("noise_variance")),
+        "method_hint": about.get("method_hint") is None or isinstance(about["method_hint"], str),
         "parts": isinstance(parts, list) and all(isinstance(part, dict) for part in parts),
     }
     for key, fit in fits.items():

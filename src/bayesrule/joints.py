@@ -11,6 +11,7 @@ import torch
 from torch import Size, Tensor
 
 from .bases import Bases, Basis
+from .families.deviations import Deviations
 from .families.eigen import Eigen
 from .families.gaussian import Diagonal, Full
 from .families.kronecker import Kronecker
@@ -179,12 +180,21 @@ def _read_full(means: Sequence[Tensor], names: Sequence[str], kept: Named, about
     return Full(mean, matrix)
 
 
-def _read_low_rank(means: Sequence[Tensor], names: Sequence[str], kept: Named, about: Mapping[str, Any]) -> LowRank:
+def _read_factored(means: Sequence[Tensor], names: Sequence[str], kept: Named) -> tuple[Tensor, DiagonalPlusFactor]:
+    """A mean in a row, and a diagonal and directions that go with it."""
     mean, factor = _joined(means), kept["factor"]
     diagonal = _positive(f"the diagonal of {', '.join(names)}", kept["diagonal"], mean)
     if factor.dim() != 2 or len(factor) != len(mean) or factor.dtype != mean.dtype or not bool(factor.isfinite().all()):
         raise ValueError(f"the factor of {', '.join(names)} must have {len(mean)} finite rows")
-    return LowRank(mean, DiagonalPlusFactor(diagonal, factor))
+    return mean, DiagonalPlusFactor(diagonal, factor)
+
+
+def _read_low_rank(means: Sequence[Tensor], names: Sequence[str], kept: Named, about: Mapping[str, Any]) -> LowRank:
+    return LowRank(*_read_factored(means, names, kept))
+
+
+def _read_deviations(means: Sequence[Tensor], names: Sequence[str], kept: Named, about: Mapping[str, Any]) -> Deviations:
+    return Deviations(*_read_factored(means, names, kept))
 
 
 def _read_signs(means: Sequence[Tensor], names: Sequence[str], kept: Named, about: Mapping[str, Any]) -> Signs:
@@ -203,6 +213,11 @@ def _read_dropout(means: Sequence[Tensor], names: Sequence[str], kept: Named, ab
 def _write_low_rank(part: Joint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     precision = part.q.precision
     return {"diagonal": precision.diagonal, "factor": precision.factor}, {}
+
+
+def _write_deviations(part: Joint) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    covariance = part.q.spread / part.q.ess
+    return {"diagonal": covariance.diagonal, "factor": covariance.factor}, {}
 
 
 def _joined(means: Sequence[Tensor]) -> Tensor:
@@ -229,6 +244,7 @@ KINDS = [
         _write_low_rank,
         _read_low_rank,
     ),
+    Kind("deviations", Deviations, lambda q: q.precision_diagonal, _write_deviations, _read_deviations),
     Kind(
         "dropout",
         SpikeAndSlab,
@@ -300,7 +316,7 @@ def law_of(q: Any, shapes: Mapping[str, Size]) -> Law:
         q = _in_its_basis(q)
     if isinstance(q, Signs):
         q = replace(q, natural_parameter=_row(q.natural_parameter), expected_value=None, ess=1.0)
-    elif not isinstance(q, Structured | LowRank | SpikeAndSlab):
+    elif not isinstance(q, Structured | LowRank | Deviations | SpikeAndSlab):
         raise TypeError(
             f"a {type(q).__name__} is no distribution of a model's weights; take a Gaussian, a Mixture, Signs or a SpikeAndSlab"
         )

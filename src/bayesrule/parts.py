@@ -246,9 +246,18 @@ class OneOf(Part):
     def precision(self) -> dict[str, Tensor]:
         return {name: 1 / variance for name, variance in self.variance.items()}
 
+    @cached_property
+    def _takes_turns(self) -> bool:
+        """Whether laws are as likely as one another, and hold no others that take turns."""
+        alike = bool((self.log_weights == self.log_weights[0]).all())
+        return alike and not any(isinstance(part, OneOf) for law in self.laws for part in law.parts)
+
     def choose(self, noise: Any) -> int:
-        """The number of the law that a draw is from."""
-        chosen = noise.at(step=64 * noise.step).uniform(self.log_weights[0].cpu())
+        """The number of the law that a draw is from. Equal ones take turns from a random one on: K draws are one of each."""
+        place = noise.at(step=64 * noise.step, draw=0 if self._takes_turns else None)
+        chosen = place.uniform(self.log_weights[0].cpu())
+        if self._takes_turns:
+            return (int(chosen * len(self.laws)) + noise.draw) % len(self.laws)
         return int((chosen > self.log_weights.exp().cumsum(0)[:-1].cpu()).sum())
 
     def sample(self, noise: Any) -> dict[str, Tensor]:

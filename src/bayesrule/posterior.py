@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .archive import BLOCKS, read, write
+from .archive import BLOCKS, HINTS, read, write
 from .drawing import Draws, kept, whole_number
 from .joints import law_of
 from .parts import Law, OneOf, Part
+from .posthoc.makers import Makers
 
 
 @dataclass(frozen=True)
-class Posterior:
+class Posterior(Makers):
     r"""What is known of named weights: :math:`q(\theta) = N(m, S^{-1})`, S diagonal or not, and more. A value: nothing changes it.
 
     ``mean``, ``precision`` and ``variance`` are by weight whatever the structure: the mean, the diagonals of S and of its inverse.
@@ -37,6 +38,7 @@ class Posterior:
         parts: Weights that vary together, see ``bayesrule.parts``: made by an optimizer, :meth:`of` or :meth:`mixture`.
         temperature: What logits are divided by when predicting, > 0; fitted by :func:`bayesrule.calibrate`.
         noise_variance: Of targets around the outputs of a regression, one number or one for each output, likewise; where known.
+        method_hint: "mean", "mc" or "glm": how to predict with it where nobody says; None is "mc".
 
     Raises:
         ValueError: Names or shapes do not agree, a precision is not positive, a prior's is negative, ``ess`` or ``num_data`` is no
@@ -57,6 +59,7 @@ class Posterior:
     parts: tuple[Part, ...] = ()
     temperature: float = 1.0
     noise_variance: tuple[float, ...] | None = None
+    method_hint: str | None = None
 
     def __post_init__(self) -> None:
         if self.parts:
@@ -90,6 +93,8 @@ class Posterior:
                 raise ValueError(f"posterior prior_precision of {name!r} has {bad} entries below 0 or NaN; 0 is a flat prior")
         if not self.ess > 0:
             raise ValueError(f"ess must be a number > 0, got {self.ess!r}")
+        if self.method_hint not in HINTS:
+            raise ValueError(f"method_hint must be 'mean', 'mc', 'glm' or None, got {self.method_hint!r}")
         if self.num_data is not None:
             object.__setattr__(self, "num_data", whole_number("num_data", self.num_data, 1, "; None where it is not known"))
         if not 0 < self.temperature < math.inf:
@@ -100,7 +105,7 @@ class Posterior:
 
     @property
     def structure(self) -> str:
-        """How weights vary: "diag", "eigen", "full", "low_rank", "signs" or "mixture", or several joined by "+"."""
+        """How weights vary: "diag", "eigen", "full", "low_rank", "deviations", "signs", "mixture", or several joined by "+"."""
         found = sorted({part.structure for part in self.parts})
         return "+".join([*found, *(["diag"] if self._law.apart else [])])
 
@@ -200,8 +205,8 @@ class Posterior:
                     raise ValueError(f"the posteriors disagree on the shape of {name!r}: {tuple(m.shape)}")
         laws = tuple(Law({name: p.mean[name] for name in first.mean}, p.precision, p.parts) for p in posteriors)
         part = OneOf(laws, torch.tensor(weights, dtype=torch.float64).log().log_softmax(0))
-        ess = min(p.ess for p in posteriors)
-        return replace(first, mean=part.mean, precision=part.precision, parts=(part,), ess=ess)
+        ess, hint = min(p.ess for p in posteriors), "mc" if any(p.method_hint for p in posteriors) else None
+        return replace(first, mean=part.mean, precision=part.precision, parts=(part,), ess=ess, method_hint=hint)
 
     def independent(self) -> Posterior:
         """The Gaussian with the same mean and the diagonal of the same precision: weights no longer vary together."""
@@ -306,6 +311,7 @@ class Posterior:
             said["temperature"] = self.temperature
         if self.noise_variance is not None:
             said["noise_variance"] = list(self.noise_variance)
+        said |= {} if self.method_hint is None else {"method_hint": self.method_hint}
         write(path, blocks, said, self._law if self.parts else None)
 
     @classmethod

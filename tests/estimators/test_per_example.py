@@ -327,3 +327,12 @@ def test_prelu_whose_nested_vmap_is_wrong_has_right_squares():
     for name, p in model.named_parameters():
         each = [torch.autograd.grad(model(row[None]).square().sum(), p)[0].square() for row in x]
         torch.testing.assert_close(squares.sums[p], torch.stack(each).sum(0), msg=name)
+
+
+def test_a_parameter_that_a_layer_does_not_know_has_no_part():
+    model, x = MLP().to(DOUBLE), normal(0, 4, 3)
+    model[0].spare = nn.Parameter(torch.ones(2, dtype=DOUBLE))
+    variance = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with_it = variances(model, lambda: model(x), variance)
+    del variance["0.spare"]
+    tight(variances(model, lambda: model(x), variance), with_it)

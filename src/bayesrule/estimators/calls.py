@@ -91,7 +91,7 @@ class Call:
         wide = self._wide()
         a = self.inputs[0][rows]
         made = self.layer.gradients(self.module, a.to(wide) if a.is_floating_point() else a, self._delta(0, rows).to(wide))
-        return {p: made[name]() for name, p in self.params.items()}
+        return {p: made[name]() for name, p in self.params.items() if name in made}  # others have no part in it
 
     def _wide(self) -> torch.dtype:
         return torch.promote_types(next(iter(self.params.values())).dtype, torch.float32)

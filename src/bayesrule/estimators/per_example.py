@@ -271,38 +271,66 @@ def _each(
     trace.warn()
     table = found if found.dim() == 2 else found[:, None]
     result = torch.zeros_like(table, dtype=torch.promote_types(table.dtype, torch.float32), requires_grad=False)
-    edges = [edge for call in calls for edge in call.edges]
-    if not (edges and table.requires_grad and table.numel()):
+    if not (any(call.edges for call in calls) and table.requires_grad and table.numel()):
         return result.view(found.shape)
     of = {p: weights[name].to(p.device, torch.promote_types(p.dtype, torch.float32)) for name, p in wanted.items()}
+
+    def visit(p: nn.Parameter, gradients: Gradients, rows: slice, columns: slice) -> None:
+        result[rows, columns] += product(gradients, of[p])
+
+    def one(k: int) -> Tensor:
+        column = torch.zeros_like(table)
+        column[:, k] = 1
+        return column
+
+    sweep(calls, table, one, table.shape[1], visit, budget)
+    return result.view(found.shape)
+
+
+def sweep(
+    calls: list[Call],
+    outputs: Tensor,
+    column: Callable[[int], Tensor],
+    count: int,
+    visit: Callable[[nn.Parameter, Gradients, slice, slice], None],
+    budget: int,
+) -> None:
+    """Go backward from outputs once for each of some columns, and show the gradients of every parameter.
+
+    Args:
+        calls: Of one forward.
+        outputs: What it gave, shape (n, ...).
+        column: From a number to what goes backward, shaped like the outputs.
+        count: How many columns there are.
+        visit: Called with the parameter, gradients, and which examples and columns they are of.
+        budget: Bytes of temporaries; what comes back to all layers lies ready up to 128 times as many.
+    """
+    edges = [edge for call in calls for edge in call.edges]
     uses = Counter(p for call in calls for p in call.params.values())
     light = [
         call for call in calls if call.is_light and all(uses[p] == 1 for p in call.params.values())
     ]  # nothing gained by waiting
     heavy = [call for call in calls if call not in light]
-    together = max(1, KEPT * budget // max(1, sum(sum(c.sizes) for c in heavy) * len(table) * table.element_size()))
+    together = max(1, KEPT * budget // max(1, sum(sum(c.sizes) for c in heavy) * len(outputs) * outputs.element_size()))
 
-    def add(calls: list[Call], at: slice) -> None:
-        def visit(_: list[Call], rows: slice, found: dict[nn.Parameter, Gradients]) -> None:
+    def show(calls: list[Call], at: slice) -> None:
+        def each(_: list[Call], rows: slice, found: dict[nn.Parameter, Gradients]) -> None:
             for p, gradients in found.items():
-                result[rows, at] += product(gradients, of[p])
+                visit(p, gradients, rows, at)
 
-        reduce(calls, budget, visit)
+        reduce(calls, budget, each)
         for call in calls:
             call.deltas = []
 
-    for first in range(0, table.shape[1], together):
-        last = min(first + together, table.shape[1])
+    for first in range(0, count, together):
+        last = min(first + together, count)
         for k in range(first, last):
-            one = torch.zeros_like(table)
-            one[:, k] = 1
-            back = iter(torch.autograd.grad(table, edges, one, retain_graph=k + 1 < table.shape[1], allow_unused=True))
+            back = iter(torch.autograd.grad(outputs, edges, column(k), retain_graph=k + 1 < count, allow_unused=True))
             for call in calls:
                 call.deltas.append([next(back) for _ in call.edges])
             del back
-            add(light, slice(k, k + 1))
-        add(heavy, slice(first, last))
-    return result.view(found.shape)
+            show(light, slice(k, k + 1))
+        show(heavy, slice(first, last))
 
 
 def _named(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> dict[str, nn.Parameter]:

@@ -185,13 +185,13 @@ class Trace(TorchFunctionMode):
         finally:
             self._probe = None
 
-    def warn(self) -> None:
+    def warn(self, stacklevel: int = 4) -> None:
         """Say which modules have no form, if any."""
         if self.formless:
             names = ", ".join(sorted(self.formless))
             warnings.warn(
                 f"no closed form for {names}: the gradients of their examples are formed by torch.func.vmap, which is slower",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
             self.formless.clear()
 

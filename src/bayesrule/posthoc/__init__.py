@@ -1,0 +1,1 @@
+"""Posteriors for weights that were trained with something else."""
