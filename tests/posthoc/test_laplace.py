@@ -453,7 +453,7 @@ LABELS = torch.arange(9) % 3
         (in_training(nn.BatchNorm1d(3)), r"'1' \(BatchNorm1d\) is in training mode"),
         (on(structure="diagonal"), "unknown structure 'diagonal'; take 'diag', 'kron', 'last_layer', 'full'"),
         (on(curvature="hessian"), "unknown curvature 'hessian'; take 'ggn', 'fisher', 'empirical'"),
-        (on(loss="nll"), "unknown loss 'nll'; take 'cross_entropy', 'mse' or a function"),
+        (on(loss="nll"), "unknown loss 'nll'; take 'cross_entropy', 'bce', 'mse' or a function"),
         (on(loss="mse"), "mse takes real numbers as targets, got torch.int64; classes have loss='cross_entropy'"),
         (on(loss="mse", noise_variance=0.0), "noise_variance must be a number > 0, got 0.0"),
         (on(prior_precision=0.0), "prior_precision must be a number > 0, .*'marglik', got 0.0"),

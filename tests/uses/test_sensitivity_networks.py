@@ -321,18 +321,26 @@ def dropping():
 REFUSED = {
     "estimator": (lambda m, q, x, y: br.Sensitivity(m, q, estimator="exact"), ValueError, "unknown estimator 'exact'"),
     "correction": (lambda m, q, x, y: br.Sensitivity(m, q, correction="full"), ValueError, "unknown correction 'full'"),
-    "loss": (lambda m, q, x, y: br.Sensitivity(m, q, "hinge"), ValueError, "unknown loss 'hinge'; there are 'cross_entropy'"),
-    "noise": (lambda m, q, x, y: br.Sensitivity(m, q, "mse", noise_variance=0), ValueError, "noise_variance must be > 0, got 0"),
+    "loss": (lambda m, q, x, y: br.Sensitivity(m, q, "hinge"), ValueError, "unknown loss 'hinge'; take 'cross_entropy'"),
+    "noise": (
+        lambda m, q, x, y: br.Sensitivity(m, q, "mse", noise_variance=0),
+        ValueError,
+        "noise_variance must be a number > 0, got 0",
+    ),
     "draws without a posterior": (lambda m, q, x, y: br.Sensitivity(m, None, estimator="mc"), ValueError, "there is none"),
     "no data": (lambda m, q, x, y: br.Sensitivity(m, q).scores([]), ValueError, "there are no examples"),
     "a batch of one": (lambda m, q, x, y: br.Sensitivity(m, q).scores([x]), TypeError, "a batch is a pair"),
-    "labels": (lambda m, q, x, y: br.Sensitivity(m, q).scores([(x, y + 7)]), ValueError, r"must lie in \[0, 3\)"),
-    "shape of labels": (lambda m, q, x, y: br.Sensitivity(m, q).scores([(x, y[:, None])]), ValueError, "labels must have shape"),
-    "numbers": (lambda m, q, x, y: br.Sensitivity(m, q, "mse").scores([(x, y)]), ValueError, "one number for each output"),
+    "labels": (
+        lambda m, q, x, y: br.Sensitivity(m, q).scores([(x, y + 7)]),
+        ValueError,
+        "labels go from 7 to 9, and there are 3 classes",
+    ),
+    "shape of labels": (lambda m, q, x, y: br.Sensitivity(m, q).scores([(x, y[:, None])]), ValueError, "labels have shape"),
+    "numbers": (lambda m, q, x, y: br.Sensitivity(m, q, "mse").scores([(x, y)]), ValueError, "mse takes real numbers as targets"),
     "no 0 or 1": (
         lambda m, q, x, y: br.Sensitivity(m, q, "bce").scores([(x, torch.full((12, 3), 2.0))]),
         ValueError,
-        "labels must be 0 or 1, or between them; 36 of 36",
+        "bce takes labels 0 and 1, or between them; 36 of 36",
     ),
     "not finite": (lambda m, q, x, y: br.Sensitivity(m, q).scores([(x / 0, y)]), RuntimeError, "not finite for 12 of 12"),
     "score": (lambda m, q, x, y: br.Sensitivity(m, q).mislabelled([(x, y)], score="best"), ValueError, "unknown score 'best'"),
@@ -347,7 +355,7 @@ REFUSED = {
     "a loss of all": (
         lambda m, q, x, y: br.Sensitivity(m, q, F.cross_entropy).scores([(x, y)]),
         ValueError,
-        "one number for each example",
+        "loss must return one number for each of 12 examples",
     ),
     "other names": (
         lambda m, q, x, y: br.Sensitivity(m, br.Posterior.point(nn.Linear(2, 2))),

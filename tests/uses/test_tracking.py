@@ -101,6 +101,15 @@ def test_of_an_optimizer_without_variances_it_ranks(make):
     assert all(math.isfinite(line["loo_nll"]) for line in tracker.history)
 
 
+def test_of_torchs_adam_the_second_moments_are_asked():
+    tracker = br.TrackSensitivity(data())
+    model, optimizer = train(tracker, 3, lambda m: torch.optim.Adam(m.parameters(), 0.02))
+    post = br.Posterior.from_adam(optimizer, model, 60, debias=True)
+    wanted = br.Sensitivity(model.eval(), post).loo(data())
+    assert tracker.history[-1]["loo_nll"] == pytest.approx(wanted.nll, rel=1e-6)
+    assert wanted.nll > wanted.train_nll
+
+
 def test_any_posterior_may_be_asked():
     tracker = br.TrackSensitivity(data(), posterior=lambda model, _: br.Posterior.point(model))
     train(tracker, 1)

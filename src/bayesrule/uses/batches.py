@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-IGNORED = -100
-"""The label of tokens that do not count."""
+from ..estimators.output_losses import IGNORED
 
 
 def inputs_and_labels(batch: Any, model: nn.Module) -> tuple[Any, Tensor]:

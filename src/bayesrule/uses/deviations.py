@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .losses import Slopes
+from ..estimators.output_losses import Slopes
 
 Times = Callable[[Tensor, Tensor], Tensor]
 """V v of some examples: takes v, shape (n, ...), and the numbers of the examples, shape (n,)."""
@@ -75,7 +75,7 @@ def newton(times: Times, slopes: Callable[[Tensor], Slopes], count: int, toleran
         if not len(live):
             break
         own, p = slopes(live), direction[live]
-        up = own.root(p)
+        up = own.half(p)
         product = times(up, live)
         image = p - own.across(product)
         inside = _dot(p, image)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..estimators.linearized import Spread
+from ..estimators.output_losses import OutputLoss, Slopes
 from ..estimators.per_example import inner_products
-from .batches import inputs_and_labels, on_device, outputs_of
+from .batches import inputs_and_labels, on_device, outputs_of, rows_of
 from .deviations import first_order, newton
-from .losses import OutputLoss, Slopes
 from .products import Products
 
 Parts = Sequence[tuple[Any, Tensor]]
@@ -84,8 +84,8 @@ class Group:
             parts = [(on_device(self.products.model, x), y.to(next(self.products.model.parameters()).device)) for x, y in parts]
             with torch.no_grad():
                 values = [outputs_of(self.products.model, x) for x, _ in parts]
-            f, y = torch.cat(values), torch.cat([y for _, y in parts])
-            self.loss.check(f, y)
+            f = torch.cat(values)
+            y = self.loss.check(f, torch.cat([y for _, y in parts]))
             sizes = [len(v) for v in values]
             one = _together(self.loss.slopes(f, y))
 
@@ -116,6 +116,7 @@ class Group:
                 x, y = on_device(self.products.model, x), y.to(device)
                 with torch.no_grad():
                     f = outputs_of(self.products.model, x)
+                y = self.loss.check(f, y)
                 moved = self._push([(x, y)], weights)
                 found.append((moved.cpu(), self.loss.values(f, y).cpu(), self.loss.values(f + moved, y).cpu()))
         if not found:
@@ -129,9 +130,9 @@ class Group:
             directions = []
             for x, y in query:
                 for i in range(len(y)):
-                    f = outputs_of(model, x[i : i + 1])
-                    slopes = loss.slopes(f.detach(), y[i : i + 1])
-                    directions.append(self._solve(self._pull([(x[i : i + 1], y)], [slopes.error])))
+                    one, own = rows_of(x, slice(i, i + 1), len(y)), y[i : i + 1]
+                    f = outputs_of(model, one).detach()
+                    directions.append(self._solve(self._pull([(one, own)], [loss.residual(f, loss.check(f, own))])))
             if not directions:
                 raise ValueError("there are no queries: the loader gave no batch")
             columns = []
@@ -177,7 +178,8 @@ class Group:
 
 
 def _losses(model: nn.Module, loss: OutputLoss, x: Any, y: Tensor) -> Tensor:
-    return loss.values(outputs_of(model, x), y)
+    f = outputs_of(model, x)
+    return loss.values(f, loss.check(f.detach(), y))
 
 
 def solved(spread: Spread, v: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -194,4 +196,4 @@ def _together(slopes: Slopes) -> Slopes:
     def as_one(of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda v: of(v[0])[None]
 
-    return Slopes(slopes.error[None], as_one(slopes.root), as_one(slopes.across))
+    return Slopes(slopes.error[None], as_one(slopes.half), as_one(slopes.across))

@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..estimators.output_losses import OutputLoss, output_loss
 from ..posterior import Posterior
 from .batches import inputs_and_labels, on_device, outputs_of, rows_of
 from .deviations import first_order, newton
 from .journal import Journal
-from .losses import OutputLoss, loss_of
 from .products import Estimator, Products
 from .removal import Group, Removal
 from .scores import LOOEstimate, Ranked, Scores, ranked
@@ -86,7 +86,7 @@ class Sensitivity:
         if correction not in ("newton", "first_order"):
             raise ValueError(f"unknown correction {correction!r}; take 'newton' or 'first_order'")
         self.model, self.correction = model, correction if posterior is not None else "first_order"
-        self.loss = loss_of(loss, noise_variance, error_fn, hessian_fn)
+        self.loss = output_loss(loss, noise_variance, error_fn, hessian_fn)
         self.posterior = None if posterior is None else of_the_sum(posterior)
         self.products = Products(model, self.posterior, estimator, num_samples, seed)
         self._data: Iterable[Any] | None = None
@@ -137,7 +137,7 @@ class Sensitivity:
         """The scores of a batch."""
         loss = self.loss
         values, times = self.products.of(inputs)
-        self._check_outputs(values, labels)
+        labels = self._checked(values, labels)
         slopes = loss.slopes(values, labels)
         if self.correction == "newton":
             found = newton(times, lambda rows: loss.slopes(values[rows], labels[rows]), len(values))
@@ -279,11 +279,12 @@ class Sensitivity:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in awake):
             raise RuntimeError("the model is in training mode, in which dropout is random; call model.eval()")
 
-    def _check_outputs(self, values: Tensor, labels: Tensor) -> None:
+    def _checked(self, values: Tensor, labels: Tensor) -> Tensor:
+        """Labels as the loss takes them."""
         if not values.isfinite().all():
             bad = int((~values.flatten(1).isfinite()).any(1).sum())
             raise RuntimeError(f"the model gave outputs that are not finite for {bad} of {len(values)} examples")
-        self.loss.check(values, labels)
+        return self.loss.check(values, labels)
 
     def _fingerprint(self) -> dict[str, Any]:
         q = self.posterior
@@ -296,8 +297,7 @@ class Sensitivity:
 
 def _losses(sensitivity: Sensitivity, inputs: Any, labels: Tensor) -> Tensor:
     values = outputs_of(sensitivity.model, inputs)
-    sensitivity._check_outputs(values.detach(), labels)
-    return sensitivity.loss.values(values, labels)
+    return sensitivity.loss.values(values, sensitivity._checked(values.detach(), labels))
 
 
 def of_the_sum(posterior: Posterior) -> Posterior:

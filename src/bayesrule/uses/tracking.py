@@ -171,9 +171,8 @@ def learned(model: nn.Module, optimizer: Any, examples: int | None) -> Posterior
     if hasattr(inner, "posterior") and "ess" in inner.defaults:
         found: Posterior = inner.posterior(model, num_data=examples)
         return found
-    if isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and inner.state and hasattr(Posterior, "from_adam"):
-        adam: Posterior = Posterior.from_adam(inner, model, num_data=examples)
-        return adam
+    if isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and inner.state and examples is not None:
+        return Posterior.from_adam(inner, model, examples, debias=True)
     return None
 
 
