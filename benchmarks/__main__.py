@@ -29,6 +29,7 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "eigenspace": "eigenspace",
     "per_example": "per_example",
     "sensitivity": "sensitivity",
+    "leaving_out": "leaving_out",
 }
 
 

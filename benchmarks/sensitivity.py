@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import tempfile
-import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -13,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 import bayesrule as br
 from benchmarks import child
@@ -22,6 +17,7 @@ from benchmarks.ledger import Settings, Table
 from benchmarks.memory import highest, peak_since_reset
 from benchmarks.models import mlp, resnet20
 from benchmarks.prediction import timed
+from benchmarks.rivals import kronfluence
 from benchmarks.timing import Lap, Laps, Neighbors, interleave, ratio, spread, typical
 
 EPOCH = "forward, backward, SGD step"
@@ -98,50 +94,15 @@ OURS, FIT, THEIRS = "self-influence, ours", "kronfluence, factors", "kronfluence
 
 def rivals(rounds: int, warmup: int, seconds: float) -> Laps | None:
     """In a process of its own: one perceptron, its self-influence by us and by kronfluence; None where that is not installed."""
-    try:
-        from kronfluence.analyzer import Analyzer, prepare_model
-        from kronfluence.task import Task
-        from kronfluence.utils.dataset import DataLoaderKwargs
-    except ImportError:
-        return None
     model, posterior, batches = learned("MLP 0.86M", 1024)
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-
-    class Digits(Task):  # type: ignore[misc]
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            inputs, labels = batch
-            logits = model(inputs)
-            if sample:
-                labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
-            return F.cross_entropy(logits, labels, reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
-
-    theirs = prepare_model(deepcopy(model), Digits())
-    data = TensorDataset(x, y)
-    folder = tempfile.TemporaryDirectory()
-    analyzer = Analyzer("race", theirs, Digits(), cpu=True, output_dir=folder.name, disable_tqdm=True, disable_model_save=True)
-    analyzer.set_dataloader_kwargs(DataLoaderKwargs(num_workers=0))
-
-    def quiet(action: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                action()
-
-        return run
-
-    def factors() -> None:
-        analyzer.fit_all_factors("own", data, per_device_batch_size=BATCH, overwrite_output_dir=True)
-
-    def their_scores() -> None:
-        analyzer.compute_self_scores("own", "own", data, per_device_train_batch_size=BATCH, overwrite_output_dir=True)
-
+    theirs = kronfluence(model, x, y)
+    if theirs is None:
+        return None
     runs = {
-        OURS: lambda: br.Sensitivity(model, posterior).self_scores(DataLoader(data, BATCH)),
-        FIT: quiet(factors),
-        THEIRS: quiet(their_scores),
+        OURS: lambda: br.Sensitivity(model, posterior).self_scores(batches),
+        FIT: theirs.fit,
+        THEIRS: theirs.score,
     }
     return interleave({name: timed(each) for name, each in runs.items()}, rounds=rounds, warmup=warmup, seconds=seconds)
 

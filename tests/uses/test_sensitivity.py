@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,27 @@ class TestLogisticRegression:
                 removed = found.leave_class_out(one["removed_class"], linear.loader)
             close(removed.loss_without.mean(), tensor(one["loss_group_first_order"]), 1e-9)
             assert removed.indices.tolist() == one["indices"]
+
+
+@pytest.mark.parametrize("name", ["dense", "dense_noise_quarter"])
+class TestWidth:
+    def test_is_one_where_the_precision_is_that_of_the_data_and_the_prior(self, name):
+        case, linear = ridge(name)
+        prior = {"weight": torch.full((1, 4), case["delta"], dtype=torch.float64)}
+        post = replace(linear.post, prior_mean={"weight": torch.zeros(1, 4, dtype=torch.float64)}, prior_precision=prior)
+        found = br.Sensitivity(linear.model, post, "mse", noise_variance=case["noise_variance"])
+        close(torch.tensor(found.width(linear.loader), dtype=torch.float64), torch.ones((), dtype=torch.float64), 1e-8)
+
+    def test_makes_estimates_independent_of_the_width_of_the_posterior(self, name):
+        case, linear = ridge(name)
+        how = dict(noise_variance=case["noise_variance"], scale="data")
+        narrow = replace(linear.post.rescale(ess=700.0), num_data=None)
+        wanted, found = (
+            br.Sensitivity(linear.model, p, "mse", **how).scores(linear.loader, subset=30) for p in (linear.post, narrow)
+        )
+        close(found.deviation, wanted.deviation, 1e-9)
+        widths = [
+            br.Sensitivity(linear.model, p, "mse", noise_variance=case["noise_variance"]).width(linear.loader)
+            for p in (narrow, linear.post)
+        ]
+        assert widths[0] / widths[1] == pytest.approx(700 / 30, rel=1e-9)

@@ -302,7 +302,7 @@ class TestResuming:
 
 def test_ranks_by_any_score():
     model, x, y = network()
-    found = br.Sensitivity(model, posterior_of(model))
+    found = br.Sensitivity(model, posterior_of(model), scale=1.0)
     for score in SCORES:
         ranked = found.mislabelled([(x, y)], 4, score=score)
         values = found.scores([(x, y)]).by(score)
@@ -312,6 +312,20 @@ def test_ranks_by_any_score():
     estimate = found.loo([(x, y)])
     assert estimate.nll == pytest.approx(estimate.per_example.mean().item())
     assert 0 <= estimate.accuracy <= 1
+
+
+def test_a_posterior_that_is_too_wide_does_not_spoil_the_ranking():
+    """Of labels, which is by the width that the data allow unless another is given."""
+    model, x, y = network()
+    post = posterior_of(model)
+    wide = br.Posterior(post.mean, {n: s / 1000 for n, s in post.precision.items()}, ess=12, num_data=12)
+    wanted = br.Sensitivity(model, post, scale="data").mislabelled([(x, y)])
+    found = br.Sensitivity(model, wide)
+    close(found.mislabelled([(x, y)]).scores, wanted.scores, 1e-9)
+    assert found.scale is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not torch.equal(br.Sensitivity(model, wide, scale=1.0).mislabelled([(x, y)]).indices, wanted.indices)
 
 
 def dropping():

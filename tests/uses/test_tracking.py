@@ -101,6 +101,7 @@ def test_of_an_optimizer_without_variances_it_ranks(make):
     assert all(math.isfinite(line["loo_nll"]) for line in tracker.history)
 
 
+@pytest.mark.filterwarnings("ignore:example .* has leverage")
 def test_of_torchs_adam_the_second_moments_are_asked():
     tracker = br.TrackSensitivity(data())
     model, optimizer = train(tracker, 3, lambda m: torch.optim.Adam(m.parameters(), 0.02))

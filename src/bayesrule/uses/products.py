@@ -45,6 +45,7 @@ class Products:
             raise ValueError("the estimator 'mc' draws from a posterior, and there is none; take 'vjp_jvp'")
         self.model, self.posterior, self.estimator = model, posterior, estimator
         self.num_samples, self.seed = num_samples, seed
+        self.factor = 1.0  # of all variances
         self.params: dict[str, Tensor] = dict(model.named_parameters()) if posterior is None else dict(posterior.bind(model))
         self.spread = _spread(posterior, self.params)
 
@@ -67,10 +68,21 @@ class Products:
 
     def of(self, inputs: Any) -> tuple[Tensor, Times]:
         """The outputs for a batch, shape (n, ...), and products with their covariance; at the mean."""
+        values, times = self._of(inputs)
+        return values, lambda v, rows: times(v, rows) * self.factor
+
+    def solve(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The covariance of the weights times a vector by name."""
+        found = {name: s * v[name] for name, s in self.spread.variance.items()}
+        for block in self.spread.blocks:
+            found |= {name: each[0] for name, each in block.solve_each({name: v[name][None] for name in block.names}).items()}
+        return {name: each * self.factor for name, each in found.items()}
+
+    def _of(self, inputs: Any) -> tuple[Tensor, Times]:
         if self.estimator == "mc":
             return self._by_draws(inputs)
         if self.estimator == "layerwise":
-            values, matrix = self.covariance(inputs)
+            values, matrix = self._covariance(inputs)
             return values, lambda v, rows: (matrix[rows] @ v.flatten(1)[:, :, None]).view_as(v)
         model, spread, call = self.model, self.spread, self._call(inputs)
         if self.estimator == "last_layer":
@@ -86,10 +98,14 @@ class Products:
 
     def of_losses(self, losses: Callable[[], Tensor]) -> Tensor:
         """The variance of one number of each example, shape (n,)."""
-        return Linearized(self.model, losses, self.spread).covariance()[:, 0, 0]
+        return Linearized(self.model, losses, self.spread).covariance()[:, 0, 0] * self.factor
 
     def covariance(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """The outputs for a batch, shape (n, ...), and the covariance of each example's, (n, K, K) for K outputs."""
+        values, matrix = self._covariance(inputs)
+        return values, matrix * self.factor
+
+    def _covariance(self, inputs: Any) -> tuple[Tensor, Tensor]:
         call = self._call(inputs)
         whole = Linearized(self.model, lambda: call(slice(None)), self.spread)
         n, each = len(whole.values), whole.bytes
@@ -100,7 +116,7 @@ class Products:
             )
         if n > 1 and n * each > HELD:
             del whole
-            halves = [self.covariance(rows_of(inputs, rows, n)) for rows in (slice(0, n // 2), slice(n // 2, n))]
+            halves = [self._covariance(rows_of(inputs, rows, n)) for rows in (slice(0, n // 2), slice(n // 2, n))]
             return torch.cat([values for values, _ in halves]), torch.cat([matrix for _, matrix in halves])
         return whole.values, whole.covariance()
 

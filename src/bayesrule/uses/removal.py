@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..estimators.linearized import Spread
 from ..estimators.output_losses import OutputLoss, Slopes
 from ..estimators.per_example import inner_products
 from .batches import inputs_and_labels, on_device, outputs_of, rows_of
@@ -143,6 +142,33 @@ class Group:
             raise ValueError("there are no examples: the loader gave no batch")
         return torch.cat(columns, 1)
 
+    def width(self, data: Callable[[], Iterable[tuple[Any, Tensor]]], probes: int, seed: int) -> float:
+        """By how much to multiply all variances, see :meth:`bayesrule.Sensitivity.width`."""
+        gained = paid = 0.0
+        generator = torch.Generator().manual_seed(seed)
+        with self.products.at_the_mean():
+            for _ in range(probes):
+                pull: dict[str, Tensor] = {}
+                for x, y in data():
+                    f = outputs_of(self.products.model, x).detach()
+                    signs = torch.randint(0, 2, (len(f),), generator=generator).to(f) * 2 - 1
+                    error = self.loss.residual(f, self.loss.check(f, y)) * signs.view(-1, *[1] * (f.dim() - 1))
+                    for name, g in self._pull([(x, y)], [error]).items():
+                        pull[name] = pull[name] + g if name in pull else g
+                step = self._solve(pull)
+                gained += sum(float((pull[name] * u).sum()) for name, u in step.items())
+                paid += self._stiffness(step)
+                for x, y in data():
+                    f = outputs_of(self.products.model, x).detach()
+                    across = self.loss.slopes(f, self.loss.check(f, y)).across
+                    paid += float(across(self._push([(x, y)], step)).square().sum())
+        return gained / paid if paid > 0 else 1.0
+
+    def _stiffness(self, u: dict[str, Tensor]) -> float:
+        """What the prior makes of a change of the weights, times two."""
+        prior = self.products.posterior.prior_precision if self.products.posterior is not None else None
+        return sum(float((prior[name] * each.square()).sum()) for name, each in u.items()) if prior else 0.0
+
     # Products of a group
 
     def _pull(self, parts: Parts, directions: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -160,7 +186,7 @@ class Group:
     @torch.no_grad()
     def _solve(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
         """The covariance times v."""
-        return solved(self.products.spread, v)
+        return self.products.solve(v)
 
     def _push(self, parts: Parts, u: dict[str, Tensor]) -> Tensor:
         """J u of every example."""
@@ -180,14 +206,6 @@ class Group:
 def _losses(model: nn.Module, loss: OutputLoss, x: Any, y: Tensor) -> Tensor:
     f = outputs_of(model, x)
     return loss.values(f, loss.check(f.detach(), y))
-
-
-def solved(spread: Spread, v: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A covariance times a vector by name."""
-    found = {name: s * v[name] for name, s in spread.variance.items()}
-    for block in spread.blocks:
-        found |= {name: each[0] for name, each in block.solve_each({name: v[name][None] for name in block.names}).items()}
-    return found
 
 
 def _together(slopes: Slopes) -> Slopes:

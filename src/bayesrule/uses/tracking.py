@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -123,7 +124,7 @@ class TrackSensitivity:
             warnings.simplefilter("always")
             yield
         for warning in caught:
-            kind = str(warning.message)[:24]
+            kind = re.sub(r"\d", "", str(warning.message))[:24]
             if kind not in self._told:
                 self._told.add(kind)
                 warnings.warn(warning.message, warning.category, stacklevel=4)
