@@ -155,7 +155,7 @@ def texts() -> tuple[Tensor, Tensor] | None:
         for line in (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode().splitlines()
         if "\t" in line
     ]
-    words = TfidfVectorizer(min_df=2, max_features=1500).fit_transform([text for text, _ in lines]).toarray()
+    words = TfidfVectorizer(min_df=2, max_features=500).fit_transform([text for text, _ in lines]).toarray()
     return torch.tensor(words * 5, dtype=torch.float32), torch.tensor([int(label) for _, label in lines])
 
 
@@ -197,6 +197,7 @@ def wrong_labels(name: str, seed: int) -> dict[str, dict[str, float]] | None:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, classes))
     optimizer = br.IVON(model.parameters(), lr=0.1, ess=n, weight_decay=1.0 / n, hess_init=0.5, betas=(0.9, 0.999))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STAGES[-1] * -(-n // 50))
     batches = list(zip(x.split(256), y.split(256), strict=True))
     tracker = br.TrackSensitivity(batches, subset=None, estimator="layerwise", num_data=n)
     lost = torch.zeros(n)
@@ -211,6 +212,7 @@ def wrong_labels(name: str, seed: int) -> dict[str, dict[str, float]] | None:
                 optimizer.zero_grad()
                 F.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
+            schedule.step()
         with torch.no_grad():
             losses = F.cross_entropy(model(x), y, reduction="none")
         lost += losses

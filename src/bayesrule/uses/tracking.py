@@ -74,7 +74,8 @@ class TrackSensitivity:
         self.of = posterior or (lambda model, optimizer: learned(model, optimizer, num_data or _examples(loader)))
         self.history: list[dict[str, float]] = []
         self.scores: Scores | None = None
-        self._total, self._told = torch.zeros(0), set[str]()
+        self._total = self._average = torch.zeros(0)
+        self._told = set[str]()
         self._epochs = 0
 
     def update(self, model: nn.Module, optimizer: Any = None, epoch: int | None = None) -> dict[str, float] | None:
@@ -115,6 +116,8 @@ class TrackSensitivity:
             "concentration": concentration(found.sensitivity),
         }
         self.history.append(line)
+        if self.history[-1]["loo_nll"] <= min(other["loo_nll"] for other in self.history):
+            self._average = self._total / len(self.history)
         return line
 
     @contextmanager
@@ -149,13 +152,13 @@ class TrackSensitivity:
         return len(self.history) - 1 - best >= self.patience
 
     def mislabelled(self, k: int | None = None) -> Ranked:
-        """The examples with the largest leave-one-out loss on average over all estimates: those whose labels look wrong.
+        """The examples whose labels look wrong: with the largest leave-one-out loss on average over estimates up to the best.
 
         A network that has learned its labels by heart no longer tells which are wrong; what it said before does.
         """
         if not self.history:
             raise RuntimeError("there is no estimate yet: call update(model, optimizer) after an epoch")
-        return ranked(self._total / len(self.history), k)
+        return ranked(self._average, k)
 
     def top(self, k: int, score: str = "sensitivity") -> Ranked:
         """The k examples that the model depends on most, by the last estimate."""
