@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..drawing import Draws, kept
 from ..estimators.linearized import Block, Linearized, Spread
+from ..estimators.per_example import variances
 from ..posterior import Posterior
 from .batches import outputs_of, rows_of
 from .deviations import Times
@@ -44,7 +45,7 @@ class Products:
         if estimator == "mc" and posterior is None:
             raise ValueError("the estimator 'mc' draws from a posterior, and there is none; take 'vjp_jvp'")
         self.model, self.posterior, self.estimator = model, posterior, estimator
-        self.num_samples, self.seed = num_samples, seed
+        self.num_samples, self.seed, self.cheaper = num_samples, seed, "'vjp_jvp', or 'last_layer'"
         self.params: dict[str, Tensor] = dict(model.named_parameters()) if posterior is None else dict(posterior.bind(model))
         self.spread = _spread(posterior, self.params)
 
@@ -72,9 +73,7 @@ class Products:
         if self.estimator == "layerwise":
             values, matrix = self.covariance(inputs)
             return values, lambda v, rows: (matrix[rows] @ v.flatten(1)[:, :, None]).view_as(v)
-        model, spread, call = self.model, self.spread, self._call(inputs)
-        if self.estimator == "last_layer":
-            model, spread, call = self._last_layer(inputs)
+        model, spread, call = self._called(inputs)
         whole = Linearized(model, lambda: call(slice(None)), spread)
 
         def times(v: Tensor, rows: Tensor) -> Tensor:
@@ -86,13 +85,12 @@ class Products:
 
     def covariance(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """The outputs for a batch, shape (n, ...), and the covariance of each example's, (n, K, K) for K outputs."""
-        call = self._call(inputs)
-        whole = Linearized(self.model, lambda: call(slice(None)), self.spread)
+        model, spread, call = self._called(inputs)
+        whole = Linearized(model, lambda: call(slice(None)), spread)
         n, each = len(whole.values), whole.bytes
         if each > LIMIT:
             raise RuntimeError(
-                f"the covariance of {whole.values[:1].numel()} outputs takes {each / 2**30:.1f} GiB an example; take "
-                "'vjp_jvp', or 'last_layer'"
+                f"the covariance of {whole.values[:1].numel()} outputs takes {each / 2**30:.1f} GiB an example; take {self.cheaper}"
             )
         if n > 1 and n * each > HELD:
             del whole
@@ -100,19 +98,52 @@ class Products:
             return torch.cat([values for values, _ in halves]), torch.cat([matrix for _, matrix in halves])
         return whole.values, whole.covariance()
 
+    def variance(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """The outputs for a batch, and the variance of each, both (n, ...): the diagonals of :meth:`covariance`."""
+        if self.estimator == "last_layer":
+            layer, spread, features = self._last_layer(inputs)
+            if not spread.blocks:
+                return _in_closed_form(layer, spread, features)
+        model, spread, call = self._called(inputs)
+        if not spread.blocks:
+            seen: list[Tensor] = []
+
+            def outputs() -> Tensor:
+                seen[:] = [call(slice(None))]
+                return seen[0].flatten(1) if seen[0].dim() > 1 else seen[0]
+
+            found = variances(model, outputs, spread.variance)
+            return seen[0].detach(), found.view(seen[0].shape)
+        whole = Linearized(model, lambda: call(slice(None)), spread)
+        n, each = len(whole.values), whole.bytes // max(1, whole.values[:1].numel())
+        if each > LIMIT:
+            raise RuntimeError(f"the variance of an output takes {each / 2**30:.1f} GiB an example; take {self.cheaper}")
+        if n > 1 and n * each > HELD:
+            del whole
+            halves = [self.variance(rows_of(inputs, rows, n)) for rows in (slice(0, n // 2), slice(n // 2, n))]
+            return torch.cat([values for values, _ in halves]), torch.cat([found for _, found in halves])
+        return whole.values, whole.variance()
+
+    def _called(self, inputs: Any) -> tuple[nn.Module, Spread, Callable[[Any], Tensor]]:
+        """What is linearized: a module, the covariance of its weights, and what calls it on some of the inputs."""
+        if self.estimator == "last_layer":
+            layer, spread, features = self._last_layer(inputs)
+            return layer, spread, lambda rows: layer(features[rows])
+        return self.model, self.spread, self._call(inputs)
+
     def _call(self, inputs: Any) -> Callable[[Any], Tensor]:
         def call(rows: Any) -> Tensor:
             return outputs_of(self.model, inputs if isinstance(rows, slice) else rows_of(inputs, rows, _examples(inputs)))
 
         return call
 
-    def _last_layer(self, inputs: Any) -> tuple[nn.Module, Spread, Callable[[Any], Tensor]]:
-        """The layer that gives the outputs, the covariance of its weights, and what calls it on what goes in."""
+    def _last_layer(self, inputs: Any) -> tuple[nn.Linear, Spread, Tensor]:
+        """The layer that gives the outputs, the covariance of its weights, and what goes in."""
         name, layer, features = last_layer(self.model, inputs)
         own = {f"{name}.{p}".lstrip("."): p for p, _ in layer.named_parameters()}
         variance = {own[full]: s for full, s in self.spread.variance.items() if full in own}
         blocks = [_within(block, own, self.params) for block in self.spread.blocks if any(full in own for full in block.names)]
-        return layer, Spread(variance, blocks), lambda rows: layer(features[rows])
+        return layer, Spread(variance, blocks), features
 
     @torch.no_grad()
     def _by_draws(self, inputs: Any) -> tuple[Tensor, Times]:
@@ -138,13 +169,13 @@ class Products:
         return values, times
 
 
-def last_layer(model: nn.Module, inputs: Any) -> tuple[str, nn.Module, Tensor]:
+def last_layer(model: nn.Module, inputs: Any) -> tuple[str, nn.Linear, Tensor]:
     """The linear layer that gives a model's outputs: its name, itself, and what goes in.
 
     Raises:
         ValueError: There is none.
     """
-    seen: list[tuple[str, nn.Module, Tensor, Any]] = []
+    seen: list[tuple[str, nn.Linear, Tensor, Any]] = []
     handles = [
         module.register_forward_hook(lambda module, args, out, name=name: seen.append((name, module, args[0], out)))
         for name, module in model.named_modules()
@@ -160,6 +191,17 @@ def last_layer(model: nn.Module, inputs: Any) -> tuple[str, nn.Module, Tensor]:
         if isinstance(out, Tensor) and out.shape == outputs.shape and out.data_ptr() == outputs.data_ptr():
             return name, module, features
     raise ValueError("the model's outputs come from no linear layer, which is what 'last_layer' needs; take another estimator")
+
+
+@torch.no_grad()
+def _in_closed_form(layer: nn.Linear, spread: Spread, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of a linear layer whose weights are independent, and their variances."""
+    values, wide = layer(features), torch.promote_types(layer.weight.dtype, torch.float32)
+    of = {name: s.to(values.device, wide) for name, s in spread.variance.items()}
+    found = torch.zeros(values.shape, dtype=wide, device=values.device)
+    if "weight" in of:
+        found = found + features.to(wide).square() @ of["weight"].mT
+    return values, found + of["bias"] if "bias" in of else found
 
 
 def _spread(posterior: Posterior | None, params: Mapping[str, Tensor]) -> Spread:
