@@ -26,8 +26,8 @@ APPROXIMATIONS = {
     "sigmoid": ("probit", "mc", "quadrature"),
     "identity": ("probit", "mc", "bridge", "bridge_norm", "quadrature"),  # not asked
 }
-NODES = 32
-"""Of the quadrature."""
+NODES, BROAD, FAR = 32, 1.5, 22.0
+"""Of the quadrature: nodes; the standard deviation from which on twice as many equal steps do better; where these end."""
 WIDE = 64
 """Outputs of an image or a sequence from which on no matrix of all of them is formed."""
 
@@ -137,14 +137,15 @@ def _of_gaussian(model: nn.Module, posterior: Posterior, batches: Sequence[Tenso
         how.settle()
         with torch.no_grad():
             one = outputs_of(model, batches[0][:1].to(device))
-        how.check(one)
         _refuse_large(sum(map(len, batches)), one, how)
         if how.variance == "sampled":
             return _by_draws(model, posterior, batches, how)
         of = products.covariance if how.asks_matrices else products.variance
-        found = [of(x.to(device)) for x in batches]
+        found = []
+        for x in batches:
+            found.append(of(x.to(device)))
+            how.check(found[-1][0])
     mean, spread = _wide(torch.cat([values for values, _ in found])), _wide(torch.cat([each for _, each in found])) / how.tau
-    how.check(mean)
     if how.asks_matrices:
         return _through_link(Moments(mean, spread.diagonal(dim1=1, dim2=2).reshape(mean.shape).clamp_min(0), spread), how)
     return _through_link(Moments(mean, spread, None), how)
@@ -163,7 +164,10 @@ def _refuse_large(examples: int, one: Tensor, how: Linear) -> None:
             "variance='sampled', or 'layerwise'"
         )
     if how.variance == "sampled":
-        asked, ways = outputs * one.shape[-1] if how.asks_matrices and how.link_approx != "mc" else 0, "link_approx='mc'"
+        asked, ways = (
+            outputs * (one.shape[-1] if one.dim() > 1 else 1) if how.asks_matrices and how.link_approx != "mc" else 0,
+            "link_approx='mc'",
+        )
     else:
         asked, ways = outputs**2 if how.asks_matrices else 0, "variance='sampled' or link_approx='probit'"
     if how.variance == "exact":
@@ -257,11 +261,32 @@ def _probit(f: Moments, how: Linear) -> Tensor:
 
 
 def _quadrature(f: Moments, how: Linear) -> tuple[Tensor, Tensor]:
-    """The exact integral, and that of the entropy."""
-    total, noise = torch.full((*f.mean.shape, 2), -math.inf, dtype=f.mean.dtype, device=f.mean.device), torch.zeros_like(f.mean)
+    """The exact integral, and that of the entropy. Narrow Gaussians and wide ones are smooth on different scales."""
+    mean, std = f.mean / how.temperature, f.variance.sqrt() / how.temperature
+    narrow, wide = _hermite(mean, std.clamp_max(BROAD)), _trapezium(mean, std.clamp_min(BROAD))
+    chosen = std < BROAD
+    return torch.where(chosen[..., None], narrow[0], wide[0]), torch.where(chosen, narrow[1], wide[1])
+
+
+def _hermite(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """By nodes of the Gaussian."""
+    total, noise = torch.full((*mean.shape, 2), -math.inf, dtype=mean.dtype, device=mean.device), torch.zeros_like(mean)
     for at, weight in gauss_hermite(NODES):
-        logs = log_probs_of(f.mean + at * f.variance.sqrt(), how.link, how.temperature)
+        logs = log_probs_of(mean + at * std, "sigmoid")
         total, noise = torch.logaddexp(total, logs + math.log(weight)), noise + weight * entropy_of(logs)
+    return total, noise
+
+
+def _trapezium(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """By equal steps of the logit: the sigmoid's slope times the Gaussian's distribution function."""
+    total, noise = torch.full((*mean.shape, 2), -math.inf, dtype=mean.dtype, device=mean.device), torch.zeros_like(mean)
+    logits = torch.linspace(-FAR, FAR, 2 * NODES, dtype=mean.dtype, device=mean.device)
+    logs, step = log_probs_of(logits, "sigmoid"), 2 * FAR / (2 * NODES - 1)
+    for u, slope, entropy in zip(logits, logs.sum(-1), entropy_of(logs), strict=True):
+        z = (mean - u) / std
+        below = torch.special.log_ndtr(torch.stack([-z, z], -1))
+        total = torch.logaddexp(total, below + slope + math.log(step))
+        noise = noise + step * entropy * (-(z**2) / 2).exp() / (std * math.sqrt(2 * math.pi))
     return total, noise
 
 
