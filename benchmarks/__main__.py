@@ -28,6 +28,7 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "processes": "processes",
     "eigenspace": "eigenspace",
     "per_example": "per_example",
+    "linearized": "linearized",
 }
 
 

@@ -104,6 +104,13 @@ TARGETS: tuple[Target, ...] = (
         for work, bounds in (("MLP 0.86M, 1,000 examples", (5, 1)), ("ResNet-20, 128 examples", (8, 1.4)))
         for what, bound in zip(("variances of all 10 outputs", "variance of one output"), bounds, strict=True)
     ),
+    *(
+        Target(
+            f"linearized prediction, {work}, 32 examples: {what}", f"{what}, linearized prediction / laplace-torch's: {work}", 1.0
+        )
+        for work in ("MLP 0.86M", "ResNet-20")
+        for what in ("time", "memory")
+    ),
     Target("VOGN, ResNet-20, 128 examples: time", "VOGN / SGD step: ResNet-20, batch 128", 2.5),
     Target("VOGN, ResNet-20, 128 examples: memory", "peak memory, VOGN / SGD step: ResNet-20, batch 128", 2.0),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,9 @@ class Push:
             found = outputs()
             v = torch.zeros_like(found, requires_grad=True)
             asked = [params[name] for name in direction]
-            back = torch.autograd.grad(found, asked, v, create_graph=True, allow_unused=True) if found.requires_grad else ()
+            back = (
+                torch.autograd.grad(found, asked, v, create_graph=True, allow_unused=True) if asked and found.requires_grad else ()
+            )
             pairs = [(g, u) for u, g in zip(direction.values(), back, strict=False) if g is not None and g.requires_grad]
             if not pairs:
                 return torch.zeros_like(found.detach())
@@ -80,13 +83,22 @@ class Push:
 def _moving(model: nn.Module, direction: Mapping[str, Tensor]) -> Iterator[None]:
     """The parameters move along a direction, under every name that they have."""
     params = dict(model.named_parameters(remove_duplicate=False))
-    moving = {params[name]: forward_ad.make_dual(params[name].detach(), u.to(params[name])) for name, u in direction.items()}
-    places = [(m._parameters, name, p) for m in model.modules() for name, p in m._parameters.items() if p in moving]
-    held: dict[str, Tensor | None]
+    along: dict[Tensor, Tensor] = {params[name]: u.to(params[name]) for name, u in direction.items()}
+    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p in along]
+    held: list[tuple[Any, str, Any]] = [(m._parameters, name, p) for m, name, p in places]
+    moving = {p: forward_ad.make_dual(p.detach(), u) for p, u in along.items()}
     try:
-        for held, name, p in places:  # type: ignore[assignment]
-            held[name] = moving[p]
+        for module, name, p in places:
+            own: Any = module._parameters
+            own[name] = _without_padding(module, along[p]) if isinstance(module, nn.Embedding) else moving[p]
         yield
     finally:
-        for held, name, p in places:  # type: ignore[assignment]
-            held[name] = p
+        for into, name, p in held:
+            into[name] = p
+
+
+def _without_padding(module: nn.Embedding, u: Tensor) -> Tensor:
+    """The row of padding has no gradient, so it does not move."""
+    if module.padding_idx is not None:
+        u = u.index_fill(0, torch.tensor(module.padding_idx, device=u.device), 0)
+    return forward_ad.make_dual(module.weight.detach(), u)
