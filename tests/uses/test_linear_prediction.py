@@ -206,6 +206,25 @@ class TestMoments:
         assert model[0] is model[2]
         assert model[3].weight is layer.weight
 
+    @pytest.mark.filterwarnings("ignore:no closed form for Choosy")
+    @pytest.mark.parametrize("kind", STRUCTURES)
+    def test_examples_that_layers_cannot_tell_apart_go_one_by_one_and_it_is_said_once(self, kind):
+        class Choosy(nn.Linear):
+            def forward(self, x):
+                return super().forward(x) if x.sum() > 1e6 else super().forward(x).tanh()  # vmap takes no such choice
+
+        torch.manual_seed(0)
+        model, plain = nn.Sequential(Choosy(3, 2, dtype=DOUBLE)).eval(), seeded(lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()))
+        plain.load_state_dict(model.state_dict())
+        for how in (dict(), dict(variance="exact")):
+            with pytest.warns(UserWarning, match="no per-example gradients.* one by one") as told:
+                found = br.predict(model, posterior(model, kind), X, "glm", batch_size=2, **how)
+            assert sum("one by one" in str(each.message) for each in told) == 1
+            wanted = br.predict(plain, posterior(plain, kind), X, "glm", **how)
+            close(found.mean, wanted.mean, 1e-12)
+            close(found.variance, wanted.variance, 1e-10)
+            close(found.probs, wanted.probs, 1e-10)
+
     def test_images_are_flattened_and_come_back_in_shape(self):
         model = seeded(lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 1, 3, padding=1)))
         x = normal(3, 2, 2, 9, 9)

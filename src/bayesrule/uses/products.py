@@ -2,6 +2,7 @@ r"""Products with the covariance of outputs under a posterior, :math:`V_i v = J_
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..drawing import Draws, kept
+from ..estimators.calls import Inseparable
 from ..estimators.linearized import Block, Linearized, Spread
 from ..estimators.per_example import variances
 from ..posterior import Posterior
@@ -47,7 +49,7 @@ class Products:
         self.model, self.posterior, self.estimator = model, posterior, estimator
         self.num_samples, self.seed, self.cheaper = num_samples, seed, "'vjp_jvp', or 'last_layer'"
         self.params: dict[str, Tensor] = dict(model.named_parameters()) if posterior is None else dict(posterior.bind(model))
-        self.spread = _spread(posterior, self.params)
+        self.spread, self._together = _spread(posterior, self.params), True
 
     @contextmanager
     def at_the_mean(self) -> Iterator[None]:
@@ -85,6 +87,50 @@ class Products:
 
     def covariance(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """The outputs for a batch, shape (n, ...), and the covariance of each example's, (n, K, K) for K outputs."""
+        return self._or_one_by_one(self._covariance, inputs, True)
+
+    def variance(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """The outputs for a batch, and the variance of each, both (n, ...): the diagonals of :meth:`covariance`."""
+        return self._or_one_by_one(self._variance, inputs, False)
+
+    def _or_one_by_one(
+        self, together: Callable[[Any], tuple[Tensor, Tensor]], inputs: Any, matrices: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Where layers cannot tell examples apart, each goes alone; said once."""
+        if self._together:
+            try:
+                return together(inputs)
+            except Inseparable as error:
+                warnings.warn(f"{error}; until then examples go one by one, which is slow", UserWarning, stacklevel=3)
+                self._together = False
+        n = _examples(inputs)
+        each = [self._alone(rows_of(inputs, slice(i, i + 1), n), matrices) for i in range(n)]
+        return torch.cat([values for values, _ in each]), torch.cat([found for _, found in each])
+
+    def _alone(self, inputs: Any, matrices: bool) -> tuple[Tensor, Tensor]:
+        """Of one example, by its Jacobian."""
+        model, spread, call = self._called(inputs)
+        params = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name in spread.names}
+        with torch.enable_grad():
+            values = call(slice(None))
+        count = values.numel()
+        if (needed := 4 * count * sum(p.numel() for p in params.values())) > LIMIT:
+            raise RuntimeError(f"the gradients of an example take {needed / 2**30:.1f} GiB; take {self.cheaper}")
+        units = torch.eye(count, dtype=values.dtype, device=values.device).view(count, *values.shape)
+        of = [torch.autograd.grad(values, list(params.values()), u, retain_graph=True, allow_unused=True) for u in units]
+        jacobian = {
+            name: torch.stack([torch.zeros_like(p) if each[at] is None else each[at] for each in of])
+            for at, (name, p) in enumerate(params.items())
+        }
+        moved = {name: jacobian[name] * s.to(values.device) for name, s in spread.variance.items()}
+        for block in spread.blocks:
+            moved |= block.solve_each({name: jacobian[name] for name in block.names})
+        found = [(jacobian[name].flatten(1), moved[name].flatten(1)) for name in jacobian]
+        if matrices:
+            return values.detach(), torch.stack([a @ b.mT for a, b in found]).sum(0)[None]
+        return values.detach(), torch.stack([(a * b).sum(1) for a, b in found]).sum(0).view(values.shape)
+
+    def _covariance(self, inputs: Any) -> tuple[Tensor, Tensor]:
         model, spread, call = self._called(inputs)
         whole = Linearized(model, lambda: call(slice(None)), spread)
         n, each = len(whole.values), whole.bytes
@@ -94,12 +140,11 @@ class Products:
             )
         if n > 1 and n * each > HELD:
             del whole
-            halves = [self.covariance(rows_of(inputs, rows, n)) for rows in (slice(0, n // 2), slice(n // 2, n))]
+            halves = [self._covariance(rows_of(inputs, rows, n)) for rows in (slice(0, n // 2), slice(n // 2, n))]
             return torch.cat([values for values, _ in halves]), torch.cat([matrix for _, matrix in halves])
         return whole.values, whole.covariance()
 
-    def variance(self, inputs: Any) -> tuple[Tensor, Tensor]:
-        """The outputs for a batch, and the variance of each, both (n, ...): the diagonals of :meth:`covariance`."""
+    def _variance(self, inputs: Any) -> tuple[Tensor, Tensor]:
         if self.estimator == "last_layer":
             layer, spread, features = self._last_layer(inputs)
             if not spread.blocks:
@@ -120,7 +165,7 @@ class Products:
             raise RuntimeError(f"the variance of an output takes {each / 2**30:.1f} GiB an example; take {self.cheaper}")
         if n > 1 and n * each > HELD:
             del whole
-            halves = [self.variance(rows_of(inputs, rows, n)) for rows in (slice(0, n // 2), slice(n // 2, n))]
+            halves = [self._variance(rows_of(inputs, rows, n)) for rows in (slice(0, n // 2), slice(n // 2, n))]
             return torch.cat([values for values, _ in halves]), torch.cat([found for _, found in halves])
         return whole.values, whole.variance()
 
