@@ -12,6 +12,7 @@ from tests.estimators.test_per_example import jacobians
 from torch import nn
 
 import bayesrule as br
+from bayesrule.estimators.quadrature import gauss_hermite
 from bayesrule.uses import linear_prediction as module
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "predictive.json").read_text())
@@ -351,6 +352,18 @@ class TestLinks:
         drawn = br.predict(model, post, X, "mc", link="sigmoid", num_samples=count, vmap=500)
         assert ((exact.probs - drawn.probs).abs() < 4.5 * (exact.probs * (1 - exact.probs) / count).sqrt()).all()
         assert ((exact.mutual_information - drawn.mutual_information).abs() < 0.03).all()
+
+    @pytest.mark.parametrize("std", [0.0, 0.3, 1.4, 1.6, 3.0])
+    def test_the_exact_integral_and_its_entropy_are_those_of_many_nodes(self, std):
+        means = torch.tensor([-4.0, 0.0, 0.7, 3.0], dtype=DOUBLE)
+        model, post, x = straight(torch.full((4,), std**2, dtype=DOUBLE), means)
+        found = br.predict(model, post, x, "glm", link="sigmoid", link_approx="quadrature")
+        probs, own = torch.zeros(4, dtype=DOUBLE), torch.zeros(4, dtype=DOUBLE)
+        for at, weight in gauss_hermite(200):
+            p = (means + at * std).sigmoid()
+            probs, own = probs + weight * p, own + weight * (torch.special.entr(p) + torch.special.entr(1 - p))
+        close(found.probs[:, 0], probs, 1e-7)
+        close((found.entropy - found.mutual_information)[:, 0], own, 1e-6)
 
     @pytest.mark.parametrize("antithetic", [False, True])
     @pytest.mark.parametrize("variance", ["layerwise", "exact", "last_layer", "sampled"])
