@@ -105,10 +105,8 @@ TARGETS: tuple[Target, ...] = (
         for what, bound in zip(("variances of all 10 outputs", "variance of one output"), bounds, strict=True)
     ),
     *(
-        Target(
-            f"linearized prediction, {work}, 32 examples: {what}", f"{what}, linearized prediction / laplace-torch's: {work}", 1.0
-        )
-        for work in ("MLP 0.86M", "ResNet-20")
+        Target(f"linearized prediction, {work}: {what}", f"{what}, linearized / laplace-torch: {work}", 1.0)
+        for work in ("MLP 0.86M, 32 examples", "ResNet-20, 8 examples")
         for what in ("time", "memory")
     ),
     Target("VOGN, ResNet-20, 128 examples: time", "VOGN / SGD step: ResNet-20, batch 128", 2.5),
