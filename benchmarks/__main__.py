@@ -30,6 +30,7 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "per_example": "per_example",
     "sensitivity": "sensitivity",
     "leaving_out": "leaving_out",
+    "linearized": "linearized",
 }
 
 

@@ -104,6 +104,11 @@ TARGETS: tuple[Target, ...] = (
         for work, bounds in (("MLP 0.86M, 1,000 examples", (5, 1)), ("ResNet-20, 128 examples", (8, 1.4)))
         for what, bound in zip(("variances of all 10 outputs", "variance of one output"), bounds, strict=True)
     ),
+    *(
+        Target(f"linearized prediction, {work}: {what}", f"{what}, linearized / laplace-torch: {work}", 1.0)
+        for work in ("MLP 0.86M, 32 examples", "ResNet-20, 8 examples")
+        for what in ("time", "memory")
+    ),
     Target("VOGN, ResNet-20, 128 examples: time", "VOGN / SGD step: ResNet-20, batch 128", 2.5),
     Target("VOGN, ResNet-20, 128 examples: memory", "peak memory, VOGN / SGD step: ResNet-20, batch 128", 2.0),
 )

@@ -13,6 +13,7 @@ from torch.distributions import MultivariateNormal
 
 import bayesrule as br
 from bayesrule.bases import Bases, Basis
+from bayesrule.drawing import Draws
 
 SHAPES = {"weight": (2, 3), "bias": (2,)}
 SIZE = 8
@@ -376,3 +377,15 @@ def test_a_kronecker_is_kept_by_its_eigenvectors(tmp_path):
     close(post.log_prob(theta), q.log_prob(theta["w"]), 1e-9)
     close(post.variance["w"], q.variance, 1e-9)
     close(post.matvec(theta)["w"], q.solve(theta["w"]), 1e-9)
+
+
+@every_gaussian
+def test_offsets_are_draws_less_the_mean(kind):
+    post = posterior(kind)
+    into = {name: torch.empty_like(m) for name, m in post.mean.items()}
+    draws = Draws(post, into, seed=3, offsets=True)
+    draws.write(2)
+    offsets = row(into).clone()
+    close(offsets, row(post.sample(3, 2)) - row(post.mean), 1e-12)
+    draws.mirror()
+    close(row(into), -offsets, 1e-12)

@@ -53,6 +53,8 @@ def test_equals_the_jacobian(name, kind, chunk):
     product = (wanted @ v.flatten(1)[:, :, None]).view_as(v)
     close(found.values, case.model(case.x), 0)
     close(found.covariance(), wanted, 1e-10)
+    for limit in (1, 2**30):
+        close(found.variance(limit).flatten(1), wanted.diagonal(dim1=1, dim2=2), 1e-10)
     for _ in range(2):  # the graph is still there
         close(found.times(v), product, 1e-10)
 
@@ -61,6 +63,7 @@ def test_weights_that_are_not_named_are_certain():
     case = Case("perceptron")
     found = Linearized(case.model, lambda: case.model(case.x), Spread({}))
     assert not found.covariance().any()
+    assert not found.variance().any()
     assert not found.times(normal(1, *found.values.shape)).any()
 
 

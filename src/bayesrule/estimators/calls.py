@@ -22,6 +22,10 @@ from .layers import Layer
 Params = dict[str, nn.Parameter]
 
 
+class Inseparable(RuntimeError):
+    """The examples of a batch cannot be told apart; one at a time they can."""
+
+
 @dataclass(eq=False)
 class Call:
     """One call of a layer.
@@ -159,7 +163,7 @@ class Whole(Call):
                 yield
         except (RuntimeError, ValueError, NotImplementedError) as error:
             first = str(error).strip().partition("\n")[0]
-            raise RuntimeError(
+            raise Inseparable(
                 f"{type(self.module).__name__} has no per-example gradients: it has no closed form here, and torch.func.vmap "
                 f"fails ({first}); write it so that vmap takes it, turn its randomness off, or freeze its parameters"
             ) from error

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .calls import Call, forward_derivatives, reduce
 from .gradients import Change, Dense, Gradients
-from .per_example import CHUNK
+from .per_example import CHUNK, KEPT
 from .tracing import Trace
 
 
@@ -135,13 +135,47 @@ class Linearized:
                 else:
                     _keep(kept, p, rows, gradients, n)
 
-        units = torch.eye(count, dtype=self.values.dtype, device=self.values.device)
-        reduce(self._back(*(unit.expand(n, -1).reshape(self.values.shape) for unit in units)), self.chunk, visit)
+        reduce(self._back(*self._units(slice(0, count))), self.chunk, visit)
         for names, solved in self._solved(kept):
             for name in names:
                 if (each := kept.get(self._wanted[name])) is not None:
                     result += each.flatten(2) @ solved[name].reshape(n, count, -1).mT
         return (result + result.mT) / 2
+
+    def variance(self, limit: int = KEPT * CHUNK) -> Tensor:
+        """The diagonals of V_i, shape (n, ...). Costs K backwards.
+
+        Args:
+            limit: Bytes that may come back to the layers at once; that of one output may be more.
+        """
+        n, count = len(self.values), math.prod(self.values.shape[1:])
+        result = torch.zeros(n, count, dtype=torch.promote_types(self.values.dtype, torch.float32), device=self.values.device)
+        if self._is_certain:
+            return result.view(self.values.shape)
+        variances, step = self._variances, max(1, limit * count // max(1, n * self.bytes))
+        for first in range(0, count, step):
+            at, kept = slice(first, min(first + step, count)), dict[nn.Parameter, Tensor]()
+
+            def visit(_: list[Call], rows: slice, found: dict[nn.Parameter, Gradients], at: slice = at, kept: Any = kept) -> None:
+                for p, gradients in found.items():
+                    if p in variances:
+                        result[rows, at] += gradients.square().dot(variances[p])
+                    else:
+                        _keep(kept, p, rows, gradients, n)
+
+            reduce(self._back(*self._units(at)), self.chunk, visit)
+            for names, solved in self._solved(kept):
+                for name in names:
+                    if (each := kept.get(self._wanted[name])) is not None:
+                        result[:, at] += (each * solved[name]).flatten(2).sum(2)
+        return result.clamp_(min=0).view(self.values.shape)
+
+    def _units(self, at: slice) -> Iterator[Tensor]:
+        """Directions that ask for single outputs."""
+        for place in range(at.start, at.stop):
+            unit = torch.zeros_like(self.values).flatten(1) if self.values.dim() > 1 else torch.zeros_like(self.values)[:, None]
+            unit[:, place] = 1
+            yield unit.view(self.values.shape)
 
     def _solved(self, kept: Mapping[nn.Parameter, Tensor]) -> Iterator[tuple[Sequence[str], dict[str, Tensor]]]:
         """By block: its names, and the covariance times what was kept, of shape (n, K, ...)."""

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .calls import Call, Params, Whole, is_led
+from .calls import Call, Inseparable, Params, Whole, is_led
 from .layers import Layer, layer_of
 
 
@@ -89,7 +89,7 @@ class Trace(TorchFunctionMode):
             if any(param is p for p in self._inside.get(frame.module, {}).values()):
                 frame.is_foreign = True
                 return
-        raise RuntimeError(
+        raise Inseparable(
             f"the parameter {self.names[id(param)]!r} is used outside of the model's forward, where examples cannot be told apart: "
             "move that into a module, or leave it out of the loss"
         )
@@ -131,7 +131,7 @@ class Trace(TorchFunctionMode):
             above.is_foreign |= frame.is_foreign
             above.is_certain &= frame.is_certain
         elif frame.is_foreign and output is not None:
-            raise RuntimeError(
+            raise Inseparable(
                 f"the examples in a call of {type(module).__name__} cannot be told apart: the first dimension of its inputs and "
                 f"outputs must be that of the {self.examples} examples"
             )

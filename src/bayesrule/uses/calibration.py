@@ -260,7 +260,8 @@ class _Classes(_Data):
         """The NLL as a function of the temperature."""
         if self.how.method in ("mean", "mc"):
             return partial(_averaged_nll, self._outputs(posterior), self._answers)
-        pairs, more = list(zip(self.inputs, self.labels, strict=True)), self.how._asdict()
+        pairs = list(zip(self.inputs, self.labels, strict=True))
+        more: dict[str, Any] = dict(zip(_How._fields[:7], self.how[:7], strict=True))  # what evaluate takes
         return lambda t: evaluate(self.model, replace(posterior, temperature=t), pairs, metrics=("nll",), **more)["nll"]
 
     @cached_property

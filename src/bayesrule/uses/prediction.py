@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -18,23 +19,11 @@ from torch.optim.swa_utils import update_bn
 
 from ..drawing import Draws, kept, whole_number
 from ..posterior import Posterior
+from .averages import LINKS, Averages, Link
+from .averages import Prediction as Prediction
+from .linear_prediction import Linear, linear_prediction
 
-Method = Literal["mean", "mc"]
-
-
-class Prediction(NamedTuple):
-    """What a posterior says about inputs. N inputs, K outputs each.
-
-    In float32, or the outputs' dtype if that is wider. With ``link="identity"`` (regression) ``probs``, ``entropy``,
-    ``mutual_information`` and ``log_probs`` are None.
-    """
-
-    probs: Tensor | None  # (N, ..., K) class probabilities, averaged over draws
-    mean: Tensor  # (N, ..., K) mean of the model's outputs (logits) over draws
-    variance: Tensor  # (N, ..., K) their variance over draws: zero at the mean
-    entropy: Tensor | None  # (N, ...) total uncertainty in nats: entropy of probs
-    mutual_information: Tensor | None  # (N, ...) its epistemic part: entropy of probs - mean entropy of the draws, >= 0
-    log_probs: Tensor | None = None  # (N, ..., K) log of probs, finite where probs are too small for their dtype
+Method = Literal["mean", "mc", "glm"]
 
 
 class _How(NamedTuple):
@@ -47,6 +36,13 @@ class _How(NamedTuple):
     vmap: int | None
     compile: bool
     batch_norm: Iterable[Tensor] | None
+    combine: str = "probs"
+    link_approx: str = "probit"
+    variance: str = "layerwise"
+    tau: float = 1.0
+    temperature: float | None = None
+    noise_variance: float | Tensor | None = None
+    labels: Tensor | None = None
 
 
 def predict(
@@ -56,7 +52,14 @@ def predict(
     method: Method | None = None,
     num_samples: int = 32,
     *,
-    link: Literal["softmax", "identity"] = "softmax",
+    link: Link = "softmax",
+    combine: Literal["probs", "logits"] = "probs",
+    link_approx: Literal["probit", "mc", "bridge", "bridge_norm", "quadrature"] = "probit",
+    variance: Literal["layerwise", "exact", "last_layer", "sampled"] = "layerwise",
+    tau: float = 1.0,
+    temperature: float | None = None,
+    noise_variance: float | Tensor | None = None,
+    labels: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 512,
     antithetic: bool = False,
@@ -73,15 +76,33 @@ def predict(
     serves all batches. Averages run, so memory does not grow with ``num_samples``; that of the probabilities is a running
     log-sum-exp, so that an improbable class keeps its log probability.
 
+    "glm" makes the model linear in its weights around their mean, so that outputs are Gaussian,
+
+    .. math::  f(x) \sim N(f(x; m), V(x)), \qquad V = J S J^T,
+
+    for a forward and K backwards for K outputs ("layerwise" and "exact"), one forward ("last_layer"), or about three forwards a
+    draw ("sampled"). A posterior that training did not see, as Laplace's, predicts well only so.
+
     Args:
         model: Gives logits (outputs, for regression), shape (n, ..., K), in eval mode; in training mode a forward also moves the
             running statistics of batch norm, and without ``batch_norm`` they stay moved.
         posterior: What was learned; None takes the model's weights as they are. Logits are divided by its ``temperature`` before
             they become probabilities, whatever the method.
         x: Inputs, shape (N, ...).
-        method: "mean", "mc" (Monte Carlo), or None: "mc" where there is a posterior.
-        num_samples: Draws S of "mc"; 32 is usual, under 4 is worse than the mean.
-        link: "softmax" for classes, "identity" for regression.
+        method: "mean", "mc" (Monte Carlo), "glm" (linearized), or None: what the posterior asks for, "mc" if nothing.
+        num_samples: Draws S of "mc" and of what else draws; 32 is usual, under 4 is worse than the mean.
+        link: "softmax" for classes, "sigmoid" for yes or no by one logit (each output is one), "identity" for regression.
+        combine: What "mc" averages: "probs", or "logits", which forgets how far the draws disagree.
+        link_approx: How "glm" gets from logits to probabilities: "probit", "mc" (draws of logits), "bridge" and "bridge_norm" (a
+            Dirichlet), or "quadrature" (exact, ``link="sigmoid"`` only). All but "probit" know the mutual information.
+        variance: How "glm" gets V: "layerwise", exactly, of it what the link needs; "exact", all of it, into ``covariance``;
+            "last_layer", as if the other weights were certain; "sampled", by draws, for any number of outputs: a variance is
+            off by a share of sqrt(2 / S).
+        tau: Draw, or linearize, as if the posterior's ``ess`` were tau times as large; inf is the mean.
+        temperature: What logits are divided by; None is the posterior's, or 1.
+        noise_variance: Of a regression's targets, a number >= 0 or one for each output; None is the posterior's, or not known.
+        labels: Of sequences, shape (N, T), -100 where none counts: gives ``sequence_log_probs``, the log of the mean over draws of
+            the probability of each whole sequence.
         seed: Which draws; the same seed, the same answer. Draw s is that of ``bayesrule.sampled(..., seed, draw=s)``.
         batch_size: Inputs per forward.
         antithetic: Let draws 2k and 2k + 1 be mirror images, m + d and m - d, which saves half of the noise and cancels
@@ -98,20 +119,22 @@ def predict(
 
     Raises:
         ValueError: Unknown method or link, a number that is no size, fewer than two classes, or outputs that are
-            probabilities already; ``batch_norm`` without a batch, or with ``vmap``.
-        RuntimeError: A draw gave outputs that are not finite.
+            probabilities already; ``batch_norm`` without a batch, or with ``vmap``; settings that do not fit each other.
+        RuntimeError: A draw gave outputs that are not finite; "glm" would take too much memory (the message says what takes less).
 
     Example:
         >>> model = nn.Linear(2, 3).eval()
         >>> predict(model, Posterior.point(model), torch.zeros(5, 2), "mc", num_samples=4).probs.shape
         torch.Size([5, 3])
 
-    Source: spelled out for IVON in Shen et al. (2024), section 3.
+    Source: spelled out for IVON in Shen et al. (2024), section 3; "glm" in Immer et al. (2021), arXiv:2008.08400; "probit" in
+    MacKay (1992), Neural Computation 4(5); "bridge" in Hobbhahn et al. (2022), arXiv:2003.01227.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"predict takes inputs as one tensor, shape (N, ...), got {type(x).__name__}")
     batch_size = whole_number("batch_size", batch_size, 1)
-    how = _How(method, num_samples, seed, antithetic, vmap, compile, batch_norm)
+    options = (combine, link_approx, variance, tau, temperature, noise_variance, labels)
+    how = _How(method, num_samples, seed, antithetic, vmap, compile, batch_norm, *options)
     return _predict(model, posterior, x.split(batch_size), link, how)
 
 
@@ -177,17 +200,20 @@ def _predict(
     link: str,
     how: _How,
 ) -> Prediction:
-    method, num_samples, seed, antithetic, vmap, compile, batch_norm = how
+    num_samples, seed, antithetic, vmap, compile, batch_norm = how[1:7]
     if not isinstance(compile, bool):
         raise ValueError(f"compile must be True or False, got {compile!r}")
-    method = method or ("mean" if posterior is None else "mc")
-    if link not in ("softmax", "identity"):
-        raise ValueError(f"unknown link {link!r}; take 'softmax' or 'identity'")
-    if method not in ("mean", "mc"):
-        raise ValueError(f"unknown method {method!r}; take 'mean' or 'mc'")
-    if method == "mc" and posterior is None:
-        raise ValueError("method 'mc' draws from a posterior, and there is none; pass one or take method='mean'")
-    if method == "mc":
+    method = how.method or ("mean" if posterior is None else getattr(posterior, "method_hint", None) or "mc")
+    temperature = getattr(posterior, "temperature", 1.0) if how.temperature is None else how.temperature
+    noise = getattr(posterior, "noise_variance", None) if how.noise_variance is None else how.noise_variance
+    _refuse(method, posterior, link, temperature, how)
+    if method == "mc" and how.tau != 1:
+        assert posterior is not None
+        if how.tau == math.inf and posterior.is_gaussian:
+            method = "mean"
+        else:
+            posterior = posterior.rescale(ess=how.tau * posterior.ess)
+    if method != "mean":
         num_samples = whole_number("num_samples", num_samples, 1)
     chunk = 0 if vmap is None else whole_number("vmap", vmap, 1, "; it is how many draws are evaluated at once, or None")
     chunk = min(chunk, num_samples) if method == "mc" else 0
@@ -197,11 +223,24 @@ def _predict(
             UserWarning,
             stacklevel=3,
         )
-    if method == "mc" and num_samples < 4:
+    draws = method == "mc" or (method == "glm" and (how.variance == "sampled" or how.link_approx == "mc"))
+    if draws and num_samples < 4:
         warnings.warn(f"an average over {num_samples} draws may be worse than the mean", UserWarning, stacklevel=3)
     statistics = _statistics(model, batch_norm, vmap)
     params = {} if posterior is None else posterior.bind(model)
-    averages = _Averages(link, 1.0 if posterior is None else posterior.temperature)
+    if method == "glm":
+        assert posterior is not None
+
+        def settle() -> None:
+            if statistics:
+                next(_settled(model, statistics, iter(range(1)), seed))
+
+        check = partial(_check, number=0, posterior=posterior, link=link)
+        numbered = (how.tau, temperature, num_samples, seed, antithetic, compile, how.labels)
+        linear = Linear(link, how.variance, how.link_approx, *numbered, check, settle).checked()
+        with as_found(model) if statistics else nullcontext():
+            return linear_prediction(model, posterior, batches, linear).with_noise(noise)
+    averages = Averages(link, temperature, how.combine, how.labels)
     with torch.no_grad(), kept(params.values()), as_found(model) if statistics else nullcontext():
         numbers: Iterator[int] = iter(range(1))
         if posterior is not None and method == "mc":
@@ -216,7 +255,35 @@ def _predict(
         for number, found in enumerate(outputs):
             _check(found, number, posterior, link)
             averages.update(found)
-    return averages.prediction()
+    return averages.prediction().with_noise(noise)
+
+
+def _refuse(method: str, posterior: Posterior | None, link: str, temperature: float, how: _How) -> None:
+    """What does not fit."""
+    if link not in LINKS:
+        raise ValueError(f"unknown link {link!r}; take 'softmax', 'sigmoid' or 'identity'")
+    if method not in ("mean", "mc", "glm"):
+        raise ValueError(f"unknown method {method!r}; take 'mean', 'mc' or 'glm'")
+    if method != "mean" and posterior is None:
+        verb = "draws from" if method == "mc" else "linearizes under"
+        raise ValueError(f"method {method!r} {verb} a posterior, and there is none; pass one or take method='mean'")
+    if not how.tau > 0:
+        raise ValueError(f"tau must be a number > 0, or inf for the mean, got {how.tau!r}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a number > 0, got {temperature!r}")
+    if how.combine not in ("probs", "logits"):
+        raise ValueError(f"unknown combine {how.combine!r}; take 'probs' or 'logits'")
+    if how.combine == "logits" and method == "glm":
+        raise ValueError("combine='logits' of linearized outputs is the mean; take method='mean'")
+    if method == "glm" and how.vmap is not None:
+        raise ValueError(f"vmap={how.vmap!r} evaluates draws of 'mc' at once; take vmap=None for 'glm'")
+    if how.labels is not None and (link != "softmax" or how.combine == "logits"):
+        raise ValueError("labels of sequences need probabilities of classes by draw: link='softmax' and combine='probs'")
+    if how.noise_variance is not None:
+        if link != "identity":
+            raise ValueError(f"noise_variance is that of a regression, link='identity'; got link={link!r}")
+        if not (torch.as_tensor(how.noise_variance) >= 0).all():
+            raise ValueError(f"noise_variance must be >= 0, got {how.noise_variance!r}")
 
 
 def _written(draws: Draws, count: int, antithetic: bool) -> Iterator[int]:
@@ -264,56 +331,11 @@ def _stacked(
         yield from torch.cat([forward(weights, x.to(device)) for x in batches], dim=1)
 
 
-class _Averages:
-    """Running means over draws; memory does not grow with their number.
-
-    That of the probabilities is kept as ``top``, the largest log probability so far, and ``total``, the sum of
-    exp(log probability - top).
-    """
-
-    def __init__(self, link: str, temperature: float = 1.0) -> None:
-        self.link, self.temperature, self.count = link, temperature, 0
-        self.mean = self.squares = self.top = self.total = self.noise = torch.zeros(())
-
-    def update(self, outputs: Tensor) -> None:
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        self.count += 1
-        logs = None
-        if self.link == "softmax":
-            logs = (outputs if self.temperature == 1 else outputs / self.temperature).log_softmax(dim=-1)
-        if self.count == 1:
-            self.mean, self.squares = outputs.clone(), torch.zeros_like(outputs)
-            if logs is not None:
-                self.top, self.total, self.noise = logs, torch.ones_like(logs), _entropy(logs)
-            return
-        gap = outputs - self.mean
-        self.mean.add_(gap, alpha=1 / self.count)
-        self.squares.addcmul_(gap, outputs - self.mean)
-        if logs is not None:
-            self.noise.add_(_entropy(logs))
-            top = torch.maximum(self.top, logs)
-            self.total.mul_(self.top.sub_(top).exp_()).add_(logs.sub_(top).exp_())
-            self.top = top
-
-    def prediction(self) -> Prediction:
-        variance = self.squares / self.count
-        if self.link == "identity":
-            return Prediction(None, self.mean, variance, None, None)
-        log_probs = self.top + (self.total / self.count).log()
-        total = _entropy(log_probs)
-        information = (total - self.noise / self.count).clamp_min(0)
-        return Prediction(log_probs.exp(), self.mean, variance, total, information, log_probs)
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    return -(log_probs.exp() * log_probs).sum(dim=-1)
-
-
 def _check(outputs: Tensor, number: int, posterior: Posterior | None, link: str) -> None:
     if link == "softmax" and (outputs.dim() < 2 or outputs.shape[-1] < 2):
         raise ValueError(
             f"the model gave outputs of shape {tuple(outputs.shape)}; class probabilities need (inputs, classes >= 2), "
-            "numbers link='identity'"
+            "numbers link='identity', one logit for yes or no link='sigmoid'"
         )
     if not outputs.isfinite().all():
         rows = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]

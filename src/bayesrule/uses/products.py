@@ -2,6 +2,7 @@ r"""Products with the covariance of outputs under a posterior, :math:`V_i v = J_
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..drawing import Draws, kept
+from ..estimators.calls import Inseparable
 from ..estimators.linearized import Block, Linearized, Spread
+from ..estimators.per_example import variances
 from ..posterior import Posterior
 from .batches import outputs_of, rows_of
 from .deviations import Times
@@ -44,10 +47,10 @@ class Products:
         if estimator == "mc" and posterior is None:
             raise ValueError("the estimator 'mc' draws from a posterior, and there is none; take 'vjp_jvp'")
         self.model, self.posterior, self.estimator = model, posterior, estimator
-        self.num_samples, self.seed = num_samples, seed
+        self.num_samples, self.seed, self.cheaper = num_samples, seed, "'vjp_jvp', or 'last_layer'"
         self.factor = 1.0  # of all variances
         self.params: dict[str, Tensor] = dict(model.named_parameters()) if posterior is None else dict(posterior.bind(model))
-        self.spread = _spread(posterior, self.params)
+        self.spread, self._together = _spread(posterior, self.params), True
 
     @contextmanager
     def at_the_mean(self) -> Iterator[None]:
@@ -82,11 +85,9 @@ class Products:
         if self.estimator == "mc":
             return self._by_draws(inputs)
         if self.estimator == "layerwise":
-            values, matrix = self._covariance(inputs)
+            values, matrix = self._or_one_by_one(self._covariance, inputs, True)
             return values, lambda v, rows: (matrix[rows] @ v.flatten(1)[:, :, None]).view_as(v)
-        model, spread, call = self.model, self.spread, self._call(inputs)
-        if self.estimator == "last_layer":
-            model, spread, call = self._last_layer(inputs)
+        model, spread, call = self._called(inputs)
         whole = Linearized(model, lambda: call(slice(None)), spread)
 
         def times(v: Tensor, rows: Tensor) -> Tensor:
@@ -102,17 +103,58 @@ class Products:
 
     def covariance(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """The outputs for a batch, shape (n, ...), and the covariance of each example's, (n, K, K) for K outputs."""
-        values, matrix = self._covariance(inputs)
+        values, matrix = self._or_one_by_one(self._covariance, inputs, True)
         return values, matrix * self.factor
 
+    def variance(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """The outputs for a batch, and the variance of each, both (n, ...): the diagonals of :meth:`covariance`."""
+        values, variance = self._or_one_by_one(self._variance, inputs, False)
+        return values, variance * self.factor
+
+    def _or_one_by_one(
+        self, together: Callable[[Any], tuple[Tensor, Tensor]], inputs: Any, matrices: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Where layers cannot tell examples apart, each goes alone; said once."""
+        if self._together:
+            try:
+                return together(inputs)
+            except Inseparable as error:
+                warnings.warn(f"{error}; until then examples go one by one, which is slow", UserWarning, stacklevel=3)
+                self._together = False
+        n = _examples(inputs)
+        each = [self._alone(rows_of(inputs, slice(i, i + 1), n), matrices) for i in range(n)]
+        return torch.cat([values for values, _ in each]), torch.cat([found for _, found in each])
+
+    def _alone(self, inputs: Any, matrices: bool) -> tuple[Tensor, Tensor]:
+        """Of one example, by its Jacobian."""
+        model, spread, call = self._called(inputs)
+        params = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name in spread.names}
+        with torch.enable_grad():
+            values = call(slice(None))
+        count = values.numel()
+        if (needed := 4 * count * sum(p.numel() for p in params.values())) > LIMIT:
+            raise RuntimeError(f"the gradients of an example take {needed / 2**30:.1f} GiB; take {self.cheaper}")
+        units = torch.eye(count, dtype=values.dtype, device=values.device).view(count, *values.shape)
+        of = [torch.autograd.grad(values, list(params.values()), u, retain_graph=True, allow_unused=True) for u in units]
+        jacobian = {
+            name: torch.stack([torch.zeros_like(p) if each[at] is None else each[at] for each in of])
+            for at, (name, p) in enumerate(params.items())
+        }
+        moved = {name: jacobian[name] * s.to(values.device) for name, s in spread.variance.items()}
+        for block in spread.blocks:
+            moved |= block.solve_each({name: jacobian[name] for name in block.names})
+        found = [(jacobian[name].flatten(1), moved[name].flatten(1)) for name in jacobian]
+        if matrices:
+            return values.detach(), torch.stack([a @ b.mT for a, b in found]).sum(0)[None]
+        return values.detach(), torch.stack([(a * b).sum(1) for a, b in found]).sum(0).view(values.shape)
+
     def _covariance(self, inputs: Any) -> tuple[Tensor, Tensor]:
-        call = self._call(inputs)
-        whole = Linearized(self.model, lambda: call(slice(None)), self.spread)
+        model, spread, call = self._called(inputs)
+        whole = Linearized(model, lambda: call(slice(None)), spread)
         n, each = len(whole.values), whole.bytes
         if each > LIMIT:
             raise RuntimeError(
-                f"the covariance of {whole.values[:1].numel()} outputs takes {each / 2**30:.1f} GiB an example; take "
-                "'vjp_jvp', or 'last_layer'"
+                f"the covariance of {whole.values[:1].numel()} outputs takes {each / 2**30:.1f} GiB an example; take {self.cheaper}"
             )
         if n > 1 and n * each > HELD:
             del whole
@@ -120,19 +162,51 @@ class Products:
             return torch.cat([values for values, _ in halves]), torch.cat([matrix for _, matrix in halves])
         return whole.values, whole.covariance()
 
+    def _variance(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        if self.estimator == "last_layer":
+            layer, spread, features = self._last_layer(inputs)
+            if not spread.blocks:
+                return _in_closed_form(layer, spread, features)
+        model, spread, call = self._called(inputs)
+        if not spread.blocks:
+            seen: list[Tensor] = []
+
+            def outputs() -> Tensor:
+                seen[:] = [call(slice(None))]
+                return seen[0].flatten(1) if seen[0].dim() > 1 else seen[0]
+
+            found = variances(model, outputs, spread.variance)
+            return seen[0].detach(), found.view(seen[0].shape)
+        whole = Linearized(model, lambda: call(slice(None)), spread)
+        n, each = len(whole.values), whole.bytes // max(1, whole.values[:1].numel())
+        if each > LIMIT:
+            raise RuntimeError(f"the variance of an output takes {each / 2**30:.1f} GiB an example; take {self.cheaper}")
+        if n > 1 and n * each > HELD:
+            del whole
+            halves = [self._variance(rows_of(inputs, rows, n)) for rows in (slice(0, n // 2), slice(n // 2, n))]
+            return torch.cat([values for values, _ in halves]), torch.cat([found for _, found in halves])
+        return whole.values, whole.variance()
+
+    def _called(self, inputs: Any) -> tuple[nn.Module, Spread, Callable[[Any], Tensor]]:
+        """What is linearized: a module, the covariance of its weights, and what calls it on some of the inputs."""
+        if self.estimator == "last_layer":
+            layer, spread, features = self._last_layer(inputs)
+            return layer, spread, lambda rows: layer(features[rows])
+        return self.model, self.spread, self._call(inputs)
+
     def _call(self, inputs: Any) -> Callable[[Any], Tensor]:
         def call(rows: Any) -> Tensor:
             return outputs_of(self.model, inputs if isinstance(rows, slice) else rows_of(inputs, rows, _examples(inputs)))
 
         return call
 
-    def _last_layer(self, inputs: Any) -> tuple[nn.Module, Spread, Callable[[Any], Tensor]]:
-        """The layer that gives the outputs, the covariance of its weights, and what calls it on what goes in."""
+    def _last_layer(self, inputs: Any) -> tuple[nn.Linear, Spread, Tensor]:
+        """The layer that gives the outputs, the covariance of its weights, and what goes in."""
         name, layer, features = last_layer(self.model, inputs)
         own = {f"{name}.{p}".lstrip("."): p for p, _ in layer.named_parameters()}
         variance = {own[full]: s for full, s in self.spread.variance.items() if full in own}
         blocks = [_within(block, own, self.params) for block in self.spread.blocks if any(full in own for full in block.names)]
-        return layer, Spread(variance, blocks), lambda rows: layer(features[rows])
+        return layer, Spread(variance, blocks), features
 
     @torch.no_grad()
     def _by_draws(self, inputs: Any) -> tuple[Tensor, Times]:
@@ -158,13 +232,13 @@ class Products:
         return values, times
 
 
-def last_layer(model: nn.Module, inputs: Any) -> tuple[str, nn.Module, Tensor]:
+def last_layer(model: nn.Module, inputs: Any) -> tuple[str, nn.Linear, Tensor]:
     """The linear layer that gives a model's outputs: its name, itself, and what goes in.
 
     Raises:
         ValueError: There is none.
     """
-    seen: list[tuple[str, nn.Module, Tensor, Any]] = []
+    seen: list[tuple[str, nn.Linear, Tensor, Any]] = []
     handles = [
         module.register_forward_hook(lambda module, args, out, name=name: seen.append((name, module, args[0], out)))
         for name, module in model.named_modules()
@@ -180,6 +254,17 @@ def last_layer(model: nn.Module, inputs: Any) -> tuple[str, nn.Module, Tensor]:
         if isinstance(out, Tensor) and out.shape == outputs.shape and out.data_ptr() == outputs.data_ptr():
             return name, module, features
     raise ValueError("the model's outputs come from no linear layer, which is what 'last_layer' needs; take another estimator")
+
+
+@torch.no_grad()
+def _in_closed_form(layer: nn.Linear, spread: Spread, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of a linear layer whose weights are independent, and their variances."""
+    values, wide = layer(features), torch.promote_types(layer.weight.dtype, torch.float32)
+    of = {name: s.to(values.device, wide) for name, s in spread.variance.items()}
+    found = torch.zeros(values.shape, dtype=wide, device=values.device)
+    if "weight" in of:
+        found = found + features.to(wide).square() @ of["weight"].mT
+    return values, found + of["bias"] if "bias" in of else found
 
 
 def _spread(posterior: Posterior | None, params: Mapping[str, Tensor]) -> Spread:
