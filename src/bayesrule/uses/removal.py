@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..estimators.output_losses import OutputLoss, Slopes
 from ..estimators.per_example import inner_products
+from ..estimators.pushing import Push
 from .batches import inputs_and_labels, on_device, outputs_of, rows_of
 from .deviations import first_order, newton
 from .products import Products
@@ -76,6 +76,7 @@ class Group:
     def __init__(self, products: Products, loss: OutputLoss, correction: str) -> None:
         self.products, self.loss, self.correction = products, loss, correction
         self.params = {name: products.params[name] for name in products.spread.names}
+        self._pushes = Push(products.model)
 
     def removal(self, indices: Tensor, parts: Parts) -> Removal:
         """What taking these away would change."""
@@ -190,17 +191,8 @@ class Group:
 
     def _push(self, parts: Parts, u: dict[str, Tensor]) -> Tensor:
         """J u of every example."""
-        found = []
-        params = [self.params[name] for name in u]
-        for x, _ in parts:
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-                f = outputs_of(self.products.model, x)
-                v = torch.zeros_like(f, requires_grad=True)
-                back = torch.autograd.grad(f, params, v, create_graph=True, allow_unused=True)
-                pairs = [(g, u[name]) for name, g in zip(u, back, strict=True) if g is not None and g.requires_grad]
-                along = torch.autograd.grad([g for g, _ in pairs], v, [d for _, d in pairs])[0] if pairs else torch.zeros_like(f)
-            found.append(along.detach())
-        return torch.cat(found)
+        model = self.products.model
+        return torch.cat([self._pushes.along(u, partial(outputs_of, model, x)) for x, _ in parts])
 
 
 def _losses(model: nn.Module, loss: OutputLoss, x: Any, y: Tensor) -> Tensor:
