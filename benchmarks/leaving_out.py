@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import bayesrule as br
 from benchmarks import child
 from benchmarks.ledger import Settings, Table
+from benchmarks.plots import scatter
 from benchmarks.rivals import kronfluence
 from benchmarks.timing import spread
 
@@ -252,6 +253,14 @@ def tables(settings: Settings) -> list[Table]:
             means = [sum(answer["estimates"][name][point][1]), sum(answer["truth"][point][1]), sum(answer["loss"][point])]
             count = len(answer["loss"][point])
             rows.append((str(steps), name, f"{by[0]:.3f}", f"{by[1]:.3f}", *(f"{m / count:.3f}" for m in means)))
+    panels = {
+        f"after {steps} steps": {
+            name: (answer["truth"][point][1], answer["estimates"][name][point][1]) for name in ("full", "kron")
+        }
+        for point, steps in enumerate(POINTS)
+    }
+    title = "Loss of 50 digits by models without them, one at a time: trained again, and estimated by two Laplace posteriors"
+    scatter(settings.plots / "leaving_out.png", title=title, x="trained again, nats", y="estimated, nats", panels=panels)
     heads = ("steps", "Laplace", "rank correlation, outputs", "rank correlation, losses", "LOO NLL, estimate", "true", "train")
     note = "two layers, 200 digits, 50 of them really left out, one at a time; deterministic"
     found.append(Table("leaving one out, against retraining", heads, rows, figures, note))

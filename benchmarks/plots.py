@@ -83,3 +83,37 @@ def _names(figure: Figure, lines: Mapping[str, Line]) -> None:
 def short(value: float) -> str:
     """A count in few characters: 1,024, 0.3M, 10M."""
     return f"{value:,.0f}" if value < 1e5 else f"{value / 1e6:.{int(value < 9e5)}f}M"
+
+
+Panels = Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+"""By panel, then by kind of points."""
+
+
+def scatter(path: Path, *, title: str, x: str, y: str, panels: Panels) -> None:
+    """Write a PNG of panels side by side, on the same logarithmic axes; in each, points of several kinds, and the diagonal."""
+    figure = Figure(figsize=(3.1 * len(panels), 3.8), dpi=110, layout="constrained")
+    every = [value for kinds in panels.values() for pair in kinds.values() for values in pair for value in values]
+    ends = max(min(every), 1e-4) / 1.5, max(every) * 1.5
+    for place, (name, kinds) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), place + 1)
+        axes.plot(ends, ends, color=GRID, linewidth=1.5, zorder=1)
+        for (kind, (across, up)), (color, marker) in zip(kinds.items(), LOOKS[2:], strict=False):
+            axes.scatter(across, up, s=16, color=color, marker=marker, alpha=0.75, linewidth=0, label=kind, zorder=2)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(ends)
+        axes.set_ylim(ends)
+        axes.set_aspect("equal")
+        axes.set_title(name, color=INK, fontsize=11, loc="left")
+        axes.set_xlabel(x, color=INK, fontsize=10)
+        axes.tick_params(colors=INK, labelsize=9)
+        if place:
+            axes.tick_params(labelleft=False)
+        else:
+            axes.set_ylabel(y, color=INK, fontsize=10)
+            axes.legend(fontsize=9, frameon=False, loc="upper left", labelcolor=INK)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.suptitle(title, color=INK, fontsize=12, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
