@@ -3,7 +3,7 @@
 import csv
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -73,8 +73,8 @@ def examine(
 ) -> Dependence:
     """Score the training examples of a run, without augmentation.
 
-    What is found is kept in ``sensitivity.safetensors`` while it goes on, and a later call goes on from there: examples are taken in
-    one order that looks random and is always the same, so that a subset is a beginning of all.
+    What is found is kept in ``sensitivity.safetensors`` while it goes on, and a later call goes on from there: examples are taken
+    in one order that looks random and is always the same, so that a subset is a beginning of all.
 
     Args:
         folder: Of a finished run.
@@ -165,10 +165,10 @@ def _told(heard: Any, scores: Scores, places: Tensor, part: Part) -> list[str]:
     told = [str(each.message) for each in heard if " leverage " not in str(each.message)]
     refused = (scores.leverage >= 1).nonzero()[:, 0]
     if len(refused):
-        i = int(places[refused[0]])
+        some = f"{len(refused):,} of {len(scores):,} examples have a leverage of 1 or more"
+        example = part.name(int(places[refused[0]]))
         told.append(
-            f"{len(refused):,} of {len(scores):,} examples have a leverage of 1 or more (the first: {part.name(i)}); for them first-order "
-            "estimates stand, and the posterior may be too wide or not converged"
+            f"{some} (the first: {example}); for them first-order estimates stand: the posterior may be too wide or not converged"
         )
     return list(dict.fromkeys(told))
 
@@ -234,19 +234,8 @@ def _dependence(
     )
 
 
-COLUMNS: Mapping[str, Callable[[Dependence, int], Any]] = {
-    "index": lambda found, i: int(found.indices[i]),
-    "source": lambda found, i: found.name(i),
-    "label": lambda found, i: found.classes[int(found.labels[i])],
-    "prediction": lambda found, i: found.classes[int(found.predictions[i])],
-    **{
-        name: lambda found, i, name=name: (
-            "" if name in OF_NO_SCALE and not found.estimates else f"{getattr(found.scores, name)[i].item():.9g}"
-        )
-        for name in ("loss", "loo_loss", "gap", "sensitivity", "self_influence", "cook", "leverage")
-    },
-    "loo_prediction": lambda found, i: "" if found.without is None else found.classes[int(found.without[i])],
-}
+NUMBERS = ("loss", "loo_loss", "gap", "sensitivity", "self_influence", "cook", "leverage")
+COLUMNS = ("index", "source", "label", "prediction", *NUMBERS, "loo_prediction")
 
 
 def write_table(path: Path, found: Dependence) -> None:
@@ -254,4 +243,7 @@ def write_table(path: Path, found: Dependence) -> None:
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        writer.writerows([column(found, i) for column in COLUMNS.values()] for i in range(len(found.scores)))
+        known = {name: found.scores.by(name).tolist() for name in NUMBERS if found.estimates or name not in OF_NO_SCALE}
+        for i in range(len(found.scores)):
+            about = found.about(i) | {name: f"{values[i]:.9g}" for name, values in known.items()}
+            writer.writerow(["" if about.get(name) is None else about[name] for name in COLUMNS])

@@ -1,7 +1,7 @@
 """One self-contained page about what a model depends on: its training examples, those with suspicious labels first.
 
-The page fetches nothing, as that of :mod:`bayesrule.uses.report`, and a person can mark labels on it and save the list. The input is
-plain data, so whatever :class:`~bayesrule.Sensitivity` scored can be shown: images, rows of tables, texts.
+The page fetches nothing, as that of :mod:`bayesrule.uses.report`, and a person can mark labels on it and save the list. The input
+is plain data, so whatever :class:`~bayesrule.Sensitivity` scored can be shown: images, rows of tables, texts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -156,7 +156,8 @@ class Dependence:
 class Card(NamedTuple):
     """An example as it is shown."""
 
-    index: int
+    place: int
+    """In the training data."""
     source: str
     picture: Picture | None
     text: str
@@ -183,7 +184,7 @@ def cards(found: Dependence, chosen: Sequence[Sequence[int]]) -> list[list[Card]
         said = found.words(about["index"]) if found.words is not None else ""
         values = [] if isinstance(said, str) else list(said)
         return Card(
-            index=about["index"],
+            place=about["index"],
             source=about["source"],
             picture=pictures.get(about["index"]),
             text=said if isinstance(said, str) else "",
@@ -207,7 +208,7 @@ def number(x: float) -> str:
         >>> number(3.14159), number(0.0123456), number(1.2e-7), number(12345.6), number(0.0)
         ('3.14', '0.0123', '1.2e-07', '12,346', '0')
     """
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.1e}" if 0 < abs(x) < 0.001 else f"{x:.3g}"
 
 
 def words_of(found: Dependence) -> list[str]:
@@ -230,10 +231,8 @@ def words_of(found: Dependence) -> list[str]:
             f"{100 * figures['test_accuracy']:.1f} % right."
         )
     top = first(figures["examples"])
-    said.append(
-        f"The most sensitive {100 * FIRST:.0f} % ({top:,} {things if top > 1 else found.thing}) carry {100 * figures['top_share']:.0f} % "
-        "of all sensitivity."
-    )
+    few = f"{top:,} {things if top > 1 else found.thing}"
+    said.append(f"The most sensitive {100 * FIRST:.0f} % ({few}) carry {100 * figures['top_share']:.0f} % of all sensitivity.")
     return said
 
 
