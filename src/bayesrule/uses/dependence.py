@@ -21,6 +21,7 @@ TOP = 24  # suspicious labels that are shown
 ENDS = 12  # examples shown of those that the model depends on most, and least
 PICTURES = 60  # in a page, at most
 COLUMNS = 12  # of a row that are shown
+MANY = 0.05  # of the examples with a leverage of 1 or more: so many spoil the means
 
 NAMES = {
     "loo_loss": "leave-one-out loss",
@@ -114,6 +115,11 @@ class Dependence:
             "leverage_above_1": int((leverage >= 1).sum()),
         }
 
+    @property
+    def trusted(self) -> bool:
+        """Whether leave-one-out means are worth anything: few examples have a leverage of 1 or more."""
+        return self.estimates and self.figures["leverage_above_1"] <= MANY * len(self.scores)
+
     def rows(self) -> list[dict[str, Any]]:
         """The losses of training, leave-one-out and test, those that are known: ``examples``, ``nll``, ``accuracy``."""
         named = {"training": "train", "leave-one-out": "loo", "test": "test"}
@@ -173,20 +179,22 @@ class Card(NamedTuple):
 
 
 def cards(found: Dependence, chosen: Sequence[Sequence[int]]) -> list[list[Card]]:
-    """Examples by position, group by group, with pictures as long as a page takes them: all of the last groups first."""
-    pictures: dict[int, Picture] = {}
+    """Examples by position, group by group, with as many pictures as a page takes: those of the last group first."""
+    drawn: list[tuple[int, int]] = []
     if found.images is not None:
-        wanted = dict.fromkeys(position for group in reversed(chosen) for position in group)
-        pictures = draw(found.images, (int(found.indices[position]) for position in list(wanted)[:PICTURES]))
+        drawn = [(g, position) for g in reversed(range(len(chosen))) for position in chosen[g]][:PICTURES]
+    pictures = draw(found.images, {int(found.indices[position]) for _, position in drawn})
 
-    def card(position: int) -> Card:
+    shown = set(drawn)
+
+    def card(g: int, position: int) -> Card:
         about = found.about(position)
         said = found.words(about["index"]) if found.words is not None else ""
         values = [] if isinstance(said, str) else list(said)
         return Card(
             place=about["index"],
             source=about["source"],
-            picture=pictures.get(about["index"]),
+            picture=pictures[about["index"]] if (g, position) in shown else None,
             text=said if isinstance(said, str) else "",
             values=values[:COLUMNS],
             more=max(len(values) - COLUMNS, 0),
@@ -198,7 +206,7 @@ def cards(found: Dependence, chosen: Sequence[Sequence[int]]) -> list[list[Card]
             sensitivity=number(about["sensitivity"]),
         )
 
-    return [[card(position) for position in group] for group in chosen]
+    return [[card(g, position) for position in group] for g, group in enumerate(chosen)]
 
 
 def number(x: float) -> str:
@@ -219,7 +227,13 @@ def words_of(found: Dependence) -> list[str]:
         f"These are {scope} {found.total:,} {things} that the model was trained on. On them it loses {figures['train_nll']:.3f} "
         f"nats on average, and names {100 * figures['train_accuracy']:.1f} % as they are labelled."
     ]
-    if found.estimates:
+    if found.estimates and not found.trusted:
+        said.append(
+            f"What it would say of each {found.thing} without it cannot be told from this posterior, which is too wide or not "
+            f"converged: the equation fails for {figures['leverage_above_1']:,} of {figures['examples']:,} {things}. Rank by "
+            "the training loss, or train with a smaller learning rate, for longer, or with an ess near the number of examples."
+        )
+    elif found.estimates:
         said.append(
             f"Asked about each {found.thing} as if it had been trained without it, it would lose {figures['loo_nll']:.3f} nats and "
             f"name {100 * figures['loo_accuracy']:.1f} % as labelled: an estimate of what it does on new {things} like these, made "
@@ -227,7 +241,7 @@ def words_of(found: Dependence) -> list[str]:
         )
     if found.test is not None:
         said.append(
-            f"On the test {things} it {'really ' if found.estimates else ''}loses {figures['test_nll']:.3f} nats and names "
+            f"On the test {things} it {'really ' if found.trusted else ''}loses {figures['test_nll']:.3f} nats and names "
             f"{100 * figures['test_accuracy']:.1f} % right."
         )
     top = first(figures["examples"])
