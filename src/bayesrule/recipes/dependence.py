@@ -2,8 +2,9 @@
 
 import csv
 import inspect
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -38,12 +39,12 @@ class Ordered:
     Args:
         data: Of the run.
         order: Their places in the training part, shape (examples,).
-        tick: Called after every batch.
+        bars: Progress.
     """
 
     data: Data
     order: Tensor
-    tick: Callable[[], object] = lambda: None
+    bars: Bars = quiet
 
     @property
     def batches(self) -> tuple[Tensor, ...]:
@@ -51,11 +52,12 @@ class Ordered:
         return self.order.split(fitting(self.data.shape, BATCH, FORWARD))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        tick = self.bars("score", len(self.batches))
         for batch, stored in zip(self.batches, self.data.train.stream(self.batches), strict=True):
             try:
                 yield self.data.scale(stored), self.data.train.labels[batch]
             finally:  # whoever has enough takes no more
-                self.tick()
+                tick()
 
 
 def examine(
@@ -115,15 +117,14 @@ def examine(
             warnings.simplefilter("always")
             asker = Sensitivity(run.model, law, correction=correction, estimator=estimator)
             chosen = order[: max(count, min(_known(path), total))]
-            tick = bars("score", len(Ordered(run.data, chosen).batches))
-            found = asker.scores(Ordered(run.data, chosen, tick), path=path, subset=len(chosen))
+            found = asker.scores(Ordered(run.data, chosen, bars), path=path, subset=len(chosen))
         places = order[:count].sort()
         scores = Scores(**{one.name: getattr(found, one.name)[:count][places.indices] for one in fields(Scores)})
         losses = _without_classes(asker, run.data, bars) if classes else []
     except RuntimeError as error:
         raise ValueError(f"{folder}: {' '.join(str(error).split())}") from error
     except ValueError as error:
-        raise ValueError(str(error).replace("name another file", "choose another --out")) from error
+        raise ValueError(re.sub("name another( file)?$", "choose another --out", str(error))) from error
     except KeyboardInterrupt:
         if not path.exists():
             raise
