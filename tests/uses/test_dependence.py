@@ -73,6 +73,7 @@ EXAMPLES = {
     "nothing to see": example(**FEW, names=None),
     "no posterior": example(without=None, estimates=False, score="loss", warnings=["none <at> all"]),
     "too wide": example(scores=scores(50, leverage=torch.full((50,), 1.5))),
+    "far": example(test={"nll": 3.0, "accuracy": 0.1}),
     "many": example(300, top=200, images=Recorder((3, 300, 200))),
     "curve": example(history=[line | {"loo_nll": 1.2 / line["epoch"]} for line in HISTORY]),
     "classes": example(class_losses=[ClassLoss("cat", 17, 0.1, 2.5), ClassLoss("$x_1$", 16, 0.2, 0.9)]),
@@ -146,6 +147,17 @@ def test_the_suggestion_is_what_the_model_says_without_the_example():
     assert EXAMPLES["images"].suggestion(4) == "eel" and EXAMPLES["no posterior"].suggestion(4) == "dog"
 
 
+@pytest.mark.parametrize(
+    ("test", "far"), [(None, False), (0.35, True), (0.4, False), (0.55, False), (0.83, False), (0.86, True), (0.0, True)]
+)
+def test_an_estimate_far_from_the_test_loss_is_called_so(test, far):
+    found = example(
+        scores=scores(50, loo_loss=torch.full((50,), 0.563)), test=None if test is None else {"nll": test, "accuracy": 0.5}
+    )
+    assert found.far is far
+    assert not replace(found, scores=scores(50, leverage=torch.full((50,), 1.5))).far and not replace(found, estimates=False).far
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_page_is_complete_in_itself(name):
     page = written(name)
@@ -193,6 +205,7 @@ def test_rows_show_their_values_and_texts_their_words():
         ("To be kept in mind", {"no posterior"}),
         ("On the test ", set(EXAMPLES) - {"one"}),
         ("as if it had been trained without it, it would lose", set(EXAMPLES) - {"no posterior", "too wide"}),
+        ("far from the estimate", {"far"}),
         ("cannot be told from this posterior", {"too wide"}),
         ("scores are a ranking only", {"no posterior"}),
         ("loss without", set(EXAMPLES) - {"no posterior"}),
@@ -253,7 +266,7 @@ LOOK = """<script>addEventListener("load", async () => {
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(("name", "width"), [("nasty", 500), pytest.param("rows", 500, marks=pytest.mark.slow), ("many", 1100)])
+@pytest.mark.parametrize(("name", "width"), [("nasty", 500), ("rows", 500), ("many", 1100)])
 def test_in_a_browser_labels_are_marked_and_the_list_is_saved(chromium, tmp_path, name, width):
     page = written(name)
     (tmp_path / "page.html").write_text(page.replace("</body>", LOOK), encoding="utf-8")

@@ -21,8 +21,13 @@ TOP = 24  # suspicious labels that are shown
 ENDS = 12  # examples shown of those that the model depends on most, and least
 PICTURES = 60  # in a page, at most
 COLUMNS = 12  # of a row that are shown
+FAR = 1.5  # times a test loss: from there on an estimate is called far from it
 MANY = 0.05  # of the examples with a leverage of 1 or more: so many spoil the means
 
+FAR_OFF = (
+    " That is far from the estimate. If the test data are many and of the same kind, the posterior is too narrow for what was "
+    "learned by heart, or too wide: trust the order of the examples more than the figure."
+)
 NAMES = {
     "loo_loss": "leave-one-out loss",
     "loss": "training loss",
@@ -119,6 +124,12 @@ class Dependence:
     def trusted(self) -> bool:
         """Whether leave-one-out means are worth anything: few examples have a leverage of 1 or more."""
         return self.estimates and self.figures["leverage_above_1"] <= MANY * len(self.scores)
+
+    @property
+    def far(self) -> bool:
+        """Whether the leave-one-out loss is far from that on the test data."""
+        loo, test = self.figures["loo_nll"], self.figures["test_nll"]
+        return self.trusted and test is not None and not 1 / FAR <= test / max(loo, 1e-12) <= FAR
 
     def rows(self) -> list[dict[str, Any]]:
         """The losses of training, leave-one-out and test, those that are known: ``examples``, ``nll``, ``accuracy``."""
@@ -242,7 +253,7 @@ def words_of(found: Dependence) -> list[str]:
     if found.test is not None:
         said.append(
             f"On the test {things} it {'really ' if found.trusted else ''}loses {figures['test_nll']:.3f} nats and names "
-            f"{100 * figures['test_accuracy']:.1f} % right."
+            f"{100 * figures['test_accuracy']:.1f} % right.{FAR_OFF if found.far else ''}"
         )
     top = first(figures["examples"])
     few = f"{top:,} {things if top > 1 else found.thing}"
