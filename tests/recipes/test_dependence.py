@@ -222,22 +222,21 @@ class TestWithoutAPosterior:
     def test_a_posterior_need_not_be_taken(self, finished, tmp_path):
         assert not examine(finished / "ivon", tmp_path, posterior="none", score="self_influence").estimates
 
-    def test_laplace_is_asked_for_where_there_is_one(self, finished, tmp_path, monkeypatch):
-        def laplace(model, loader, structure="diag", loss="cross_entropy"):
-            (inputs, labels), *_ = loader
-            given.append((structure, tuple(inputs.shape[1:]), labels.dtype))
-            precision = {name: torch.full_like(p, 1e4) for name, p in model.named_parameters()}
-            mean = {name: p.detach().clone() for name, p in model.named_parameters()}
-            return br.Posterior(mean, precision, ess=1.0)
+    def test_a_laplace_posterior_of_the_last_layer(self, finished, tmp_path):
+        found, run = examine(finished / "sgd", tmp_path, posterior="laplace"), read(finished / "sgd")
+        every = Ordered(run.data, torch.arange(found.total))
+        post = br.Posterior.laplace(run.model, every, "last_layer", "marglik")
+        wanted = br.Sensitivity(run.model, post).scores(every)
+        assert found.estimates and found.score == "loo_loss" and not found.warnings
+        torch.testing.assert_close(found.scores.loo_loss, wanted.loo_loss, rtol=1e-3, atol=1e-5)
+        assert 1 < (found.figures["loo_nll"] / found.figures["train_nll"]) < 1.5
 
-        given = []
-        monkeypatch.setattr(br.Posterior, "laplace", laplace, raising=False)
-        assert examine(finished / "sgd", tmp_path, posterior="laplace", subset=9).estimates
-        assert given == [("kron", (1, 8, 8), torch.int64)]
+    def test_what_laplace_refuses_is_a_line(self, finished, tmp_path, monkeypatch):
+        def fail(*_):
+            raise RuntimeError("it takes\nmuch")
 
-    def test_laplace_where_there_is_none(self, finished, tmp_path, monkeypatch):
-        monkeypatch.delattr(br.Posterior, "laplace", raising=False)
-        with pytest.raises(ValueError, match="makes no Laplace posteriors"):
+        monkeypatch.setattr(br.Posterior, "laplace", fail)
+        with pytest.raises(ValueError, match="sgd: it takes much"):
             examine(finished / "sgd", tmp_path, posterior="laplace")
 
 

@@ -53,7 +53,7 @@ def example(count=50, **changes):
         without=torch.arange(1, count + 1) % 3,
         classes=("cat", "dog", "eel"),
         total=2 * count,
-        test={"nll": 0.7, "accuracy": 0.8},
+        test={"nll": 0.7, "accuracy": 0.6},
         names="shelf {}".format,
         images=Recorder((1, 8, 8)),
         history=HISTORY,
@@ -123,7 +123,7 @@ def test_figures():
         "loo_nll": pytest.approx(found.scores.loo_loss.mean().item()),
         "loo_accuracy": 0.5,
         "test_nll": 0.7,
-        "test_accuracy": 0.8,
+        "test_accuracy": 0.6,
         "top_share": pytest.approx((found.scores.sensitivity.max() / found.scores.sensitivity.sum()).item()),
         "leverage_above_1": 0,
     }
@@ -148,13 +148,21 @@ def test_the_suggestion_is_what_the_model_says_without_the_example():
 
 
 @pytest.mark.parametrize(
-    ("test", "far"), [(None, False), (0.35, True), (0.4, False), (0.55, False), (0.83, False), (0.86, True), (0.0, True)]
+    ("nll", "accuracy", "far"),
+    [
+        (0.36, 0.5, True),
+        (0.4, 0.5, False),
+        (0.83, 0.5, False),
+        (0.86, 0.5, True),
+        (0.0, 0.5, True),
+        (0.5, 0.36, False),
+        (0.5, 0.34, True),
+        (0.5, 0.66, True),
+    ],
 )
-def test_an_estimate_far_from_the_test_loss_is_called_so(test, far):
-    found = example(
-        scores=scores(50, loo_loss=torch.full((50,), 0.563)), test=None if test is None else {"nll": test, "accuracy": 0.5}
-    )
-    assert found.far is far
+def test_an_estimate_far_from_the_test_data_is_called_so(nll, accuracy, far):
+    found = example(scores=scores(50, loo_loss=torch.full((50,), 0.563)), test={"nll": nll, "accuracy": accuracy})
+    assert found.far is far and not replace(found, test=None).far
     assert not replace(found, scores=scores(50, leverage=torch.full((50,), 1.5))).far and not replace(found, estimates=False).far
 
 

@@ -1,7 +1,6 @@
 """What a finished run depends on: its training examples scored, in files beside the run."""
 
 import csv
-import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -87,7 +86,8 @@ def examine(
         correction: Likewise.
         score: What makes a label suspicious, one of :data:`~bayesrule.uses.scores.SCORES`; None is the leave-one-out loss, or the
             training loss where there is no posterior.
-        posterior: "auto" is what the run has learned, or None if it has none; "none" never takes it; "laplace" makes one.
+        posterior: "auto" is what the run has learned, or None if it has none; "none" never takes it; "laplace" makes one
+            of the last layer.
         classes: Whether to estimate what leaving out each class would do.
         bars: Progress.
 
@@ -101,7 +101,10 @@ def examine(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     run, out = read(folder), out or folder
-    law, notes = _posterior(run, posterior)
+    try:
+        law, notes = _posterior(run, posterior)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from error
     if law is None and (score in OF_NO_SCALE or classes):
         asked = f"--score {score}" if score in OF_NO_SCALE else "--classes"
         raise ValueError(f"{asked} needs a posterior, and {folder} has none that is taken; see --posterior")
@@ -138,14 +141,8 @@ def examine(
 def _posterior(run: Run, which: Which) -> tuple[br.Posterior | None, list[str]]:
     """The posterior that is asked with, and what is to be said of it."""
     if which == "laplace":
-        make = getattr(br.Posterior, "laplace", None)
-        if make is None:
-            raise ValueError("this release makes no Laplace posteriors; take --posterior auto or none")
-        chosen: dict[str, Any] = {"structure": "kron", "prior_precision": "marglik"}
-        known = inspect.signature(make).parameters
-        loader = Ordered(run.data, torch.arange(len(run.data.train)))
-        made: br.Posterior = make(run.model, loader, **{name: value for name, value in chosen.items() if name in known})
-        return made, []
+        everything = Ordered(run.data, torch.arange(len(run.data.train)))
+        return br.Posterior.laplace(run.model, everything, "last_layer", "marglik"), []
     if which == "auto" and run.posterior is not None:
         return run.posterior, []
     why = f"{run.title} leaves no posterior" if run.posterior is None else "the posterior is not taken"

@@ -27,7 +27,7 @@ class RankExamples:
         estimator: vjp_jvp for any model, layerwise for few classes, last_layer for the last layer alone, mc by draws.
         correction: newton, or first_order, which takes half as long.
         score: What makes a label suspicious; by default the leave-one-out loss, or without a posterior the training loss.
-        posterior: auto takes what the run has learned, none does without, laplace makes one.
+        posterior: auto takes what the run has learned, none does without, laplace makes one of the last layer.
         classes: Also estimate what leaving out each class would do.
         out: Folder for sensitivity.csv, sensitivity.html and the scores; by default that of the run.
         json: Print one JSON object instead of tables.

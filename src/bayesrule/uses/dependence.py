@@ -22,6 +22,7 @@ ENDS = 12  # examples shown of those that the model depends on most, and least
 PICTURES = 60  # in a page, at most
 COLUMNS = 12  # of a row that are shown
 FAR = 1.5  # times a test loss: from there on an estimate is called far from it
+APART = 0.15  # between accuracies, likewise
 MANY = 0.05  # of the examples with a leverage of 1 or more: so many spoil the means
 
 FAR_OFF = (
@@ -127,9 +128,12 @@ class Dependence:
 
     @property
     def far(self) -> bool:
-        """Whether the leave-one-out loss is far from that on the test data."""
-        loo, test = self.figures["loo_nll"], self.figures["test_nll"]
-        return self.trusted and test is not None and not 1 / FAR <= test / max(loo, 1e-12) <= FAR
+        """Whether the leave-one-out figures are far from those on the test data."""
+        figures = self.figures
+        if not self.trusted or figures["test_nll"] is None:
+            return False
+        ratio = figures["test_nll"] / max(figures["loo_nll"], 1e-12)
+        return not 1 / FAR <= ratio <= FAR or abs(figures["test_accuracy"] - figures["loo_accuracy"]) > APART
 
     def rows(self) -> list[dict[str, Any]]:
         """The losses of training, leave-one-out and test, those that are known: ``examples``, ``nll``, ``accuracy``."""
