@@ -185,6 +185,9 @@ def test_pictures_are_few_and_no_others_are_read(name, pictures):
     assert shown == pictures
     assert page.count('data-mark="wrong" ') == found.top
     if name == "many":
+        suspects, *ends = cards(found, [found.suspects, list(range(ENDS)), list(range(90, 90 + ENDS))])
+        assert [card.picture is not None for card in suspects] == [True] * (PICTURES - 2 * ENDS) + [False] * (200 - 36)
+        assert all(card.picture for group in ends for card in group)
         assert "more, without their pictures" in page and len(page) < 2_500_000
 
 
