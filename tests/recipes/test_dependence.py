@@ -200,6 +200,7 @@ def test_what_is_damaged_is_refused_in_one_line(name, copied):
         ("sgd", {"score": "loo_loss"}, "--score loo_loss needs a posterior, and .* has none that is taken"),
         ("sgd", {"classes": True}, "--classes needs a posterior"),
         ("ivon", {"posterior": "none", "score": "gap"}, "--score gap needs a posterior"),
+        ("sgd", {"scale": "data"}, "--scale data needs a posterior"),
         ("sgd", {"estimator": "mc"}, "draws from a posterior, and there is none"),
         ("nothing", {}, "there is no run folder"),
     ],
@@ -258,6 +259,20 @@ def test_a_leverage_of_one_is_told_by_name(copied):
     assert first != 0
     assert f"(the first: {found.names(first)})" in str(heard[0].message) and len(heard) == 1
     assert not found.trusted
+
+
+def test_variances_as_wide_as_the_data_allow(copied):
+    run = read(copied)
+    every = Ordered(run.data, torch.arange(len(run.data.train)))
+    factor = br.Sensitivity(run.model, run.posterior).width(every)
+    wanted = br.Sensitivity(run.model, run.posterior, scale=factor).scores(every)
+    for subset in (30, None):  # the width is that of all
+        with pytest.warns(UserWarning, match=f"variances are scaled by {factor:.3g}, "):
+            found = examine(copied, scale="data", subset=subset)
+        alike(found.scores, wanted, found.indices)
+    assert factor != pytest.approx(1, rel=0.05)
+    with pytest.raises(ValueError, match="holds scores of another scale; remove it, or choose another --out"):
+        examine(copied)
 
 
 def test_classes_that_are_left_out(finished, tmp_path):

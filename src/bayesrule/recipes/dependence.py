@@ -29,6 +29,7 @@ KEPT = "sensitivity.safetensors"
 BATCH = 256  # examples scored at once, at most
 OF_NO_SCALE = ("loo_loss", "gap", "leverage")  # without a posterior
 Which = Literal["auto", "none", "laplace"]
+Scale = Literal["posterior", "data"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def examine(
     correction: Correction = "newton",
     score: str | None = None,
     posterior: Which = "auto",
+    scale: Scale = "posterior",
     classes: bool = False,
     bars: Bars = quiet,
 ) -> Dependence:
@@ -88,6 +90,8 @@ def examine(
             training loss where there is no posterior.
         posterior: "auto" is what the run has learned, or None if it has none; "none" never takes it; "laplace" makes one
             of the last layer.
+        scale: "posterior" takes its variances as they are, "data" as wide as the curvature of the data allows, see
+            :meth:`~bayesrule.Sensitivity.width`: for rankings by posteriors that are too wide.
         classes: Whether to estimate what leaving out each class would do.
         bars: Progress.
 
@@ -105,8 +109,8 @@ def examine(
         law, notes = _posterior(run, posterior)
     except RuntimeError as error:
         raise ValueError(f"{folder}: {' '.join(str(error).split())}") from error
-    if law is None and (score in OF_NO_SCALE or classes):
-        asked = f"--score {score}" if score in OF_NO_SCALE else "--classes"
+    asked = f"--score {score}" if score in OF_NO_SCALE else "--scale data" if scale == "data" else "--classes" if classes else None
+    if law is None and asked:
         raise ValueError(f"{asked} needs a posterior, and {folder} has none that is taken; see --posterior")
     if classes and len(run.data.classes) > HEAT:
         raise ValueError(f"--classes tells of {HEAT} classes at most, and {run.data.name} has {len(run.data.classes)}; drop it")
@@ -118,7 +122,15 @@ def examine(
     try:
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
-            asker = Sensitivity(run.model, law, correction=correction, estimator=estimator)
+            factor = None
+            if scale == "data":
+                factor = Sensitivity(run.model, law).width(Ordered(run.data, torch.arange(total)))
+                notes.append(
+                    f"variances are scaled by {factor:.3g}, as far as the curvature of the data allows; leave-one-out losses then "
+                    "lean to the training loss"
+                )
+                heard.clear()  # it is said again
+            asker = Sensitivity(run.model, law, correction=correction, estimator=estimator, scale=factor)
             chosen = order[: max(count, min(_known(path), total))]
             found = asker.scores(Ordered(run.data, chosen, bars), path=path, subset=len(chosen))
         places = order[:count].sort()

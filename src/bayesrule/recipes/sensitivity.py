@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from bayesrule.recipes.dependence import Which, examine, write_table
+from bayesrule.recipes.dependence import Scale, Which, examine, write_table
 from bayesrule.recipes.terminal import print_dependence, print_json, progress
 from bayesrule.storage import write_text
 from bayesrule.uses.dependence import TOP, render
@@ -28,6 +28,7 @@ class RankExamples:
         correction: newton, or first_order, which takes half as long.
         score: What makes a label suspicious; by default the leave-one-out loss, or without a posterior the training loss.
         posterior: auto takes what the run has learned, none does without, laplace makes one of the last layer.
+        scale: posterior takes variances as they are, data as wide as the curvature of the data allows (for rankings).
         classes: Also estimate what leaving out each class would do.
         out: Folder for sensitivity.csv, sensitivity.html and the scores; by default that of the run.
         json: Print one JSON object instead of tables.
@@ -40,6 +41,7 @@ class RankExamples:
     correction: Correction = "newton"
     score: Score | None = None
     posterior: Which = "auto"
+    scale: Scale = "posterior"
     classes: bool = False
     out: Path | None = None
     json: bool = False
@@ -57,6 +59,7 @@ class RankExamples:
                 correction=self.correction,
                 score=self.score,
                 posterior=self.posterior,
+                scale=self.scale,
                 classes=self.classes,
                 bars=bars,
             )

@@ -121,7 +121,7 @@ def print_dependence(found: Dependence) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(grid)
     if found.estimates and not found.trusted:
-        print("The leave-one-out figures are worth nothing here; rank by --score loss.")
+        print("The leave-one-out figures are worth nothing here; rank by --scale data or --score loss.")
     print(f"The most sensitive 1 % of {len(found.scores):,} {found.thing}s carry {100 * found.figures['top_share']:.0f} % of all.")
     print(f"Labels to check first, by {NAMES[found.score]}:")
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -246,7 +246,8 @@ def words_of(found: Dependence) -> list[str]:
         said.append(
             f"What it would say of each {found.thing} without it cannot be told from this posterior, which is too wide or not "
             f"converged: the equation fails for {figures['leverage_above_1']:,} of {figures['examples']:,} {things}. Rank by "
-            "the training loss, or train with a smaller learning rate, for longer, or with an ess near the number of examples."
+            "--scale data or by the training loss, or train with a smaller learning rate, for longer, or with an ess near the "
+            "number of examples."
         )
     elif found.estimates:
         said.append(
