@@ -293,6 +293,50 @@ class TestReport:
         assert "unknown data" not in call("evaluate {ivon}")[1]
 
 
+class TestSensitivity:
+    def test_prints_losses_and_labels_to_check_and_leaves_a_table_and_a_page(self, call, world, tmp_path):
+        shutil.copytree(world / "ivon", tmp_path / "a")
+        code, out, err = call("sensitivity {tmp}/a --top 5")
+        assert code == 0 and "score" in err and "warning" not in err
+        assert all(words in out for words in ("training", "leave-one-out", "test", "The most sensitive 1 % of 140 images carry"))
+        assert out.endswith(f"Table: {tmp_path}/a/sensitivity.csv\nPage: {tmp_path}/a/sensitivity.html\n")
+        page, table = ((tmp_path / "a" / f"sensitivity.{end}").read_text() for end in ("html", "csv"))
+        assert page.startswith("<!doctype html>") and page.count('data-mark="wrong" ') == 5 and len(table.splitlines()) == 141
+        assert len([line for line in out.splitlines() if "small.npz x[" in line]) == 5
+
+    def test_as_json(self, call, tmp_path):
+        code, out, _ = call("sensitivity {ivon} --out {new} --json --classes --top 3 --subset 70")
+        found = json.loads(out)
+        assert code == 0 and len(out.splitlines()) == 1
+        assert (found["examples"], found["training_examples"], found["score"], len(found["suspects"])) == (70, 140, "loo_loss", 3)
+        assert found["loo_nll"] > found["train_nll"] > 0 and found["test_nll"] > 0 and 0 < found["top_share"] < 1
+        assert found["suspects"][0]["loo_loss"] >= found["suspects"][1]["loo_loss"] and set(found["classes"]) == {"0", "1", "2"}
+        assert found["table"] == str(tmp_path / "new" / "sensitivity.csv")
+        assert {path.name for path in (tmp_path / "new").iterdir()} == {
+            f"sensitivity.{end}" for end in ("csv", "html", "safetensors")
+        }
+        curves = {"test_nll", "test_accuracy"}
+        mean = json.loads(call("evaluate {ivon} --json")[1])["rows"][0]
+        assert [found[name] for name in sorted(curves)] == [pytest.approx(mean[name[5:]]) for name in sorted(curves)]
+
+    def test_a_run_without_a_posterior_says_what_it_does(self, call):
+        code, out, err = call("sensitivity {sgd} --out {new}")
+        said = [line for line in err.splitlines() if line.startswith("bayesrule:")]
+        does = "scores are those of SGD, which rank examples but estimate no leave-one-out loss"
+        assert code == 0 and said == [f"bayesrule: warning: SGD leaves no posterior; {does}"]
+        assert "leave-one-out" not in out and "by training loss:" in out
+        found = json.loads(call("sensitivity {sgd} --out {new} --json")[1])
+        assert found["loo_nll"] is None and found["score"] == "loss" and found["suspects"][0]["loo_loss"] is None
+
+    def test_scores_of_another_kind_are_refused(self, call, tmp_path):
+        assert call("sensitivity {ivon} --out {new} --subset 20")[0] == 0
+        code, out, err = call("sensitivity {ivon} --out {new} --estimator last_layer")
+        assert code == 2 and not out and "holds scores of another estimator; remove it, or choose another --out" in err
+        (tmp_path / "new" / "sensitivity.safetensors").write_text("x")
+        code, out, err = call("sensitivity {ivon} --out {new}")
+        assert code == 2 and not out and "is no file of scores" in err and len(err.splitlines()) == 1
+
+
 def test_json_has_no_nan(capsys):
     print_json({"auroc": float("nan"), "rows": [{"nll": 1.0, "auroc": float("inf")}]})
     assert json.loads(capsys.readouterr().out) == {"auroc": None, "rows": [{"nll": 1.0, "auroc": None}]}
@@ -382,6 +426,15 @@ REFUSALS = {
     "no such command": ("evalute {ivon}", "evalute"),
     "no such flag": (f"{TRAIN} {{new}} --momentum 3", "--momentum"),
     "not a number": (f"{TRAIN} {{new}} --epochs many", "many"),
+    "no run to rank": ("sensitivity {new}", "there is no run folder"),
+    "no run to rank, other files": ("sensitivity {tmp}/foreign", "is not a run folder"),
+    "no examples": ("sensitivity {ivon} --subset 0", "subset must be at least 1, got 0"),
+    "no labels": ("sensitivity {ivon} --top -1", "top must be at least 1, got -1"),
+    "no such score": ("sensitivity {ivon} --score lo_loss", "lo_loss"),
+    "no such estimator": ("sensitivity {ivon} --estimator exact", "exact"),
+    "a score that needs a posterior": ("sensitivity {sgd} --score gap", "--score gap needs a posterior"),
+    "classes without a posterior": ("sensitivity {sgd} --classes --out {new}", "--classes needs a posterior"),
+    "scores into a file": ("sensitivity {ivon} --out {tmp}/foreign/thesis.tex", "thesis.tex: File exists"),
     "no data to look at": ("data {tmp}/nothing", "there is no data"),
     "an empty folder to look at": ("data {tmp}/foreign", "nothing to learn from"),
 }

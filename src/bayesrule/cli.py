@@ -1,4 +1,4 @@
-"""The command line: ``bayesrule demo | table | data | train | evaluate | report``.
+"""The command line: ``bayesrule demo | table | data | train | evaluate | sensitivity | report``.
 
 Results go to stdout, progress to stderr. What a user can mend, recipes raise as ValueError or OSError: it becomes one
 line on stderr and exit code 2. Anything else is a mistake of ours and keeps its traceback.
@@ -32,6 +32,7 @@ try:
     from bayesrule.recipes.endings import outcome, say
     from bayesrule.recipes.formats.named import NAMES
     from bayesrule.recipes.optimizers import assignments
+    from bayesrule.recipes.sensitivity import RankExamples
     from bayesrule.recipes.settings import Settings, read_toml, settings_within, types
     from bayesrule.recipes.tensorboard import watching
     from bayesrule.recipes.terminal import print_data, print_json, print_results, print_rows, progress
@@ -42,7 +43,7 @@ except ModuleNotFoundError as error:
     if not error.name or error.name.startswith("bayesrule"):
         raise
     ABSENT = error.name
-    Settings = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
+    Settings = RankExamples = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
 
 
 @dataclass(frozen=True)
@@ -297,6 +298,7 @@ COMMANDS = {
     "data": ShowData,
     "train": Train,
     "evaluate": Evaluate,
+    "sensitivity": RankExamples,
     "report": WriteReport,
 }
 RECIPES = {"image": TrainImage, "tabular": TrainTabular}

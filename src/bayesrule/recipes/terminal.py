@@ -14,10 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bayesrule.recipes.data import Bars, some
+from bayesrule.uses.dependence import NAMES, Dependence, number
 from bayesrule.uses.report import Report
 from bayesrule.uses.tables import COLUMNS, DETAILS, Column, table
 
 MOST = 40  # classes that are listed
+SUSPECTS = 8  # suspicious labels that are listed
 
 
 @contextmanager
@@ -107,3 +109,26 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column] = CO
     for row, line in zip(rows, cells, strict=True):
         grid.add_row(escape(row["method"]), *(f"[bold]{text}[/]" if best else text for text, best in line))
     (Console() if sys.stdout.isatty() else Console(width=140)).print(grid)
+
+
+def print_dependence(found: Dependence) -> None:
+    """What a model depends on: losses, how sensitivity concentrates, labels to check."""
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("examples", "NLL", "accuracy"):
+        grid.add_column(heading, justify="left" if heading == "examples" else "right")
+    for row in found.rows():
+        grid.add_row(row["examples"], f"{row['nll']:.3f}", f"{100 * row['accuracy']:.1f} %")
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(grid)
+    if found.estimates and not found.trusted:
+        print("The leave-one-out figures are worth nothing here; rank by --scale data or --score loss.")
+    print(f"The most sensitive 1 % of {len(found.scores):,} {found.thing}s carry {100 * found.figures['top_share']:.0f} % of all.")
+    print(f"Labels to check first, by {NAMES[found.score]}:")
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ("index", found.thing, "label", "model" if found.without is None else "without it", NAMES[found.score])
+    for heading in headings:
+        grid.add_column(heading, justify="right" if heading in (headings[0], headings[-1]) else "left")
+    for i in found.suspects[:SUSPECTS]:
+        about, value = found.about(i), found.scores.by(found.score)[i].item()
+        grid.add_row(*map(escape, (f"{about['index']}", about["source"], about["label"], found.suggestion(i), number(value))))
+    console.print(grid)

@@ -53,7 +53,8 @@ def chart(width: float, height: float, draw: Callable[..., None], rows: Sequence
     return "data:image/svg+xml;base64," + b64encode(file.getvalue()).decode()
 
 
-def _percent(axes: Axes, which: str = "xy") -> None:
+def percent(axes: Axes, which: str = "xy") -> None:
+    """Shares on the axes as percentages."""
     for name in which:
         axis = getattr(axes, f"{name}axis")
         axis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
@@ -81,13 +82,13 @@ def reliability_chart(probs: Sequence[Tensor], labels: Tensor, color: str, thing
         above.vlines(x, center - half, center + half, color=color, alpha=0.45, linewidth=3)
         above.plot(x, y, color=color, marker="o", markersize=4.5, linewidth=1.2, clip_on=False)
         above.set(ylim=(-0.03, 1.03), ylabel="right", yticks=[0, 0.25, 0.5, 0.75, 1])
-        _percent(above, "y")
+        percent(above, "y")
         below.bar(left, n, width=1 / BINS, align="edge", color=color, edgecolor="white", linewidth=0.5)
         below.set(yscale="log", ylim=(0.7, max(10.0, 1.5 * len(labels))), ylabel=things)
         below.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="confidence")
         below.yaxis.set_major_formatter("{x:,.0f}")
         below.minorticks_off()
-        _percent(below, "x")
+        percent(below, "x")
 
     return chart(3.2, 3.5, draw, rows=(3, 1))
 
@@ -118,7 +119,7 @@ def risk_chart(risks: Sequence[Tensor], styles: Sequence[Style], things: str) ->
         axes.set(xlim=(0, 1), xlabel=f"share of {things} answered, most confident first", ylabel="wrong among those answered")
         axes.set_ylim(bottom=0, top=None if any(risk.any() for risk in risks) else 0.1)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        _percent(axes)
+        percent(axes)
 
     return chart(4.8, 3.2, draw)
 
@@ -136,7 +137,7 @@ def confidence_chart(known: Tensor, unknown: Tensor | None, color: str, things: 
             axes.stairs(share(unknown), edges.numpy(), color="#222", linewidth=1.6)
         axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, 0.25, 0.5, 0.75, 1])
         axes.set(xlabel="confidence", ylabel=f"share of {things}")
-        _percent(axes)
+        percent(axes)
 
     return chart(3.2, 2.5, draw)
 
@@ -173,7 +174,7 @@ def training_chart(lines: Sequence[Sequence[Line]], styles: Sequence[Style], sca
         axes.set(xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         if scale == "percent":
-            _percent(axes, "y")
+            percent(axes, "y")
         elif scale == "log" and positive:
             axes.set_yscale("log")
             _few_decimals(axes)
