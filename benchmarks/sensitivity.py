@@ -122,7 +122,7 @@ def tables(settings: Settings) -> list[Table]:
     sizes = [256, 512] if settings.quick else [1024, 4096]
     peaks = {size: child.call("sensitivity:peak", settings.threads, size=size) for size in sizes}
     grown = (peaks[sizes[1]] - peaks[sizes[0]]) / (sizes[1] - sizes[0])
-    figures = {"sensitivity, memory: bytes an example more": spread([grown], grown)}
+    figures = {"sensitivity, memory: KiB an example more": spread([max(grown, 0.0) / 1024], grown / 1024)}
     rows = [(str(size), f"{of / 2**20:.4g}") for size, of in peaks.items()]
     note = f"ResNet-20, vjp_jvp, newton, batches of {BATCH}: peak over what stood before, one process each"
     found.append(Table("sensitivity, memory", ("examples", "MiB"), rows, figures, note))
@@ -135,5 +135,6 @@ def tables(settings: Settings) -> list[Table]:
     laps = {name: [Lap(*lap) for lap in each] for name, each in answer.items()}
     figures = {f"{title}: {name}": ratio(laps[name], laps[OURS]) for name in (FIT, THEIRS)}
     rows = [(n, str(figures.get(f"{title}: {n}", "1")), f"{typical(of).seconds:.4g}") for n, of in laps.items()]
+    figures["self-influence: ours / kronfluence"] = ratio(laps[OURS], laps[THEIRS])
     found.append(Table(title, ("work", "ratio to ours", "s"), rows, figures, f"EK-FAC; {neighbors.report()}"))
     return found

@@ -109,6 +109,13 @@ TARGETS: tuple[Target, ...] = (
         for work in ("MLP 0.86M, 32 examples", "ResNet-20, 8 examples")
         for what in ("time", "memory")
     ),
+    Target("sensitivity, ResNet-20: scores, vjp_jvp, newton", "scores of all examples / training epoch: ResNet-20", 12.0),
+    Target("sensitivity, MLP 0.86M: scores, vjp_jvp, newton", "scores of all examples / training epoch: MLP 0.86M", 12.0),
+    Target("sensitivity, memory: KiB an example more", "KiB of memory for each example more: scores of ResNet-20", 1.0),
+    Target("self-influence: ours / kronfluence", "self-influence, ours / kronfluence's scores: MLP 0.86M", 0.2),
+    Target("leaving out: 1 - rank correlation", "1 - rank correlation of leave-one-out losses, estimated and true", 0.1),
+    Target("leaving out: off cross-validation", "LOO NLL off that of 10-fold cross-validation, digits", 0.1),
+    Target("leaving out: grid steps", "grid steps from the best weight decay, by LOO NLL", 1.0),
     Target("VOGN, ResNet-20, 128 examples: time", "VOGN / SGD step: ResNet-20, batch 128", 2.5),
     Target("VOGN, ResNet-20, 128 examples: memory", "peak memory, VOGN / SGD step: ResNet-20, batch 128", 2.0),
 )
