@@ -21,6 +21,7 @@ WITHOUT = {
     "attach": (),
     "compose": (),
     "calibrate": (),
+    "wrong_labels": (),
     "lightning_digits": ("lightning",),
     "accelerate_loop": ("accelerate",),
 }  # a picture, and what they need
@@ -185,3 +186,11 @@ def test_compose(show):
     assert found["IVON that climbs"][1] < found["IVON"][1]
     assert found["IVON, squares of examples"][2] < found["IVON"][2]
     assert found["Adam, squares of examples"][1] < found["Adam"][1]
+
+
+def test_wrong_labels_are_found_without_training_again(show):
+    text = show("wrong_labels")
+    lines = re.findall(r"NLL ([\d.]+) in training, ([\d.]+) left out", text)
+    assert len(lines) == 5
+    assert all(float(out) > float(train) for train, out in lines)
+    assert int(re.search(r"labels (\d+) % are wrong", text).group(1)) >= 85

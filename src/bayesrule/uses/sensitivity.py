@@ -6,7 +6,7 @@ the outputs are there, :math:`V_i = J_i S^{-1} J_i^T`, and how wrong they were, 
 .. math::  \Delta f_i = (1 - V_i L_i)^{-1} V_i e_i.
 
 Nothing is retrained. Source: P. Nickl, L. Xu, D. Tailor, T. Moellenhoff and M. E. Khan (2023), The memory-perturbation equation,
-arXiv:2310.19273; the Newton form and the full covariance of the outputs are ours (``docs/decisions.md``, section 12).
+arXiv:2310.19273; the Newton form and the full covariance of the outputs are ours (``docs/decisions.md``, section 15).
 """
 
 from __future__ import annotations
