@@ -29,8 +29,8 @@ NEWTON, FIRST, LAYERS, SELF = (
 )
 BATCH = 128
 WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor], int]] = {
-    "MLP 0.86M": (mlp, lambda x: x, 1024),
-    "ResNet-20": (resnet20, as_cifar, 1024),
+    "MLP 0.86M": (mlp, lambda x: x, 512),
+    "ResNet-20": (resnet20, as_cifar, 512),
 }
 
 
@@ -41,7 +41,7 @@ def learned(workload: str, size: int) -> tuple[nn.Module, br.Posterior, list[tup
     x, y = prepare(pixels[:size]), labels[:size]
     torch.manual_seed(0)
     model = make()
-    optimizer = br.IVON(model.parameters(), lr=0.1, ess=size, hess_init=0.5, weight_decay=1e-3, betas=(0.9, 0.999))
+    optimizer = br.IVON(model.parameters(), lr=0.1, ess=size, hess_init=10.0, weight_decay=1e-3, betas=(0.9, 0.999))
     batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
     for _ in range(2):
         for inputs, wanted in batches:
@@ -109,7 +109,7 @@ def rivals(rounds: int, warmup: int, seconds: float) -> Laps | None:
 
 def tables(settings: Settings) -> list[Table]:
     found = []
-    effort: dict[str, Any] = dict(rounds=settings.rounds(9), warmup=1, seconds=settings.seconds(240))
+    effort: dict[str, Any] = dict(rounds=settings.rounds(9), warmup=1, seconds=settings.seconds(120))
     for workload, (_, _, size) in WORKLOADS.items():
         neighbors = Neighbors()
         answer = child.call("sensitivity:race", settings.threads, workload=workload, **effort)
@@ -119,7 +119,7 @@ def tables(settings: Settings) -> list[Table]:
         rows = [(n, str(figures[f"{title}: {n}"]), f"{typical(of).seconds:.4g}") for n, of in laps.items()]
         note = f"{size} digits, 10 classes, trained by IVON; {len(laps[EPOCH])} rounds; {neighbors.report()}"
         found.append(Table(title, ("work", "ratio to a training epoch", "s"), rows, figures, note))
-    sizes = [256, 512] if settings.quick else [1024, 4096]
+    sizes = [256, 512] if settings.quick else [512, 2048]
     peaks = {size: child.call("sensitivity:peak", settings.threads, size=size) for size in sizes}
     grown = (peaks[sizes[1]] - peaks[sizes[0]]) / (sizes[1] - sizes[0])
     figures = {"sensitivity, memory: KiB an example more": spread([max(grown, 0.0) / 1024], grown / 1024)}
