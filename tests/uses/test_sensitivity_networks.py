@@ -86,6 +86,21 @@ def test_equals_the_equation(name, structure, estimator):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+def test_in_32_bits_a_hundredth_of_it_may_be_missing():
+    model, x, y = network()
+    given = posterior_of(model, "full")
+    mean, precision = (given.parts[0].q.mean, given.parts[0].q.precision / 5)
+    post, short = (
+        br.Posterior.of(br.Full(*q), given.mean, ess=12, num_data=12)
+        for q in ((mean, precision), (mean.float(), precision.float()))
+    )
+    wanted = br.Sensitivity(model, post).scores([(x, y)])
+    found = br.Sensitivity(model.float(), short).scores([(x.float(), y)])
+    assert wanted.leverage.max() > 0.2  # so that there is something to correct
+    off = (found.deviation - wanted.deviation).norm(dim=1) / wanted.deviation.norm(dim=1)
+    assert 1e-6 < off.max() < 1e-2
+
+
 @pytest.mark.parametrize("structure", ["diag", "full", "low_rank"])
 def test_of_the_last_layer_it_is_that_of_a_posterior_over_the_last_layer(structure):
     model, x, y = network()
