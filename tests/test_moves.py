@@ -22,7 +22,8 @@ MOVES = {
     "retractions.SquareRoot.precision": 1,
 }
 # ... and those that name a member without one: the prior centered on q, a metric that divides, the variable of a derivative, the
-# prior, kept sites, a start of a test, other precisions of a posterior, a member in other coordinates, the moments of a mixture
+# prior, kept sites, a start of a test, other precisions of a posterior, a member in other coordinates, the moments of a mixture,
+# a component of one
 NAMES = {
     "momentum._seen": 1,
     "retractions._damped": 1,
@@ -35,6 +36,7 @@ NAMES = {
     "posterior.Posterior.rescale": 1,
     "algorithms.cvi.tuned.settled": 1,
     "algorithms.cvi.tuned.closure": 1,
+    "uses.linear_prediction.linear_prediction": 1,
 }
 MAKERS = {"from_natural", "from_expected", "moved"}
 FAMILIES = {name for name in vars(br)["_HOME"] if isinstance(getattr(br, name), type) and issubclass(getattr(br, name), Family)}
