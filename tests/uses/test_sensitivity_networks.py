@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -293,11 +294,12 @@ class TestResuming:
         [
             (lambda p: p.write_bytes(b"nonsense"), "is no file of scores"),
             (lambda p: p.write_bytes(p.read_bytes()[:-40]), "is no file of scores"),
-            (None, "holds scores of another mean"),
+            (None, "holds scores of another model"),
             ("labels", "holds scores of other data"),
+            ("inputs", "holds scores of other data"),
             ("fewer", "holds scores of 12 examples, and the data have 6"),
         ],
-        ids=["nonsense", "cut", "another-model", "other-labels", "fewer"],
+        ids=["nonsense", "cut", "another-model", "other-labels", "other-inputs", "fewer"],
     )
     def test_files_of_something_else_are_refused(self, tmp_path, change, message):
         model, x, y = network()
@@ -308,7 +310,9 @@ class TestResuming:
         elif change is None:
             post = br.Posterior({n: m + 1 for n, m in post.mean.items()}, post.precision, ess=12, num_data=12)
         kept = path.read_bytes()
-        data = {"labels": [(x, y.flip(0))], "fewer": [(x[:6], y[:6])]}.get(change if isinstance(change, str) else "", [(x, y)])
+        data = {"labels": [(x, y.flip(0))], "inputs": [(x.roll(1, 1), y)], "fewer": [(x[:6], y[:6])]}.get(
+            change if isinstance(change, str) else "", [(x, y)]
+        )
         with pytest.raises(ValueError, match=message), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             br.Sensitivity(model, post).scores(data, path=path)
@@ -440,3 +444,85 @@ def test_a_large_batch_is_halved(monkeypatch):
     monkeypatch.setattr("bayesrule.uses.products.HELD", 1000)
     found = br.Sensitivity(model, posterior_of(model), estimator="layerwise").scores([(x, y)])
     close(found.deviation, wanted.deviation, 1e-12)
+
+
+def test_it_does_not_matter_who_asked_for_no_gradients():
+    model, x, y = network()
+    post = posterior_of(model)
+    wanted = br.Sensitivity(model, post).scores([(x, y)])
+    with torch.inference_mode():
+        found = br.Sensitivity(model, post).scores([(x.clone(), y)])
+        alone = br.Sensitivity(model, post).self_scores([(x.clone(), y)])
+    close(found.deviation, wanted.deviation, 1e-12)
+    close(alone, wanted.self_influence, 1e-9)
+
+
+def test_the_scale_holds_for_everything_and_a_ranking_changes_nothing():
+    model, x, y = network()
+    post, data = posterior_of(model), [(x, y)]
+    plain, wide = br.Sensitivity(model, post), br.Sensitivity(model, post, scale=2.0)
+    before = plain.self_scores(data)
+    plain.mislabelled(data)
+    close(plain.self_scores(data), before, 0)
+    close(wide.self_scores(data), 2 * before, 1e-12)
+    close(wide.pairwise_scores(data, data), 2 * plain.pairwise_scores(data, data), 1e-12)
+    first = [br.Sensitivity(model, post, correction="first_order", scale=s).remove([0], data).deviation for s in (1.0, 2.0)]
+    close(first[1], 2 * first[0], 1e-12)
+
+
+def test_a_class_of_tokens_takes_each_text_away_once():
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6)).double().eval()
+    text = torch.randint(6, (20, 4), generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(20, 4, dtype=torch.long)
+    labels[0] = torch.tensor([2, 2, 0, 2])
+    found = br.Sensitivity(model, posterior_of(model, ess=20.0))
+    one, other = found.leave_class_out(2, [(text, labels)]), found.remove([0], [(text, labels)])
+    assert one.indices.tolist() == [0]
+    close(one.deviation, other.deviation, 1e-12)
+
+
+def test_the_noise_of_a_regression_is_the_posteriors():
+    model, x, _ = network()
+    data = [(x, normal(70, 12, CLASSES))]
+    post = posterior_of(model)
+    known = replace(post, noise_variance=(0.3,))
+    how = dict(correction="first_order")
+    wanted = br.Sensitivity(model, post, "mse", noise_variance=0.3, **how).loo(data)
+    assert br.Sensitivity(model, known, "mse", **how).loo(data).nll == wanted.nll
+    with pytest.raises(ValueError, match="another noise for each output"):
+        br.Sensitivity(model, replace(post, noise_variance=(0.3, 0.4, 0.5)), "mse")
+
+
+@pytest.mark.parametrize("estimator", ["vjp_jvp", "layerwise", "last_layer", "mc"])
+def test_models_of_16_bits_give_scores_in_32(estimator):
+    model, x, y = network()
+    model, x = model.bfloat16(), x.bfloat16()
+    post = posterior_of(model.float())
+    post = br.Posterior(
+        {n: m.float() for n, m in post.mean.items()}, {n: s.float() for n, s in post.precision.items()}, ess=12, num_data=12
+    )
+    found = br.Sensitivity(model.bfloat16(), post, estimator=estimator)
+    scores = found.scores([(x, y)])
+    assert scores.deviation.dtype == torch.float32
+    assert bool(scores.deviation.isfinite().all())
+    assert found.remove([0], [(x, y)]).deviation.dtype == torch.float32
+    assert bool(found.mislabelled([(x, y)]).scores.isfinite().all())
+
+
+MORE = {
+    "a mixture": (lambda m, q, x, y: br.Sensitivity(m, br.Posterior.mixture([q, q])), TypeError, "a mixture's mean is no model"),
+    "read once": (lambda m, q, x, y: br.Sensitivity(m, q).mislabelled(iter([(x, y)])), ValueError, "more than once"),
+    "no leverage": (
+        lambda m, q, x, y: br.Sensitivity(m, q, correction="first_order").mislabelled([(x, y)], score="leverage"),
+        ValueError,
+        "the first order knows no leverage",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_what_would_be_wrong_is_refused(case):
+    action, error, message = MORE[case]
+    model, x, y = network()
+    with pytest.raises(error, match=message):
+        action(model, posterior_of(model), x, y)

@@ -98,7 +98,7 @@ def test_it_stops_when_nothing_gets_better():
 def test_of_an_optimizer_without_variances_it_ranks(make):
     tracker = br.TrackSensitivity(data(), correction="first_order")
     train(tracker, 2, make)
-    assert all(math.isfinite(line["loo_nll"]) for line in tracker.history)
+    assert all(line["loo_nll"] == line["train_nll"] > 0 for line in tracker.history)  # for want of a scale
 
 
 @pytest.mark.filterwarnings("ignore:example .* has leverage")

@@ -165,7 +165,8 @@ class Makers:
 
         Source: W. Maddox et al. (2019), arXiv:1902.02476.
         """
-        return cls(**swag_posterior(snapshots, model, rank, scale), num_data=num_data)
+        ess = {} if num_data is None else {"ess": float(num_data)}
+        return cls(**{**swag_posterior(snapshots, model, rank, scale), **ess}, num_data=num_data)
 
     @classmethod
     def ensemble(cls, models: Sequence[Weights], model: nn.Module | None = None) -> Self:

@@ -34,7 +34,13 @@ def inputs_and_labels(batch: Any, model: nn.Module) -> tuple[Any, Tensor]:
 def on_device(model: nn.Module, inputs: Any) -> Any:
     """Inputs where the model's parameters lie."""
     device = next(model.parameters()).device
-    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return (x.clone() if x.is_inference() else x).to(device)  # what goes backward may be kept
+
+    return tree_map(moved, inputs)
 
 
 def rows_of(inputs: Any, rows: Any, examples: int) -> Any:

@@ -56,7 +56,7 @@ class Products:
     def at_the_mean(self) -> Iterator[None]:
         """The mean stands in the parameters, and all of them that vary have gradients; leaving brings back what was there."""
         before = {p: p.requires_grad for p in self.model.parameters()}
-        with kept(self.params.values()):
+        with torch.inference_mode(False), torch.enable_grad(), kept(self.params.values()):
             try:
                 with torch.no_grad():
                     for name, p in self.params.items():
@@ -72,7 +72,8 @@ class Products:
     def of(self, inputs: Any) -> tuple[Tensor, Times]:
         """The outputs for a batch, shape (n, ...), and products with their covariance; at the mean."""
         values, times = self._of(inputs)
-        return values, lambda v, rows: times(v, rows) * self.factor
+        own, wide = values.dtype, torch.promote_types(values.dtype, torch.float32)
+        return values.to(wide), lambda v, rows: times(v.to(own), rows).to(wide) * self.factor
 
     def solve(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The covariance of the weights times a vector by name."""
@@ -86,7 +87,7 @@ class Products:
             return self._by_draws(inputs)
         if self.estimator == "layerwise":
             values, matrix = self._or_one_by_one(self._covariance, inputs, True)
-            return values, lambda v, rows: (matrix[rows] @ v.flatten(1)[:, :, None]).view_as(v)
+            return values, lambda v, rows: (matrix[rows] @ v.to(matrix).flatten(1)[:, :, None]).view_as(v)
         model, spread, call = self._called(inputs)
         whole = Linearized(model, lambda: call(slice(None)), spread)
 

@@ -85,6 +85,7 @@ class Group:
             with torch.no_grad():
                 values = [outputs_of(self.products.model, x) for x, _ in parts]
             f = torch.cat(values)
+            f = f.to(torch.promote_types(f.dtype, torch.float32))
             y = self.loss.check(f, torch.cat([y for _, y in parts]))
             sizes = [len(v) for v in values]
             one = _together(self.loss.slopes(f, y))
@@ -145,6 +146,8 @@ class Group:
 
     def width(self, data: Callable[[], Iterable[tuple[Any, Tensor]]], probes: int, seed: int) -> float:
         """By how much to multiply all variances, see :meth:`bayesrule.Sensitivity.width`."""
+        if not self.params:  # all is certain
+            return 1.0
         gained = paid = 0.0
         generator = torch.Generator().manual_seed(seed)
         with self.products.at_the_mean():
@@ -174,11 +177,11 @@ class Group:
 
     def _pull(self, parts: Parts, directions: Sequence[Tensor]) -> dict[str, Tensor]:
         """J^T v, summed over the examples."""
-        total = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        total = {n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in self.params.items()}
         for (x, _), v in zip(parts, directions, strict=True):
             with torch.enable_grad():
                 f = outputs_of(self.products.model, x)
-                found = torch.autograd.grad(f, list(self.params.values()), v, allow_unused=True)
+                found = torch.autograd.grad(f, list(self.params.values()), v.to(f.dtype), allow_unused=True)
             for name, g in zip(self.params, found, strict=True):
                 if g is not None:
                     total[name] += g
@@ -192,7 +195,8 @@ class Group:
     def _push(self, parts: Parts, u: dict[str, Tensor]) -> Tensor:
         """J u of every example."""
         model = self.products.model
-        return torch.cat([self._pushes.along(u, partial(outputs_of, model, x)) for x, _ in parts])
+        found = torch.cat([self._pushes.along(u, partial(outputs_of, model, x)) for x, _ in parts])
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 def _losses(model: nn.Module, loss: OutputLoss, x: Any, y: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ arXiv:2310.19273; the Newton form and the full covariance of the outputs are our
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from ..estimators.output_losses import OutputLoss, output_loss
 from ..posterior import Posterior
 from .batches import inputs_and_labels, on_device, outputs_of, rows_of
+from .cautions import check_order, noise_of, of_the_sum, warn_of_leverage, warn_of_size
 from .deviations import first_order, newton
-from .journal import Journal
+from .journal import Journal, marks_of
 from .products import Estimator, Products
 from .removal import Group, Removal
 from .scores import LOOEstimate, Ranked, Scores, ranked
@@ -51,7 +53,7 @@ class Sensitivity:
         correction: "newton" for a Newton step on the rest of the data, exact for linear regression; "first_order" for V e.
         estimator: "vjp_jvp" for any model, a backward and a forward a product; "layerwise" for few outputs, a backward for each;
             "last_layer" for the weights of the last layer only; "mc" by draws of the weights.
-        noise_variance: Of "mse".
+        noise_variance: Of "mse"; None is the posterior's, or 1.
         error_fn: Derivative of a loss that is a function; None is torch's.
         hessian_fn: Its second derivative by example, shape (n, K, K); None is torch's.
         num_samples: Draws of "mc". Rank correlation with the exact values is about 0.8 for 32.
@@ -80,7 +82,7 @@ class Sensitivity:
         *,
         correction: Correction = "newton",
         estimator: Estimator = "vjp_jvp",
-        noise_variance: float = 1.0,
+        noise_variance: float | None = None,
         error_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         hessian_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         num_samples: int = 32,
@@ -93,7 +95,9 @@ class Sensitivity:
             raise ValueError(f"scale must be a number > 0, 'data' or None, got {scale!r}")
         self.scale: float | str | None = scale
         self.model, self.correction = model, correction if posterior is not None else "first_order"
-        self.loss = output_loss(loss, noise_variance, error_fn, hessian_fn)
+        if posterior is not None and "mixture" in posterior.structure:
+            raise TypeError("a mixture's mean is no model; ask the posteriors that it is made of, one by one")
+        self.loss = output_loss(loss, noise_of(posterior, noise_variance), error_fn, hessian_fn)
         self.posterior = None if posterior is None else of_the_sum(posterior)
         self.products = Products(model, self.posterior, estimator, num_samples, seed)
         self._data: Iterable[Any] | None = None
@@ -115,7 +119,7 @@ class Sensitivity:
             ValueError: There is no data, labels do not suit the outputs, or the file is of another model or data.
         """
         self._check_mode()
-        _check_order(loader)
+        check_order(loader)
         self._set_scale(loader, self.scale)
         journal = Journal(path, self._fingerprint(), [one.name for one in fields(Scores)])
         seen = 0
@@ -125,20 +129,21 @@ class Sensitivity:
                 if subset is not None and seen + len(labels) > subset:
                     kept = slice(0, subset - seen)
                     inputs, labels = rows_of(inputs, kept, len(labels)), labels[kept]
-                known = journal.known(seen, labels)
+                marks = marks_of(inputs, len(labels))
+                known = journal.known(seen, labels, marks)
                 if known < len(labels):
                     rest = slice(known, len(labels))
                     inputs, asked = on_device(self.model, rows_of(inputs, rest, len(labels))), labels[rest]
-                    journal.add(self._of(inputs, asked.to(next(self.model.parameters()).device)), asked)
+                    journal.add(self._of(inputs, asked.to(next(self.model.parameters()).device)), asked, marks[known:])
                 seen += len(labels)
                 if subset is not None and seen >= subset:
                     break
         if not seen:
             raise ValueError("there are no examples: the loader gave no batch")
         if subset is None:
-            _warn_of_size(self.posterior, seen)
+            warn_of_size(self.posterior, seen)
         self._data, self._scores = loader, Scores(**journal.finish(seen))
-        _warn_of_leverage(self._scores.leverage)
+        warn_of_leverage(self._scores.leverage)
         return self._scores
 
     def _of(self, inputs: Any, labels: Tensor) -> dict[str, Tensor]:
@@ -186,6 +191,8 @@ class Sensitivity:
             probes: Draws of signs.
         """
         self._check_mode()
+        if iter(loader) is loader:
+            raise ValueError("the width is found by several passes; pass a loader that can be read more than once")
         before, self.products.factor = self.products.factor, 1.0
         try:
             return Group(self.products, self.loss, self.correction).width(lambda: _moved(self.model, loader), probes, seed=0)
@@ -216,9 +223,12 @@ class Sensitivity:
         Costs one backward, and no more memory: the cheapest of all scores.
         """
         self._check_mode()
+        self._set_scale(loader, self.scale)
         found = []
         with self.products.at_the_mean():
             for inputs, labels in _moved(self.model, loader):
+                if not len(labels):
+                    continue
                 found.append(self.products.of_losses(partial(_losses, self, inputs, labels)).cpu())
         if not found:
             raise ValueError("there are no examples: the loader gave no batch")
@@ -246,12 +256,15 @@ class Sensitivity:
             score: What to rank by: "loo_loss", or any other of :class:`Scores`. "loss" is plain training loss.
             **how: As :meth:`scores`.
         """
+        if score == "leverage" and self.correction == "first_order":
+            raise ValueError("the first order knows no leverage; take correction='newton', or another score")
         scale = self.scale
         try:
             self.scale = "data" if scale is None and score != "loss" else scale
             return ranked(self.scores(loader, **how).by(score), k)
         finally:
             self.scale = scale
+            self.products.factor = 1.0 if scale is None else self.products.factor
 
     # Together
 
@@ -282,11 +295,12 @@ class Sensitivity:
         if data is None:
             raise ValueError("there is no data: pass the loader, or call scores(loader) before")
         self._check_mode()
+        self._set_scale(data, self.scale)
         total, numbers, parts = 0, list[Tensor](), list[tuple[Any, Tensor]]()
         for batch in data:
             inputs, labels = inputs_and_labels(batch, self.model)
             here = torch.arange(total, total + len(labels))
-            rows = choose(here, labels).nonzero()[:, 0]
+            rows = choose(here, labels).view(len(labels), -1).any(1).nonzero()[:, 0]
             if len(rows):
                 numbers.append(here[rows])
                 parts.append((rows_of(inputs, rows, len(labels)), labels[rows]))
@@ -309,6 +323,7 @@ class Sensitivity:
         Costs a gradient for each query, which are kept, and a backward over the training data with a product for each query.
         """
         self._check_mode()
+        self._set_scale(train, self.scale)
         return Group(self.products, self.loss, self.correction).influence(_moved(self.model, query), _moved(self.model, train))
 
     # Checks
@@ -328,74 +343,26 @@ class Sensitivity:
         return self.loss.check(values, labels)
 
     def _fingerprint(self) -> dict[str, Any]:
-        q = self.posterior
-        mean = self.products.params if q is None else q.mean
-        total = sum(float(m.detach().double().sum()) for m in mean.values())
-        spread = 0.0 if q is None else sum(float(s.double().clamp_max(1e30).log().sum()) for s in q.precision.values())
-        about = {
-            "scale": self.products.factor,
-            "correction": self.correction,
-            "estimator": self.products.estimator,
-            "loss": repr(self.loss),
-        }
-        return {**about, "mean": total, "precision": spread, "weights": sum(m.numel() for m in mean.values())}
+        """What scores depend on."""
+        products, digest = self.products, hashlib.sha256()
+        named = {**dict(self.model.named_buffers()), **(products.params if self.posterior is None else self.posterior.mean)}
+        spread = products.spread.variance
+        for name, t in (*named.items(), *spread.items()):
+            digest.update(name.encode())
+            digest.update(t.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes() if t.dim() else str(t.item()).encode())
+        for part in () if self.posterior is None else self.posterior.parts:
+            for t in part.tensors()[0].values():
+                digest.update(t.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
+        how = {"correction": self.correction, "estimator": products.estimator, "scale": f"{products.factor:.4g}"}
+        draws = {"draws": products.num_samples, "seed": products.seed} if products.estimator == "mc" else {}
+        function = getattr(self.loss, "function", None)
+        loss = repr(self.loss) if function is None else getattr(function, "__qualname__", type(function).__name__)
+        return {**how, **draws, "loss": loss, "model": digest.hexdigest()}
 
 
 def _losses(sensitivity: Sensitivity, inputs: Any, labels: Tensor) -> Tensor:
     values = outputs_of(sensitivity.model, inputs)
     return sensitivity.loss.values(values, sensitivity._checked(values.detach(), labels))
-
-
-def of_the_sum(posterior: Posterior) -> Posterior:
-    """The posterior of the sum of the losses, with ess the number of examples.
-
-    Warns:
-        UserWarning: It was another.
-    """
-    if posterior.num_data is None or posterior.ess == posterior.num_data or not posterior.is_gaussian:
-        return posterior
-    factor = posterior.ess / posterior.num_data
-    warnings.warn(
-        f"posterior was trained with ess={posterior.ess:g} but num_data={posterior.num_data}; variances are scaled by {factor:g} "
-        "for leave-one-out estimates",
-        UserWarning,
-        stacklevel=3,
-    )
-    return posterior.rescale(ess=float(posterior.num_data))
-
-
-def _warn_of_size(posterior: Posterior | None, examples: int) -> None:
-    known = None if posterior is None else posterior.num_data or posterior.ess
-    if known is not None and known != examples and known != 1.0:
-        warnings.warn(
-            f"the data have {examples} examples, and the posterior is of {known:g}; estimates are those of a model trained on "
-            "these data: rescale(ess=...), or pass all of them",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _warn_of_leverage(leverage: Tensor) -> None:
-    refused = (leverage >= 1).nonzero()[:, 0]
-    if len(refused):
-        first = int(refused[0])
-        others = f", as have {len(refused) - 1} of the {len(leverage) - 1} others" if len(refused) > 1 else ""
-        warnings.warn(
-            f"example {first} has leverage {leverage[first].item():.2f} >= 1{others}; falling back to first order (posterior "
-            "too wide or not converged)",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def _check_order(loader: Iterable[Any]) -> None:
-    sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, torch.utils.data.RandomSampler):
-        warnings.warn(
-            "the loader shuffles, so the numbers of examples mean nothing after this pass; pass shuffle=False",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _moved(model: nn.Module, loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,13 +98,16 @@ class TrackSensitivity:
         model.eval()
         try:
             with self._once():
-                found = Sensitivity(model, self.of(model, optimizer), **self.how).scores(self.loader, subset=self.subset)
+                posterior = self.of(model, optimizer)
+                found = Sensitivity(model, posterior, **self.how).scores(self.loader, subset=self.subset)
         finally:
             for module, training in modes:
                 module.training = training
-        return self._take(found)
+        return self._take(found, posterior is not None)
 
-    def _take(self, found: Scores) -> dict[str, float]:
+    def _take(self, found: Scores, knows: bool = True) -> dict[str, float]:
+        if not knows:  # no variances, no scale of deviations
+            found = replace(found, loo_loss=found.loss, loo_correct=found.correct)
         self.scores = found
         self._total = found.loo_loss.double() + (self._total if len(self._total) else 0.0)
         named = bool((found.correct >= 0).all())
@@ -191,7 +195,6 @@ def _examples(loader: Any) -> int | None:
     try:
         return len(loader.dataset)
     except (AttributeError, TypeError):
-        try:
-            return sum(len(batch[1] if isinstance(batch, list | tuple) else batch["labels"]) for batch in loader)
-        except (TypeError, KeyError):
+        if not isinstance(loader, Sequence):  # what can be read once only is not to be counted
             return None
+        return sum(len(batch[1] if isinstance(batch, list | tuple) else batch["labels"]) for batch in loader)

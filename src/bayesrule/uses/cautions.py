@@ -1,0 +1,83 @@
+"""What an estimate of leaving out presumes of posterior and data, and what is said where it does not hold."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..posterior import Posterior
+
+
+def noise_of(posterior: Posterior | None, given: float | None) -> float:
+    """The variance of a regression's noise: what is given, else what the posterior knows, else 1.
+
+    Raises:
+        ValueError: It knows another for each output.
+    """
+    known = None if posterior is None else posterior.noise_variance
+    if given is not None or known is None:
+        return 1.0 if given is None else given
+    if len(set(known)) > 1:
+        raise ValueError(
+            f"the posterior knows another noise for each output, {known}; pass one noise_variance, or a loss of your own"
+        )
+    return known[0]
+
+
+def of_the_sum(posterior: Posterior) -> Posterior:
+    """The posterior of the sum of the losses, with ess the number of examples.
+
+    Warns:
+        UserWarning: It was another.
+    """
+    if posterior.num_data is None or posterior.ess == posterior.num_data or not posterior.is_gaussian:
+        return posterior
+    factor = posterior.ess / posterior.num_data
+    warnings.warn(
+        f"posterior was trained with ess={posterior.ess:g} but num_data={posterior.num_data}; variances are scaled by {factor:g} "
+        "for leave-one-out estimates",
+        UserWarning,
+        stacklevel=4,
+    )
+    return posterior.rescale(ess=float(posterior.num_data))
+
+
+def warn_of_size(posterior: Posterior | None, examples: int) -> None:
+    """Where the posterior is of other data."""
+    known = None if posterior is None else posterior.num_data or posterior.ess
+    if known is not None and known != examples and known != 1.0:
+        warnings.warn(
+            f"the data have {examples} examples, and the posterior is of {known:g}; estimates are those of a model trained on "
+            "these data: rescale(ess=...), or pass all of them",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def warn_of_leverage(leverage: Tensor) -> None:
+    """Where examples hold themselves."""
+    refused = (leverage >= 1).nonzero()[:, 0]
+    if len(refused):
+        first = int(refused[0])
+        others = f", as have {len(refused) - 1} of the {len(leverage) - 1} others" if len(refused) > 1 else ""
+        warnings.warn(
+            f"example {first} has leverage {leverage[first].item():.2f} >= 1{others}; falling back to first order (posterior "
+            "too wide or not converged)",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def check_order(loader: Iterable[Any]) -> None:
+    """Where the order of the data will not come again."""
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, torch.utils.data.RandomSampler):
+        warnings.warn(
+            "the loader shuffles, so the numbers of examples mean nothing after this pass; pass shuffle=False",
+            UserWarning,
+            stacklevel=4,
+        )
