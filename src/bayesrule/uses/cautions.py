@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from ..posterior import Posterior
 
@@ -75,7 +75,7 @@ def warn_of_leverage(leverage: Tensor) -> None:
 def check_order(loader: Iterable[Any]) -> None:
     """Where the order of the data will not come again."""
     sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, torch.utils.data.RandomSampler):
+    if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         warnings.warn(
             "the loader shuffles, so the numbers of examples mean nothing after this pass; pass shuffle=False",
             UserWarning,

@@ -52,7 +52,8 @@ class Sensitivity:
             their loss is the sum over tokens.
         correction: "newton" for a Newton step on the rest of the data, exact for linear regression; "first_order" for V e.
         estimator: "vjp_jvp" for any model, a backward and a forward a product; "layerwise" for few outputs, a backward for each;
-            "last_layer" for the weights of the last layer only; "mc" by draws of the weights.
+            "last_layer" for the weights of the last layer only; "mc" by draws of the weights, of the model as it is and not
+            linearized. Groups, pairs and :meth:`self_scores` take all weights and products whatever it is.
         noise_variance: Of "mse"; None is the posterior's, or 1.
         error_fn: Derivative of a loss that is a function; None is torch's.
         hessian_fn: Its second derivative by example, shape (n, K, K); None is torch's.
