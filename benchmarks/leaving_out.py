@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,6 +206,8 @@ def wrong_labels(name: str, seed: int) -> dict[str, dict[str, float]] | None:
     found: dict[str, dict[str, float]] = {}
 
     def precision(scores: Tensor) -> float:
+        if scores.isnan().all():  # of a rival that is not installed
+            return math.nan
         return bad[scores.argsort(descending=True)[: n // 10]].float().mean().item()
 
     for epoch in range(1, STAGES[-1] + 1):
@@ -233,7 +236,7 @@ def wrong_labels(name: str, seed: int) -> dict[str, dict[str, float]] | None:
             rival = kronfluence(model, x, y)
             if rival is not None:
                 rival.fit()
-            influence = losses * 0 if rival is None else rival.score()
+            influence = losses * math.nan if rival is None else rival.score()
             model.train()
             figures = (losses, lost, loo, _unsorted(tracker.mislabelled()), tracker.scores.loo_loss, head.loo_loss, influence)
             found[str(epoch)] = dict(zip(RANKINGS, map(precision, figures), strict=True))
