@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..estimators.output_losses import IGNORED as IGNORED
+
 Link = Literal["softmax", "sigmoid", "identity"]
 LINKS = ("softmax", "sigmoid", "identity")
-IGNORED = -100
-"""The label of a position that does not count."""
 
 
 class Prediction(NamedTuple):

@@ -5,10 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ...estimators.output_losses import IGNORED as IGNORED
 from .checks import check_labels, wide
-
-IGNORED = -100
-"""The target of a position that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
 
 def token_nll(log_probs: Tensor, tokens: Tensor, ignored: int = IGNORED) -> Tensor:
