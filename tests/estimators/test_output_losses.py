@@ -83,7 +83,7 @@ def test_labels_are_drawn_as_often_as_they_are_likely():
 @pytest.mark.parametrize(
     ("loss", "y", "message"),
     [
-        ("bce", torch.ones(3, 1), "bce takes one label for each output"),
+        ("bce", torch.ones(3, 1), "targets have shape .3, 1. and the outputs .3, 2.; they must agree"),
         ("bce", torch.full((3, 2), 1.5), "bce takes labels 0 and 1, or between them; 6 of 6 are not"),
         ("cross_entropy", torch.tensor([0, -100, 1]), "labels go from -100 to 1"),
     ],

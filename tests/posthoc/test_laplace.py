@@ -465,8 +465,7 @@ LABELS = torch.arange(9) % 3
         (on(num_data=0), "num_data must be a whole number >= 1, got 0"),
         (on(batches=[]), "the loader gave no example"),
         (on(batches=[], structure="last_layer"), "the loader gave no example"),
-        (on(batches=[X]), r"pairs \(inputs, targets\) of tensors, got Tensor"),
-        (on(batches=[(X, LABELS[:4])]), "a batch holds 9 inputs and 4 targets"),
+        (on(batches=[(X, LABELS[:4])]), "a batch holds 9 inputs and 4 labels"),
         (on(batches=[(X, LABELS.double())]), "whole numbers of classes as labels, got torch.float64; numbers have loss='mse'"),
         (on(batches=[(X, LABELS + 1)]), "labels go from 1 to 3, and there are 3 classes"),
         (on(batches=[(X, LABELS[:, None])]), r"labels have shape \(9, 1\)"),
@@ -514,8 +513,10 @@ class Moody(nn.Module):
 
 
 def test_what_is_not_finite_or_too_large_is_told():
-    with pytest.raises(ValueError, match="must give one tensor with a row for each of 9 inputs, got tuple"):
+    with pytest.raises(TypeError, match="must return a tensor, or something with logits; got tuple"):
         br.Posterior.laplace(Several(3, 3).double(), [(X, LABELS)])
+    with pytest.raises(TypeError, match=r"a batch is a pair \(inputs, labels\) or a mapping with 'labels', got Tensor"):
+        br.Posterior.laplace(nn.Linear(3, 3).double(), [X])
     with pytest.raises(ValueError, match="no parameter that requires a gradient has a part in the outputs"):
         br.Posterior.laplace(Apart(), [(X, LABELS)])
     with pytest.raises(ValueError, match=r"cross_entropy takes outputs of shape \(n, ..., classes >= 2\), got \(9, 1\)"):

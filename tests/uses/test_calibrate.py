@@ -94,6 +94,65 @@ class TestScale:
             calibrate(model, post.rescale(ess=1e-3), CLASSES, ("tau",), num_samples=8)
 
 
+class TestLinearized:
+    """One linearization serves all scales and temperatures."""
+
+    HOW = (
+        {},
+        {"variance": "exact", "link_approx": "bridge_norm"},
+        {"variance": "sampled", "link_approx": "mc"},
+        {"link_approx": "mc"},
+    )
+
+    @pytest.mark.parametrize("how", HOW, ids=str)
+    @pytest.mark.parametrize("what", ["tau", "temperature"])
+    def test_nothing_near_is_better(self, what, how):
+        model, post = fixture(hot=3.0)
+        how = {"method": "glm", "num_samples": 8, **how}
+        found = calibrate(model, post, CLASSES, what, **how)
+        best = nll(model, found, **how)
+        assert best < nll(model, post, **how) and (found.temperature == 1) == (found.ess != 100) == (what == "tau")
+        for tau, factor in ((0.8, 1.0), (1.25, 1.0)) if what == "tau" else ((1.0, 0.97), (1.0, 1.03)):
+            other = replace(found.rescale(ess=found.ess * tau), temperature=found.temperature * factor)
+            assert nll(model, other, **how) >= best - 2e-6
+
+    def test_the_model_runs_once(self):
+        model, post = fixture(hot=3.0)
+        counts = []
+        for what in ("temperature", "tau"):
+            seen = []
+            handle = model.register_forward_hook(lambda *_, seen=seen: seen.append(0))
+            calibrate(model, post, CLASSES, what, method="glm")
+            handle.remove()
+            counts.append(len(seen))
+        assert counts[0] == counts[1] <= 2 * len(CLASSES) + 1
+
+    def test_numbers_too(self):
+        model, post = fixture(2)
+        found = calibrate(model, post, TARGETS, method="glm")
+        best = nll(model, found, TARGETS, method="glm")
+        for tau, factor in ((0.8, 1.0), (1.25, 1.0), (1.0, 0.9), (1.0, 1.1)):
+            noise = tuple(factor * v for v in found.noise_variance)
+            other = replace(found.rescale(ess=found.ess * tau), noise_variance=noise)
+            assert nll(model, other, TARGETS, method="glm") >= best - 2e-6
+
+
+YES = [(X[:70], (LABELS[:70] == 0).float()), (X[70:], (LABELS[70:] == 0).float())]
+
+
+@pytest.mark.parametrize("method", ["mean", "mc", "glm"])
+def test_yes_or_no_by_one_logit_is_calibrated(method):
+    model, post = fixture(1, hot=4.0)
+    how = {"method": method, "num_samples": 8, "link": "sigmoid"}
+    found = calibrate(model, post, YES, "temperature", **how)
+    best = br.evaluate(model, found, YES, metrics=["nll"], **how)["nll"]
+    for factor in (0.97, 1.03):
+        other = replace(found, temperature=found.temperature * factor)
+        assert br.evaluate(model, other, YES, metrics=["nll"], **how)["nll"] > best
+    columns = calibrate(model, post, [(x, y.long()[:, None]) for x, y in YES], "temperature", **how)
+    assert columns.temperature == found.temperature
+
+
 class TestTemperature:
     def test_of_the_mean_is_that_of_fit_temperature(self):
         model, post = fixture(hot=3.0)
@@ -266,6 +325,8 @@ def test_too_much_to_keep_is_refused_with_what_would_do(monkeypatch):
     [
         ({"posterior": None}, "calibrate needs a posterior, got NoneType; of a bare model take Posterior.point(model)"),
         ({"loader": []}, "nothing to calibrate on: the loader gave no batch"),
+        ({"link": "identity"}, "unknown link 'identity' of classes; take 'softmax' or 'sigmoid'"),
+        ({"loader": [(X, 2 * LABELS)], "link": "sigmoid"}, "labels of yes or no are 0 and 1, got"),
         ({"what": ()}, "what must name of ('tau', 'temperature'), for the labels are classes; got ()"),
         ({"what": ("noise",)}, "what must name of ('tau', 'temperature'), for the labels are classes; got ('noise',)"),
         ({"what": "temperature", "loader": TARGETS}, "what must name of ('tau', 'noise'), for the labels are floating point"),
@@ -274,7 +335,7 @@ def test_too_much_to_keep_is_refused_with_what_would_do(monkeypatch):
         ({"loader": [(X, 0 * LABELS - 100)]}, "no label differs from -100"),
         ({"method": "average"}, "unknown method 'average'"),
         ({"num_samples": 0}, "num_samples must be a whole number >= 1, got 0"),
-        ({"what": "noise", "loader": [(X, X @ TRUTH[:, :2])]}, "outputs of shape (200, 3) for targets of shape (200, 2)"),
+        ({"what": "noise", "loader": [(X, X @ TRUTH[:, :2])]}, "targets have shape (200, 2) and the outputs (200, 3)"),
     ],
     ids=str,
 )

@@ -169,6 +169,63 @@ class TestTokens:
         assert not model._forward_hooks and model(TOKENS).shape == (4, 9, 7)
 
 
+class Both(nn.Module):
+    """Two logits, 0 and that of yes."""
+
+    def __init__(self, yes: nn.Module) -> None:
+        super().__init__()
+        self.yes = yes
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.yes(x).reshape(-1, 1)
+        return torch.cat([torch.zeros_like(f), f], -1)
+
+
+@pytest.mark.parametrize("column", [True, False], ids=["column", "row"])
+@pytest.mark.parametrize("how", [{"method": "mean"}, {}, {"method": "glm"}, {"method": "glm", "variance": "exact"}], ids=str)
+def test_one_logit_for_yes_is_two_classes(how, column):
+    one, post = linear(1)
+    model = one if column else nn.Sequential(one, nn.Flatten(0))
+    wrap = (
+        {}
+        if column
+        else {"mean": {f"0.{n}": m for n, m in post.mean.items()}, "precision": {f"0.{n}": s for n, s in post.precision.items()}}
+    )
+    own = br.Posterior(**wrap) if wrap else post
+    model, two = model.eval(), Both(one).eval()
+    both = br.Posterior({f"yes.{n}": m for n, m in post.mean.items()}, {f"yes.{n}": s for n, s in post.precision.items()})
+    how = {"num_samples": 64, "ood": [FAR], "metrics": [*CLASSIFICATION, "auroc_ood", "fpr95"], "temperature": 0.7, **how}
+    how["metrics"].remove("top5_accuracy")
+    labels = LABELS % 2
+    found = br.evaluate(model, own, [(X, labels.double())], link="sigmoid", **how)
+    wanted = br.evaluate(two, both, [(X, labels)], **how)
+    assert found == pytest.approx(wanted, abs=1e-9)
+
+
+def test_a_certain_no_keeps_its_log_probability():
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    found = br.evaluate(model.eval(), None, [(torch.tensor([[60.0]]), torch.tensor([0]))], link="sigmoid", metrics="nll")
+    assert found["nll"] == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize(
+    "how", [{"tau": 3.0}, {"temperature": 2.0}, {"method": "glm", "tau": 3.0}, {"method": "glm", "variance": "exact"}], ids=str
+)
+def test_predictions_are_those_of_predict(how):
+    model, post = linear(6)
+    found = br.evaluate(model, post, [(X, LABELS)], num_samples=8, metrics="nll", **how)["nll"]
+    logs = br.predict(model, post, X, num_samples=8, **how).log_probs
+    assert found == pytest.approx(-logs.gather(1, LABELS[:, None]).mean().item(), rel=1e-12)
+
+
+def test_tokens_take_a_temperature():
+    model = Words()
+    given = br.evaluate(model, model.posterior(), [(TOKENS, FOLLOWING)], "lm", num_samples=4, temperature=1.7)
+    own = br.evaluate(model, model.posterior(temperature=1.7), [(TOKENS, FOLLOWING)], "lm", num_samples=4)
+    assert given == own
+
+
 LM = {"task": "lm", "loader": [(TOKENS, FOLLOWING)], "model": Words(), "posterior": None}
 
 
@@ -185,11 +242,15 @@ LM = {"task": "lm", "loader": [(TOKENS, FOLLOWING)], "model": Words(), "posterio
             {"task": "regression", "ood": [FAR]},
             "ood data are told from those of classes; take task='classification', not",
         ),
-        ({"task": "regression", "loader": [(X, TARGETS[:, :1])]}, "outputs of shape (24, 6) for targets of shape (24, 1)"),
+        ({"task": "regression", "loader": [(X, TARGETS[:, :1])]}, "targets have shape (24, 1) and the outputs (24, 6)"),
         (
             {"task": "regression", "noise_variance": torch.ones(2), "loader": [(X, X.repeat(1, 2))]},
             "one number or one for each output, (24, 6); got (2,)",
         ),
+        ({"link": "identity"}, "unknown link 'identity' of classes; take 'softmax' or 'sigmoid'; numbers have task='regression'"),
+        ({"link": "sigmoid", "loader": [(X, LABELS % 2)]}, "measured for one logit an input, got outputs of shape (24, 6)"),
+        ({"method": "glm", "link_approx": "quadrature"}, "unknown link_approx 'quadrature' for link='softmax'"),
+        ({"tau": 0.0}, "tau must be a number > 0"),
         ({"task": "regression", "noise_variance": -1.0}, "noise_variance must be >= 0, got -1"),
         ({**LM, "metrics": ["accuracy"]}, "unknown metric 'accuracy'; take of nll, perplexity, bits_per_byte"),
         ({**LM, "vmap": 2}, "draw by draw, without vmap and batch_norm"),

@@ -383,7 +383,7 @@ class TestLinks:
         mean, matrix = normal(1, 3, 4), torch.stack([positive(n, 4) for n in range(3)])
         how = module.Linear("softmax", "exact", "bridge", 1.0, 1.0, 4, 0, False, False, None, print, print)
         f = module.Moments(mean, matrix.diagonal(dim1=1, dim2=2), matrix)
-        log_probs, own = module._bridge(f, how, None, False)
+        log_probs, own = module._bridge(f, how, False)
         sums = matrix.sum(-1)
         f = mean - sums * mean.sum(-1, keepdim=True) / sums.sum(-1)[:, None]
         v = matrix.diagonal(dim1=1, dim2=2) - sums**2 / sums.sum(-1)[:, None]

@@ -421,7 +421,38 @@ def test_training_mode_is_refused(make, message):
 def test_a_model_whose_outputs_come_from_no_linear_layer_has_no_last_layer():
     model = nn.Sequential(perceptron(), nn.Tanh()).double().eval()
     with pytest.raises(ValueError, match="come from no linear layer"):
-        br.Sensitivity(model, br.Posterior.point(model), estimator="last_layer").scores([(normal(1, 2, 4), torch.zeros(2).long())])
+        br.Sensitivity(model, posterior_of(model), estimator="last_layer").scores([(normal(1, 2, 4), torch.zeros(2).long())])
+
+
+def test_a_posterior_that_is_certain_is_told():
+    model, x, y = network()
+    with pytest.warns(UserWarning, match="knows every weight exactly, so that leaving examples out changes nothing") as caught:
+        found = br.Sensitivity(model, posterior_of(model).exact()).scores([(x, y)])
+    assert torch.equal(found.loo_loss, found.loss) and caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([-1], "named by whole numbers from 0 on, or by a mask of them, got [-1]"),
+        ([0.5], "named by whole numbers from 0 on, or by a mask of them, got [0.5]"),
+        ([900], "1 examples to take away, and 0 of them are among the 12 of the data"),
+    ],
+    ids=str,
+)
+def test_examples_that_are_none_are_refused(indices, message):
+    model, x, y = network()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        br.Sensitivity(model, posterior_of(model)).remove(indices, [(x, y)])
+
+
+def test_examples_may_be_named_by_a_mask():
+    model, x, y = network()
+    sensitivity, mask = br.Sensitivity(model, posterior_of(model)), torch.arange(len(y)) == 3
+    assert torch.equal(sensitivity.remove(mask, [(x, y)]).deviation, sensitivity.remove([3], [(x, y)]).deviation)
+    sensitivity.scores([(x, y)])
+    with pytest.raises(ValueError, match="k must be a whole number >= 0, got -1; it is how many examples to name"):
+        sensitivity.top(-1)
 
 
 def test_a_loader_that_shuffles_is_told():

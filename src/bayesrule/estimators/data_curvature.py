@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .batches import outputs_of, pairs, rows_of
 from .calls import Call
 from .gradients import Gradients, Outer
 from .layers import layer_of
@@ -250,7 +251,7 @@ def accumulate(
 
     Args:
         model: The model, with dropout and batch norm in eval mode.
-        batches: Of inputs and targets; read once.
+        batches: Pairs (inputs, targets), or mappings with ``labels``; read once.
         loss: Of its outputs.
         into: What is kept.
         curvature: "ggn": exact, one backward an output; "fisher": with targets drawn from the model, one backward, unbiased;
@@ -258,17 +259,17 @@ def accumulate(
         seed: Of the targets that are drawn.
 
     Raises:
-        ValueError: There are none, a batch is no pair, or targets do not suit the loss.
+        TypeError: A batch is no pair and no mapping with labels.
+        ValueError: There are none, or targets do not suit the loss.
         RuntimeError: Outputs are not finite, too large for so many columns, or examples cannot be told apart.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = next(iter(into.params.values())).device
     step, formless = 0, set[str]()
-    for inputs, targets in pairs(batches, device):
-        first = 0
-        while first < len(inputs):
-            rows = slice(first, first + step if step else len(inputs))
-            calls, outputs, trace = _forward(model, inputs[rows], into)
+    for inputs, targets in pairs(batches, model):
+        first, examples = 0, len(targets)
+        while first < examples:
+            rows = slice(first, min(first + step, examples) if step else examples)
+            calls, outputs, trace = _forward(model, rows_of(inputs, rows, examples), rows.stop - first, into)
             formless |= trace.formless
             columns = outputs[0].numel() if curvature == "ggn" else 1
             fits = _fitting(outputs, columns, into)
@@ -284,24 +285,12 @@ def accumulate(
     into.finish()
 
 
-def pairs(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets of each batch, on a device."""
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
-            raise ValueError(f"the loader must give pairs (inputs, targets) of tensors, got {type(batch).__name__}")
-        inputs, targets = batch
-        if len(inputs) != len(targets):
-            raise ValueError(f"a batch holds {len(inputs)} inputs and {len(targets)} targets")
-        yield inputs.to(device), targets
-
-
-def _forward(model: nn.Module, inputs: Tensor, into: Sum) -> tuple[list[Call], Tensor, Trace]:
+def _forward(model: nn.Module, inputs: Any, examples: int, into: Sum) -> tuple[list[Call], Tensor, Trace]:
     calls: list[Call] = []
     with torch.enable_grad(), Trace(model, into.params, calls.extend) as trace:
-        outputs = model(inputs)
-    if not isinstance(outputs, Tensor) or not outputs.dim() or len(outputs) != len(inputs):
-        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"the model must give one tensor with a row for each of {len(inputs)} inputs, got {got}")
+        outputs = outputs_of(model, inputs)
+    if not outputs.dim() or len(outputs) != examples:
+        raise ValueError(f"the model must give a row for each of {examples} inputs, got outputs of shape {tuple(outputs.shape)}")
     if bad := int((~outputs.isfinite()).reshape(len(outputs), -1).any(1).sum()):
         raise RuntimeError(f"the model gave outputs that are not finite in {bad} of {len(outputs)} rows")
     return calls, outputs, trace

@@ -22,6 +22,17 @@ IGNORED = -100
 """The label of positions that do not count."""
 
 
+def shaped_like(outputs: Tensor, targets: Tensor) -> Tensor:
+    """One target for each output, in their shape; axes of length 1 may be left out of either.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    if [n for n in targets.shape if n > 1] != [n for n in outputs.shape if n > 1] or targets.numel() != outputs.numel():
+        raise ValueError(f"targets have shape {tuple(targets.shape)} and the outputs {tuple(outputs.shape)}; they must agree")
+    return targets.reshape(outputs.shape)
+
+
 class Slopes(NamedTuple):
     """The derivatives of losses at outputs of n examples."""
 
@@ -168,11 +179,10 @@ class BinaryCrossEntropy(OutputLoss):
     """
 
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if targets.numel() != outputs.numel():
-            raise ValueError(f"bce takes one label for each output, shape {tuple(outputs.shape)}, got {tuple(targets.shape)}")
+        targets = shaped_like(outputs, targets)
         if bad := int(((targets < 0) | (targets > 1)).sum()):
             raise ValueError(f"bce takes labels 0 and 1, or between them; {bad} of {targets.numel()} are not")
-        return targets.to(outputs).view_as(outputs)
+        return targets.to(outputs)
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").view(len(outputs), -1).sum(1)
@@ -211,11 +221,9 @@ class SquaredError(OutputLoss):
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if not targets.is_floating_point():
             raise ValueError(f"mse takes real numbers as targets, got {targets.dtype}; classes have loss='cross_entropy'")
-        if targets.shape != outputs.shape:
-            raise ValueError(f"targets have shape {tuple(targets.shape)} and the outputs {tuple(outputs.shape)}; they must agree")
         if bad := int((~targets.isfinite()).sum()):
             raise ValueError(f"{bad} of {targets.numel()} targets are not finite")
-        return targets.to(outputs)
+        return shaped_like(outputs, targets).to(outputs)
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         constant = math.log(2 * math.pi * self.noise_variance)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import Bases, Basis
-from ..estimators.data_curvature import KINDS, Diagonals, Factors, Head, Matrix, Sum, accumulate, pairs, wide
+from ..estimators.batches import outputs_of, pairs, rows_of
+from ..estimators.data_curvature import KINDS, Diagonals, Factors, Head, Matrix, Sum, accumulate, wide
 from ..estimators.output_losses import OutputLoss, SquaredError
 from ..families.eigen import Eigen
 from ..families.gaussian import Full
@@ -105,9 +106,9 @@ def _last_layer(
     ]
     try:
         first = next(batches, None)
-        for inputs, _ in pairs([] if first is None else [first], next(model.parameters()).device):
+        for inputs, labels in pairs([] if first is None else [first], model):
             with torch.no_grad():
-                model(inputs[:1])
+                outputs_of(model, rows_of(inputs, slice(1), len(labels)))
     finally:
         for handle in handles:
             handle.remove()

@@ -58,8 +58,8 @@ class Makers:
         The prior is added exactly, in the eigenvectors of the factors for "kron". Its mean is 0.
 
         Args:
-            model: In eval mode; gives outputs f, shape (n, ..., K).
-            loader: Batches (inputs, targets), each example once; read once.
+            model: In eval mode; gives outputs f, shape (n, ..., K), or something with ``logits``.
+            loader: Batches (inputs, targets), or mappings with ``labels`` as Hugging Face has them, each example once; read once.
             structure: See above. "kron" is a posterior of the structure "eigen".
             prior_precision: delta > 0: N times the weight decay of the mean loss; or one for each parameter, by name; or "marglik",
                 which makes the data most probable by Laplace's own evidence (:mod:`bayesrule.posthoc.evidence`).

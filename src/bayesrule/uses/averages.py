@@ -33,15 +33,20 @@ class Prediction(NamedTuple):
     noise_variance: Tensor | None = None  # (N, ..., K) of a regression's targets about their means, the aleatoric part, where known
     covariance: Tensor | None = None  # (N, M, M) linearized: of the M outputs of each input in a row, where it was formed
     samples: Tensor | None = None  # (S, N, ..., K) linearized, sampled: outputs by draw of the weights, each serving all inputs
+    log_complement: Tensor | None = None  # (N, ..., K) with link="sigmoid": log of 1 - probs, finite where probs round to 1
     sequence_log_probs: Tensor | None = None  # (N,) with labels: log of the mean over draws of the whole sequence's probability
 
     def with_noise(self, noise: float | Tensor | Sequence[float] | None) -> Prediction:
         """A regression's with the variance of its targets about their means, where that is known."""
         if noise is None or self.probs is not None:
             return self
-        return self._replace(
-            noise_variance=torch.as_tensor(noise, dtype=self.mean.dtype, device=self.mean.device).expand_as(self.mean)
-        )
+        known = torch.as_tensor(noise, dtype=self.mean.dtype, device=self.mean.device)
+        try:
+            return self._replace(noise_variance=known.expand_as(self.mean))
+        except RuntimeError:
+            raise ValueError(
+                f"noise_variance must be one number or one for each output, {tuple(self.mean.shape)}; got {tuple(known.shape)}"
+            ) from None
 
     @property
     def total_variance(self) -> Tensor:
@@ -66,8 +71,8 @@ def prediction_of(
     """From log probabilities as of :func:`log_probs_of`, and the mean entropy of the draws where that is known."""
     total = entropy_of(log_probs) if entropy is None else entropy
     information = None if aleatoric is None else (total - aleatoric).clamp_min(0)
-    own = log_probs if link == "softmax" else log_probs[..., 1]
-    return Prediction(own.exp(), mean, variance, total, information, own)
+    own, no = (log_probs, None) if link == "softmax" else (log_probs[..., 1], log_probs[..., 0])
+    return Prediction(own.exp(), mean, variance, total, information, own, log_complement=no)
 
 
 class Averages:
@@ -147,7 +152,8 @@ def mixed(found: Sequence[Prediction], weights: Sequence[float], link: str) -> P
     own = [one.entropy - one.mutual_information for one in found if one.entropy is not None and one.mutual_information is not None]
     information = (total - _mean(weights, own)).clamp_min(0) if len(own) == len(found) else None
     sequences = _log_mean(weights, [one.sequence_log_probs for one in found])
-    return Prediction(probs, mean, variance, total, information, log_probs, sequence_log_probs=sequences)
+    no = _log_mean(weights, [one.log_complement for one in found])
+    return Prediction(probs, mean, variance, total, information, log_probs, log_complement=no, sequence_log_probs=sequences)
 
 
 def _mean(weights: Sequence[float], each: Sequence[Tensor]) -> Tensor:

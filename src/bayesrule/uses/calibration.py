@@ -8,17 +8,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..estimators.batches import inputs_and_labels
+from ..estimators.output_losses import shaped_like
 from ..posterior import Posterior
-from .evaluation import evaluate, noise_of, of_outputs
+from .evaluation import as_classes, noise_of, yes_or_no
 from .metrics import check_labels
 from .metrics.language import IGNORED
 from .metrics.regression import gaussian_nll
-from .prediction import Method, _How, _predict
+from .prediction import How, LinkApprox, Method, Prediction, Variance, linearized, predict_batches
 
 _LIMIT = 1e4  # temperatures are sought in [1 / _LIMIT, _LIMIT]
 
@@ -105,11 +107,14 @@ _MOST_BYTES = 2**31  # of outputs that are kept
 def calibrate(
     model: nn.Module,
     posterior: Posterior,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    what: Collection[str] = ("tau", "temperature"),
+    loader: Iterable[Any],
+    what: Collection[str] | None = None,
     *,
     method: Method | None = None,
     num_samples: int = 32,
+    link: Literal["softmax", "sigmoid"] = "softmax",
+    link_approx: LinkApprox = "probit",
+    variance: Variance = "layerwise",
     seed: int = 0,
     antithetic: bool = False,
     batch_norm: Iterable[Tensor] | None = None,
@@ -119,19 +124,23 @@ def calibrate(
     .. math:: \min_{\tau, T} \; -\frac1N \sum_i \log \frac1S \sum_s \mathrm{softmax}(f(x_i; \theta_s) / T)_{y_i},
               \qquad \theta_s \sim q^\tau
 
-    Each tau that is looked at costs one prediction of the data, some 15 in all; the draws are those of ``seed`` for all of them, so
-    that they can be compared. Temperatures are tried on outputs that are kept, ``num_samples`` times those of a forward pass.
+    With "mc" each tau that is looked at costs one prediction of the data, some 15 in all; the draws are those of ``seed`` for all
+    of them, so that they can be compared. "glm" linearizes once, and scales. Temperatures are tried on outputs that are kept,
+    ``num_samples`` times those of a forward pass.
 
     Args:
         model: As for :func:`bayesrule.predict`, in eval mode.
         posterior: What was learned.
-        loader: Batches (inputs, labels) that played no part in training; labels that are floating point are the numbers of a
-            regression with Gaussian noise. Read once.
+        loader: Batches (inputs, labels), or mappings with ``labels``, that played no part in training; labels that are floating
+            point are the numbers of a regression with Gaussian noise, but for ``link="sigmoid"``. Read once.
         what: "tau": the scale of the posterior, ess -> tau ess; where nothing beats its mean, that is returned, known exactly, with
             a warning: its draws no longer say anything of unknown data. "temperature": of logits. "noise": the variance of each
-            output's noise, of regressions. What is not named stays as it is.
+            output's noise, of regressions. What is not named stays as it is. None is all that the labels have.
         method: How the posterior will predict.
         num_samples: As for :func:`bayesrule.predict`, and better the same as there.
+        link: "sigmoid" for yes or no by one logit, with labels 0 and 1.
+        link_approx: As for :func:`bayesrule.predict`, and the same as there.
+        variance: As for :func:`bayesrule.predict`, and the same as there.
         seed: Which draws.
         antithetic: As for :func:`bayesrule.predict`.
         batch_norm: As for :func:`bayesrule.predict`.
@@ -162,22 +171,24 @@ def calibrate(
         raise ValueError(
             f"calibrate needs a posterior, got {type(posterior).__name__}; of a bare model take Posterior.point(model)"
         )
-    what = (what,) if isinstance(what, str) else tuple(what)
-    batches = [(batch[0], batch[1]) for batch in loader]
+    if link not in ("softmax", "sigmoid"):
+        raise ValueError(f"unknown link {link!r} of classes; take 'softmax' or 'sigmoid'; floating point labels are numbers")
+    batches = [inputs_and_labels(batch, model) for batch in loader]
     if not batches:
         raise ValueError("there is nothing to calibrate on: the loader gave no batch")
-    numbers = batches[0][1].is_floating_point()
+    numbers = batches[0][1].is_floating_point() and link != "sigmoid"
     allowed = ("tau", "noise") if numbers else ("tau", "temperature")
+    what = allowed if what is None else (what,) if isinstance(what, str) else tuple(what)
     if not what or not set(what) <= set(allowed):
         kind = "floating point, those of a regression" if numbers else "classes"
         raise ValueError(f"what must name of {allowed}, for the labels are {kind}; got {what}")
-    chosen = method or getattr(posterior, "method_hint", None) or "mc"
-    how = _How(chosen, num_samples, seed, antithetic, None, False, None if batch_norm is None else list(batch_norm))
+    chosen: Any = method or posterior.method_hint or "mc"
+    statistics = None if batch_norm is None else list(batch_norm)
+    how = How(chosen, num_samples, seed, antithetic, None, False, statistics, link_approx=link_approx, variance=variance)
     free = "noise" in what or "temperature" in what
-    data = (_Numbers if numbers else _Classes)(model, batches, how, free)
-    if "tau" in what and _has_powers(posterior, only=not free):
-        posterior = _scaled(data, posterior)
-    return data.settled(posterior) if free else posterior
+    data = _Numbers(model, posterior, batches, how, free) if numbers else _Classes(model, posterior, batches, how, free, link)
+    tau = _best_tau(data) if "tau" in what and _has_powers(posterior, only=not free) else 1.0
+    return data.settled(tau)
 
 
 def _has_powers(posterior: Posterior, only: bool) -> bool:
@@ -191,20 +202,20 @@ def _has_powers(posterior: Posterior, only: bool) -> bool:
     return True
 
 
-def _scaled(data: _Data, posterior: Posterior) -> Posterior:
-    """The power of the posterior that predicts best."""
+def _best_tau(data: _Data) -> float:
+    """The power of the posterior that predicts best; inf is its mean."""
 
     def at(log_tau: float) -> float:
-        return data.nll(posterior.rescale(ess=posterior.ess * math.exp(log_tau))) if log_tau else data.best(posterior, 1e-3)[0]
+        return data.nll(math.exp(log_tau)) if log_tau else data.best(1.0, 1e-3)[0]
 
     limit = math.log(_FARTHEST)
     least, value = valley(at, 0.0, math.log(_STEP), limit, 0.05)
-    if posterior.is_gaussian and data.nll(posterior.exact()) <= value:
+    if data.posterior.is_gaussian and data.nll(math.inf) <= value:
         _warn("no scale of the posterior predicts these data better than its mean: what is returned is that mean, known exactly")
-        return posterior.exact()
+        return math.inf
     if abs(least) == limit:
         _warn(f"the best tau lies at the limit {math.exp(least):.3g}; check the validation data")
-    return posterior.rescale(ess=posterior.ess * math.exp(least))
+    return math.exp(least)
 
 
 class _Data(ABC):
@@ -212,110 +223,135 @@ class _Data(ABC):
 
     Args:
         model: Predicts.
+        posterior: For tau 1.
         batches: Inputs and labels.
         how: To predict.
-        free: Whether the temperature, or the noise, is chosen for each posterior; else it is the posterior's.
+        free: Whether the temperature, or the noise, is chosen for each tau; else it is the posterior's.
+        link: Of the outputs.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], how: _How, free: bool) -> None:
-        self.model, self.how, self.free = model, how, free
+    def __init__(
+        self,
+        model: nn.Module,
+        posterior: Posterior,
+        batches: Sequence[tuple[Any, Tensor]],
+        how: How,
+        free: bool,
+        link: str = "identity",
+    ) -> None:
+        self.model, self.posterior, self.how, self.free, self.link = model, posterior, how, free, link
         self.inputs, self.labels = [x for x, _ in batches], [y for _, y in batches]
 
-    def nll(self, posterior: Posterior) -> float:
-        """Of the posterior, with its best temperature or noise if they are free; inf where a draw gives no numbers."""
+    def nll(self, tau: float) -> float:
+        """For a tau, with its best temperature or noise if they are free; inf where a draw gives no numbers."""
         try:
-            return self.best(posterior, 1e-3)[0]
+            return self.best(tau, 1e-3)[0]
         except RuntimeError as error:
             if "non-finite outputs" in str(error):
                 return math.inf
             raise
 
     @abstractmethod
-    def best(self, posterior: Posterior, tolerance: float = 1e-6) -> tuple[float, Any]:
+    def best(self, tau: float, tolerance: float = 1e-6) -> tuple[float, Any]:
         """The NLL and the temperature or noise that it is of."""
 
     @abstractmethod
-    def settled(self, posterior: Posterior) -> Posterior:
-        """The posterior with its best temperature or noise."""
+    def settled(self, tau: float) -> Posterior:
+        """The posterior with this tau, and its best temperature or noise."""
+
+    def scaled(self, tau: float) -> Posterior:
+        """The posterior with this tau."""
+        if tau == 1:
+            return self.posterior
+        return self.posterior.exact() if tau == math.inf else self.posterior.rescale(ess=self.posterior.ess * tau)
+
+    @cached_property
+    def linear(self) -> Callable[[float, float], Prediction]:
+        """Predictions for a tau and a temperature."""
+        return linearized(self.model, self.posterior, self.inputs, self.link, self.how)
 
 
 class _Classes(_Data):
-    def best(self, posterior: Posterior, tolerance: float = 1e-6) -> tuple[float, float]:
-        at = self._nll_at(posterior)
+    def best(self, tau: float, tolerance: float = 1e-6) -> tuple[float, float]:
+        at = self._nll_at(tau)
         if not self.free:
-            return at(posterior.temperature), posterior.temperature
-        start, limit = math.log(posterior.temperature), math.log(_LIMIT)
+            return at(self.posterior.temperature), self.posterior.temperature
+        start, limit = math.log(self.posterior.temperature), math.log(_LIMIT)
         log_t, value = valley(lambda u: at(math.exp(u)), start, math.log(2), limit, tolerance)
         ends = {end: at(end) for end in (1 / _LIMIT, _LIMIT)}  # where all are right, it is 0 long before
         end = min(ends, key=lambda t: ends[t])
         return (ends[end], end) if ends[end] <= value else (value, math.exp(log_t))
 
-    def settled(self, posterior: Posterior) -> Posterior:
-        temperature = self.best(posterior)[1]
+    def settled(self, tau: float) -> Posterior:
+        if not self.free:
+            return self.scaled(tau)
+        temperature = self.best(tau)[1]
         if not 1 / _LIMIT < temperature < _LIMIT:
             _warn(f"the NLL has no minimum at a temperature in [{1 / _LIMIT:g}, {_LIMIT:g}]; using {temperature:g}; check the data")
-        return replace(posterior, temperature=temperature)
+        return replace(self.scaled(tau), temperature=temperature)
 
-    def _nll_at(self, posterior: Posterior) -> Callable[[float], float]:
+    def _nll_at(self, tau: float) -> Callable[[float], float]:
         """The NLL as a function of the temperature."""
-        if self.how.method in ("mean", "mc"):
-            return partial(_averaged_nll, self._outputs(posterior), self._answers)
-        pairs = list(zip(self.inputs, self.labels, strict=True))
-        more: dict[str, Any] = dict(zip(_How._fields[:7], self.how[:7], strict=True))  # what evaluate takes
-        return lambda t: evaluate(self.model, replace(posterior, temperature=t), pairs, metrics=("nll",), **more)["nll"]
+        if self.how.method != "glm":
+            return partial(_averaged_nll, self._outputs(tau), self._answers)
+        self._check(self.linear(tau, 1.0).mean, len(self._answers))
+        return lambda t: _nll(as_classes(self.linear(tau, t)), self._answers)
 
     @cached_property
     def _answers(self) -> Tensor:
-        return torch.cat([y.flatten() for y in self.labels]).cpu().long()
+        labels = torch.cat([y.flatten() for y in self.labels]).cpu()
+        return yes_or_no(labels) if self.link == "sigmoid" else labels.long()
 
-    def _outputs(self, posterior: Posterior) -> Tensor:
-        """Of the model for each draw, shape (draws, labels, classes), on the CPU."""
+    def _outputs(self, tau: float) -> Tensor:
+        """Logits for each draw, shape (draws, labels, classes), on the CPU; those of yes or no are 0 and f."""
         kept: list[Tensor] = []
 
-        def keep(module: nn.Module, _: Any, outputs: Tensor) -> None:
-            if self.how.batch_norm is not None and module.training:
-                return  # a pass for running statistics
-            if not kept:
-                self._check(outputs)
-            kept.append(outputs.flatten(0, -2).to("cpu", torch.promote_types(outputs.dtype, torch.float32)))
+        def keep(outputs: Tensor) -> Tensor:
+            f = outputs.flatten(0, -2) if self.link == "softmax" else outputs.reshape(-1, 1)
+            f = f.to("cpu", torch.promote_types(f.dtype, torch.float32))
+            kept.append(f if self.link == "softmax" else torch.cat([torch.zeros_like(f), f], -1))
+            if len(kept) == 1:
+                self._check(outputs, len(self.labels[0]))
+            return outputs
 
-        hook = self.model.register_forward_hook(keep)
-        try:
-            _predict(self.model, posterior, self.inputs, "softmax", self.how)
-        finally:
-            hook.remove()
+        predict_batches(self.model, self.posterior, self.inputs, self.link, self.how._replace(tau=tau), keep)
         return torch.stack([torch.cat(kept[i : i + len(self.inputs)]) for i in range(0, len(kept), len(self.inputs))])
 
-    def _check(self, outputs: Tensor) -> None:
-        """Refuse, at the first batch, what does not fit or is too much to keep."""
-        counted = self._answers != IGNORED
-        if outputs.shape[:-1] != self.labels[0].shape:
+    def _check(self, outputs: Tensor, examples: int) -> None:
+        """Refuse what does not fit or is too much to keep."""
+        counted, classes = self._answers != IGNORED, 2 if self.link == "sigmoid" else outputs.shape[-1]
+        lead = outputs.shape[:1] if self.link == "sigmoid" else outputs.shape[:-1]
+        if lead != (examples, *self.labels[0].shape[1:])[: len(lead)]:
             raise ValueError(f"the model gave outputs of shape {tuple(outputs.shape)} for labels {tuple(self.labels[0].shape)}")
-        check_labels(self._answers[counted], int(counted.sum()), outputs.shape[-1])
+        check_labels(self._answers[counted], int(counted.sum()), classes)
         if not counted.any():
             raise ValueError(f"there is nothing to calibrate on: no label differs from {IGNORED}")
         draws = self.how.num_samples if self.how.method == "mc" else 1
-        each = draws * outputs.shape[-1] * max(outputs.element_size(), 4)
+        each = draws * classes * max(outputs.element_size(), 4)
         if (size := each * len(self._answers)) > _MOST_BYTES:
             raise RuntimeError(
-                f"calibrate would keep {size / 2**30:.3g} GiB of outputs ({len(self._answers)} labels, {outputs.shape[-1]} "
-                f"classes, {draws} draws); pass at most {_MOST_BYTES // each} labels, or take fewer num_samples"
+                f"calibrate would keep {size / 2**30:.3g} GiB of outputs ({len(self._answers)} labels, {classes} classes, {draws} "
+                f"draws); pass at most {_MOST_BYTES // each} labels, or take fewer num_samples"
             )
 
 
 class _Numbers(_Data):
-    def best(self, posterior: Posterior, tolerance: float = 1e-6) -> tuple[float, tuple[float, ...] | None]:
-        found = _predict(self.model, posterior, self.inputs, "identity", self.how)
+    def best(self, tau: float, tolerance: float = 1e-6) -> tuple[float, tuple[float, ...] | None]:
+        if self.how.method == "glm":
+            found = self.linear(tau, 1.0)
+        else:
+            found = predict_batches(self.model, self.posterior, self.inputs, "identity", self.how._replace(tau=tau))
         mean, variance = found.mean.cpu().double(), found.variance.cpu().double()
-        targets = of_outputs(torch.cat(self.labels), mean).double()
+        targets = shaped_like(mean, torch.cat(self.labels)).cpu().double()
+        known = self.posterior.noise_variance
         if not self.free:
-            return gaussian_nll(mean, variance + noise_of(posterior, None, mean), targets).item(), posterior.noise_variance
+            return gaussian_nll(mean, variance + noise_of(self.posterior, None, mean), targets).item(), known
         columns = [x.reshape(-1, mean.shape[-1] if mean.ndim > 1 else 1).unbind(-1) for x in (mean, variance, targets)]
         each = [_noise(m, v, y, tolerance) for m, v, y in zip(*columns, strict=True)]
         return sum(value for value, _ in each) / len(each), tuple(noise for _, noise in each)
 
-    def settled(self, posterior: Posterior) -> Posterior:
-        return replace(posterior, noise_variance=self.best(posterior)[1])
+    def settled(self, tau: float) -> Posterior:
+        return replace(self.scaled(tau), noise_variance=self.best(tau)[1]) if self.free else self.scaled(tau)
 
 
 def _noise(mean: Tensor, variance: Tensor, targets: Tensor, tolerance: float) -> tuple[float, float]:
@@ -328,6 +364,12 @@ def _noise(mean: Tensor, variance: Tensor, targets: Tensor, tolerance: float) ->
         lambda u: gaussian_nll(mean, variance + size * math.exp(u), targets).item(), start, math.log(4), limit, tolerance
     )
     return value, size * math.exp(u)
+
+
+def _nll(found: Prediction, labels: Tensor) -> float:
+    assert found.log_probs is not None
+    logs, counted = found.log_probs.flatten(0, -2).cpu().double(), labels != IGNORED
+    return -logs[counted].gather(-1, labels[counted][:, None]).mean().item()
 
 
 def _averaged_nll(outputs: Tensor, labels: Tensor, temperature: float) -> float:

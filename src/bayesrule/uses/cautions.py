@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from ..estimators.output_losses import OutputLoss
 from ..posterior import Posterior
 
 
@@ -58,6 +59,16 @@ def warn_of_size(posterior: Posterior | None, examples: int) -> None:
         )
 
 
+def warn_of_certainty(uncertain: Collection[str]) -> None:
+    """Where no weight can move."""
+    if not uncertain:
+        warnings.warn(
+            "the posterior knows every weight exactly, so that leaving examples out changes nothing; pass one that training left",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def warn_of_leverage(leverage: Tensor) -> None:
     """Where examples hold themselves."""
     refused = (leverage >= 1).nonzero()[:, 0]
@@ -70,6 +81,19 @@ def warn_of_leverage(leverage: Tensor) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+def checked(loss: OutputLoss, values: Tensor, labels: Tensor) -> Tensor:
+    """Labels as a loss takes them.
+
+    Raises:
+        RuntimeError: The outputs are not finite.
+        ValueError: The labels do not suit them.
+    """
+    if not values.isfinite().all():
+        bad = int((~values.flatten(1).isfinite()).any(1).sum())
+        raise RuntimeError(f"the model gave outputs that are not finite for {bad} of {len(values)} examples")
+    return loss.check(values, labels)
 
 
 def check_order(loader: Iterable[Any]) -> None:

@@ -65,8 +65,8 @@ def newton(times: Times, slopes: Callable[[Tensor], Slopes], count: int, toleran
     first = times(e, torch.arange(count, device=e.device))
     moved, weighted = first.clone(), e.clone()
     residual = every.across(first)
-    leverage = _ratio(_dot(residual, residual), _dot(e, first))  # in the direction of the error
-    start = _dot(residual, residual)
+    leverage = _ratio(dot(residual, residual), dot(e, first))  # in the direction of the error
+    start = dot(residual, residual)
     direction, size = residual.clone(), start.clone()
 
     def far(rows: Tensor) -> Tensor:
@@ -81,14 +81,14 @@ def newton(times: Times, slopes: Callable[[Tensor], Slopes], count: int, toleran
         up = own.half(p)
         product = times(up, live)
         image = p - own.across(product)
-        inside = _dot(p, image)
-        leverage[live] = torch.maximum(leverage[live], 1 - _ratio(inside, _dot(p, p)))
+        inside = dot(p, image)
+        leverage[live] = torch.maximum(leverage[live], 1 - _ratio(inside, dot(p, p)))
         step = _ratio(size[live], inside)
         step = torch.where(inside > 0, step, torch.zeros_like(step))
         weighted[live] += _times(step, up)
         moved[live] += _times(step, product)
         residual[live] -= _times(step, image)
-        now = _dot(residual[live], residual[live])
+        now = dot(residual[live], residual[live])
         direction[live] = residual[live] + _times(_ratio(now, size[live]), p)
         size[live] = now
         live = far(live)
@@ -97,7 +97,8 @@ def newton(times: Times, slopes: Callable[[Tensor], Slopes], count: int, toleran
     return Deviation(moved, weighted, first, leverage)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of what each example has, shape (n,)."""
     return (a * b).flatten(1).sum(1)
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from itertools import count, cycle
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..estimators.batches import inputs_and_labels, inputs_of
+from ..estimators.output_losses import shaped_like
 from ..posterior import Posterior
 from .metrics import energy, max_probability, ood_metrics
 from .metrics.checks import check_labels, known_names
 from .metrics.classification import CLASSIFICATION, STANDARD, classification_metrics
 from .metrics.language import IGNORED, token_sums
 from .metrics.regression import coverage, crps, gaussian_nll, interval_width, rmse
-from .prediction import Method, Prediction, _check, _How, _inputs, _predict
+from .prediction import How, LinkApprox, Method, Prediction, Variance, check_outputs, predict_batches
 
 Task = Literal["classification", "regression", "lm"]
 
@@ -52,6 +53,11 @@ def evaluate(
     *,
     method: Method | None = None,
     num_samples: int = 32,
+    link: Literal["softmax", "sigmoid"] = "softmax",
+    link_approx: LinkApprox = "probit",
+    variance: Variance = "layerwise",
+    tau: float = 1.0,
+    temperature: float | None = None,
     seed: int = 0,
     metrics: Iterable[str] | None = None,
     ood: Iterable[Any] | None = None,
@@ -71,10 +77,16 @@ def evaluate(
     Args:
         model: As for :func:`predict`.
         posterior: As for :func:`predict`.
-        loader: Batches (inputs, labels), or (inputs, numbers in the outputs' shape), or (tokens, those that follow); read once.
+        loader: Batches (inputs, labels), or (inputs, numbers in the outputs' shape), or (tokens, those that follow); or mappings
+            with ``labels`` as Hugging Face has them; read once.
         task: "classification"; "regression", Gaussian; "lm", the tokens that come, of which -100 do not count.
         method: As for :func:`predict`; "lm" knows "mean" and "mc".
         num_samples: As for :func:`predict`.
+        link: Of "classification": "softmax", or "sigmoid" for yes or no by one logit, with labels 0 and 1.
+        link_approx: As for :func:`predict`.
+        variance: As for :func:`predict`.
+        tau: As for :func:`predict`.
+        temperature: As for :func:`predict`.
         seed: As for :func:`predict`.
         metrics: Names of the figures wanted; None is the task's usual ones. Others are, for classes, top5_accuracy, adaptive_ece,
             classwise_ece, mce, eaurc, coverage_at_1_risk and coverage_at_5_risk (largest share answered with at most so many
@@ -111,15 +123,18 @@ def evaluate(
     wanted = _wanted(task, metrics, ood is not None)
     if ood_score not in SCORES:
         raise ValueError(f"unknown ood_score {ood_score!r}; take of {', '.join(SCORES)}")
-    batches = [(batch[0], batch[1]) for batch in loader]
+    if link not in ("softmax", "sigmoid"):
+        raise ValueError(f"unknown link {link!r} of classes; take 'softmax' or 'sigmoid'; numbers have task='regression'")
+    batches = [inputs_and_labels(batch, model) for batch in loader]
     if not batches:
         raise ValueError("there is nothing to evaluate: the loader gave no batch")
-    others = [] if ood is None else _inputs(ood)
+    others = [] if ood is None else [inputs_of(batch) for batch in ood]
     inputs, targets = [x for x, _ in batches] + others, [y for _, y in batches]
-    how = _How(method, num_samples, seed, antithetic, vmap, compile, batch_norm)
+    linear = (link_approx, variance, tau, temperature)
+    how = How(method, num_samples, seed, antithetic, vmap, compile, batch_norm, "probs", *linear)
     if task == "lm":
         return _of_tokens(_answers(model, posterior, inputs, targets, how), token_bytes, wanted, metrics is None)
-    found = _predict(model, posterior, inputs, "identity" if task == "regression" else "softmax", how)
+    found = predict_batches(model, posterior, inputs, "identity" if task == "regression" else link, how)
     if task == "regression":
         return _of_numbers(found, torch.cat(targets), noise_of(posterior, noise_variance, found.mean), wanted)
     return _of_classes(found, torch.cat(targets), wanted, SCORES[ood_score])
@@ -163,6 +178,8 @@ def noise_of(posterior: Posterior | None, given: float | Tensor | None, outputs:
 def _of_classes(
     found: Prediction, labels: Tensor, wanted: Sequence[str], score: Callable[[Prediction], Tensor | None]
 ) -> dict[str, float]:
+    if found.log_complement is not None:
+        found, labels = as_classes(found), yes_or_no(labels)
     assert found.probs is not None and found.log_probs is not None
     labels = labels.to(found.probs.device)
     known = len(labels)
@@ -176,22 +193,41 @@ def _of_classes(
     return {name: figures[name] for name in wanted}
 
 
-def of_outputs(targets: Tensor, outputs: Tensor) -> Tensor:
-    """The targets in the shape of a regression's outputs; a column may be left out of either.
+def as_classes(found: Prediction) -> Prediction:
+    """Of classes, whatever the link: yes or no by one logit as the two classes that it is, of logits 0 and f.
 
     Raises:
-        ValueError: They do not fit.
+        ValueError: There is more than one logit for yes or no.
     """
-    if targets.shape != outputs.shape and targets.numel() == outputs.numel() and targets.squeeze().shape == outputs.squeeze().shape:
-        targets = targets.reshape(outputs.shape)
-    if targets.shape != outputs.shape:
-        raise ValueError(f"the model gave outputs of shape {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}")
-    return targets.to(outputs.device)
+    if found.log_complement is None:
+        return found
+    assert found.log_probs is not None and found.entropy is not None
+    if found.mean.shape[1:].numel() != 1:
+        raise ValueError(
+            f"link='sigmoid' is measured for one logit an input, got outputs of shape {tuple(found.mean.shape)}; take a column"
+        )
+    logs, logit = torch.stack([found.log_complement.reshape(-1), found.log_probs.reshape(-1)], -1), found.mean.reshape(-1, 1)
+    information = found.mutual_information
+    return Prediction(
+        logs.exp(),
+        torch.cat([torch.zeros_like(logit), logit], -1),
+        torch.cat([torch.zeros_like(logit), found.variance.reshape(-1, 1)], -1),
+        found.entropy.reshape(-1),
+        None if information is None else information.reshape(-1),
+        logs,
+    )
+
+
+def yes_or_no(labels: Tensor) -> Tensor:
+    """Labels 0 and 1 as whole numbers, whatever they came as."""
+    if bool((odd := (labels != 0) & (labels != 1)).any()):
+        raise ValueError(f"labels of yes or no are 0 and 1, got {labels[odd][0].item():.6g}")
+    return labels.reshape(-1).long()
 
 
 def _of_numbers(found: Prediction, targets: Tensor, noise: Tensor, wanted: Sequence[str]) -> dict[str, float]:
     mean = found.mean.cpu()
-    variance, targets = found.variance.cpu().double() + noise, of_outputs(targets, mean)
+    variance, targets = found.variance.cpu().double() + noise, shaped_like(mean, targets)
     return {name: REGRESSION[name](mean, variance, targets).item() for name in wanted}
 
 
@@ -201,36 +237,29 @@ class _Answers(NamedTuple):
     vocabulary: int  # number of tokens that there are
 
 
-def _answers(
-    model: nn.Module, posterior: Posterior | None, inputs: Sequence[Tensor], targets: Sequence[Tensor], how: _How
-) -> _Answers:
+def _answers(model: nn.Module, posterior: Posterior | None, inputs: Sequence[Any], targets: Sequence[Tensor], how: How) -> _Answers:
     """What the model says of the tokens that came; of all others only how probable they are together, so that little is kept."""
     if how.method not in (None, "mean", "mc"):
         raise ValueError(f"tokens are predicted by 'mean' or 'mc', not {how.method!r}")
     if how.vmap is not None or how.batch_norm is not None:
         raise ValueError("tokens are predicted draw by draw, without vmap and batch_norm; leave them out")
-    temperature, sizes = 1.0, set[int]()
-    if posterior is not None:  # logits are tempered before the answer is read off them
-        temperature, posterior = posterior.temperature, replace(posterior, temperature=1.0)
-        how = how._replace(method=how.method or "mc")
-    turn, calls = cycle(targets), count()
+    known = 1.0 if posterior is None else posterior.temperature
+    temperature = known if how.temperature is None else how.temperature  # logits are tempered before the answer is read off them
+    how = how._replace(method=how.method or ("mean" if posterior is None else "mc"), temperature=1.0)
+    turn, calls, sizes = cycle(targets), count(), set[int]()
 
-    def answer(module: nn.Module, _: Any, outputs: Tensor) -> Tensor:
+    def answer(outputs: Tensor) -> Tensor:
         came = next(turn).to(outputs.device)
         if outputs.shape[:-1] != came.shape or not came.ndim:
             raise ValueError(f"the model gave outputs of shape {tuple(outputs.shape)} for tokens of shape {tuple(came.shape)}")
-        _check(outputs, next(calls) // len(targets), posterior, "softmax")
+        check_outputs(outputs, next(calls) // len(targets), posterior, "softmax")
         sizes.add(outputs.shape[-1])
         check_labels(counted := came[came != IGNORED], len(counted), outputs.shape[-1])
         logs = (outputs.to(torch.promote_types(outputs.dtype, torch.float32)) / temperature).log_softmax(-1)
         right = logs.gather(-1, came.where(came != IGNORED, 0).long()[..., None])
         return torch.cat([right, (-right.expm1()).log().clamp_min(-1e4)], -1).flatten(0, -2)
 
-    hook = model.register_forward_hook(answer)
-    try:
-        found = _predict(model, posterior, inputs, "softmax", how)
-    finally:
-        hook.remove()
+    found = predict_batches(model, posterior, inputs, "softmax", how, answer)
     assert found.log_probs is not None
     came = torch.cat([y.flatten() for y in targets]).to(found.log_probs.device)
     if not (counts := came != IGNORED).any():

@@ -21,6 +21,32 @@ EVERY = 30.0
 """Seconds between two writes."""
 
 
+class Column:
+    """A tensor that grows by rows, in place: many small ones would each hold a page of what was freed around them.
+
+    Args:
+        rows: The first of them.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._held, self._count = rows, len(rows)
+
+    @property
+    def rows(self) -> Tensor:
+        """All so far."""
+        return self._held[: self._count]
+
+    def append(self, rows: Tensor) -> None:
+        """More of them."""
+        count = self._count + len(rows)
+        if count > len(self._held):
+            held = self._held.new_empty(max(count, 2 * len(self._held)), *self._held.shape[1:])
+            held[: self._count] = self.rows
+            self._held = held
+        self._held[self._count : count] = rows
+        self._count = count
+
+
 class Journal:
     """Tensors with a row for each example, found in order.
 
@@ -35,7 +61,8 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str] | None, about: Mapping[str, Any], names: Sequence[str]) -> None:
         self.path, self.about = None if path is None else Path(path), dict(about)
-        self._parts: dict[str, list[Tensor]] = {name: [] for name in [*names, "labels", "marks"]}
+        self._names = (*names, "labels", "marks")
+        self._columns: dict[str, Column] = {}
         self._rows, self._written = 0, time.monotonic()
         if self.path is not None and self.path.exists():
             self._read(self.path)
@@ -44,12 +71,12 @@ class Journal:
         try:
             with safe_open(str(path), "pt") as file:
                 about = json.loads((file.metadata() or {}).get("about", "null"))
-                found = {name: file.get_tensor(name) for name in self._parts}
+                found = {name: file.get_tensor(name) for name in self._names}
         except Exception as error:
             raise ValueError(f"{str(path)!r} is no file of scores ({error}); remove it, or name another") from error
         if odd := [key for key, value in self.about.items() if (about or {}).get(key) != value]:
             raise ValueError(f"{str(path)!r} holds scores of another {odd[0]}; remove it, or name another file")
-        self._parts = {name: [tensor] for name, tensor in found.items()}
+        self._columns = {name: Column(tensor) for name, tensor in found.items()}
         self._rows = len(found["labels"])
 
     def known(self, first: int, labels: Tensor, marks: Tensor) -> int:
@@ -60,14 +87,17 @@ class Journal:
         """
         count = min(max(self._rows - first, 0), len(labels))
         here = {"labels": labels[:count].cpu(), "marks": marks[:count]}
-        if count and not all(torch.equal(torch.cat(self._parts[name])[first : first + count], t) for name, t in here.items()):
+        if count and not all(torch.equal(self._columns[name].rows[first : first + count], t) for name, t in here.items()):
             raise ValueError(f"{str(self.path)!r} holds scores of other data; remove it, or name another file")
         return count
 
     def add(self, found: Mapping[str, Tensor], labels: Tensor, marks: Tensor) -> None:
         """The next examples."""
         for name, tensor in {**found, "labels": labels.detach().cpu(), "marks": marks}.items():
-            self._parts[name].append(tensor)
+            if name in self._columns:
+                self._columns[name].append(tensor)
+            else:
+                self._columns[name] = Column(tensor.clone())
         self._rows += len(labels)
         if self.path is not None and time.monotonic() - self._written > EVERY:
             self._write()
@@ -78,13 +108,13 @@ class Journal:
             raise ValueError(f"{str(self.path)!r} holds scores of {self._rows} examples, and the data have {examples}; remove it")
         if self.path is not None:
             self._write()
-        return {name: torch.cat(parts) for name, parts in self._parts.items() if name not in ("labels", "marks")}
+        return {name: column.rows.clone() for name, column in self._columns.items() if name not in ("labels", "marks")}
 
     def _write(self) -> None:
         assert self.path is not None
-        self._parts = {name: [torch.cat(parts)] for name, parts in self._parts.items()}
-        tensors = {name: part.contiguous() for name, (part,) in self._parts.items()}
-        write_tensors(self.path, tensors, {"about": json.dumps(self.about)})
+        write_tensors(
+            self.path, {n: column.rows.contiguous() for n, column in self._columns.items()}, {"about": json.dumps(self.about)}
+        )
         self._written = time.monotonic()
 
 

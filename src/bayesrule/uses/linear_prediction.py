@@ -3,21 +3,22 @@ r"""Predictions of a model that is linear in its weights around the posterior's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..drawing import Draws
+from ..estimators.batches import examples_in, on_device, outputs_of, rows_of
 from ..estimators.pushing import Push
 from ..estimators.quadrature import gauss_hermite
 from ..noise import OUTPUTS, CounterNoise
 from ..parts import OneOf
 from ..posterior import Posterior
 from .averages import Averages, Prediction, entropy_of, log_probs_of, mixed, prediction_of
-from .batches import outputs_of
 from .products import HELD, LIMIT, Products
 
 VARIANCES = ("layerwise", "exact", "last_layer", "sampled")
@@ -33,14 +34,42 @@ WIDE = 64
 
 
 class Moments(NamedTuple):
-    """Of the outputs: N inputs, K outputs, M of them an input in a row."""
+    """Of the outputs for tau 1: N inputs, K outputs, M of them an input in a row, S draws."""
 
     mean: Tensor
     """Shape (N, ..., K)."""
     variance: Tensor
     """Shape (N, ..., K)."""
-    covariance: Tensor | None
+    covariance: Tensor | None = None
     """Shape (N, M, M), where it was formed."""
+    by_position: Tensor | None = None
+    """The covariance of the K outputs at each position, shape (N, ..., K, K), where draws gave it."""
+    offsets: Tensor | None = None
+    """What draws of the weights add to the outputs, shape (S, N, ..., K), where they are kept."""
+    averaged: Prediction | None = None
+    """Where they are not kept: what they predict on average, for the tau and the temperature that were asked for first."""
+
+    def narrowed(self, tau: float) -> Moments:
+        """For another tau."""
+        if tau == 1:
+            return self
+        covariance, by_position = (None if t is None else t / tau for t in (self.covariance, self.by_position))
+        offsets = None if self.offsets is None else self.offsets / math.sqrt(tau)
+        return Moments(self.mean, self.variance / tau, covariance, by_position, offsets, self.averaged)
+
+
+class Linearization(NamedTuple):
+    """The outputs of a model under a posterior, from which predictions follow for any tau and temperature."""
+
+    of: Sequence[Moments]
+    """By component of a mixture; of a Gaussian one."""
+    weights: Sequence[float]
+    """Their probabilities."""
+
+    def prediction(self, how: Linear) -> Prediction:
+        """Outputs and their variance, and the probabilities that follow."""
+        found = [_through_link(moments, how) for moments in self.of]
+        return found[0] if len(found) == 1 else mixed(found, self.weights, how.link)
 
 
 class Linear(NamedTuple):
@@ -90,8 +119,8 @@ class Linear(NamedTuple):
         return self
 
 
-def linear_prediction(model: nn.Module, posterior: Posterior, batches: Sequence[Tensor], how: Linear) -> Prediction:
-    r"""Outputs and their variance by linearization, and the probabilities that follow.
+def linearization(model: nn.Module, posterior: Posterior, batches: Sequence[Any], how: Linear) -> Linearization:
+    r"""Outputs and their variance by linearization.
 
     For J the Jacobian of the outputs at the mean m and S the covariance of the weights:
 
@@ -108,7 +137,7 @@ def linear_prediction(model: nn.Module, posterior: Posterior, batches: Sequence[
     """
     other = [part for part in posterior.parts if not part.is_gaussian]
     if not other:
-        return _of_gaussian(model, posterior, batches, how)
+        return Linearization([_of_gaussian(model, posterior, batches, how)], [1.0])
     first = other[0]
     if len(other) > 1 or not isinstance(first, OneOf):
         raise ValueError(
@@ -125,30 +154,29 @@ def linear_prediction(model: nn.Module, posterior: Posterior, batches: Sequence[
         )
         for law in first.laws
     ]
-    return mixed([linear_prediction(model, one, batches, how) for one in of], first.weights, how.link)
+    return Linearization([_of_gaussian(model, one, batches, how) for one in of], first.weights)
 
 
-def _of_gaussian(model: nn.Module, posterior: Posterior, batches: Sequence[Tensor], how: Linear) -> Prediction:
+def _of_gaussian(model: nn.Module, posterior: Posterior, batches: Sequence[Any], how: Linear) -> Moments:
     products = Products(model, posterior, "last_layer" if how.variance == "last_layer" else "layerwise")
     products.cheaper = "variance='sampled'" if how.variance == "last_layer" else "variance='sampled' or variance='last_layer'"
-    device = next(model.parameters()).device
+    sizes = [examples_in(x) for x in batches]
     with torch.inference_mode(False), products.at_the_mean():
-        batches = [x.clone() if x.is_inference() else x for x in batches]
         how.settle()
         with torch.no_grad():
-            one = outputs_of(model, batches[0][:1].to(device))
-        _refuse_large(sum(map(len, batches)), one, how)
+            one = outputs_of(model, on_device(model, rows_of(batches[0], slice(1), sizes[0])))
+        _refuse_large(sum(sizes), one, how)
         if how.variance == "sampled":
             return _by_draws(model, posterior, batches, how)
         of = products.covariance if how.asks_matrices else products.variance
         found = []
         for x in batches:
-            found.append(of(x.to(device)))
+            found.append(of(on_device(model, x)))
             how.check(found[-1][0])
-    mean, spread = _wide(torch.cat([values for values, _ in found])), _wide(torch.cat([each for _, each in found])) / how.tau
+    mean, spread = _wide(torch.cat([values for values, _ in found])), _wide(torch.cat([each for _, each in found]))
     if how.asks_matrices:
-        return _through_link(Moments(mean, spread.diagonal(dim1=1, dim2=2).reshape(mean.shape).clamp_min(0), spread), how)
-    return _through_link(Moments(mean, spread, None), how)
+        return Moments(mean, spread.diagonal(dim1=1, dim2=2).reshape(mean.shape).clamp_min(0), spread)
+    return Moments(mean, spread)
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -188,62 +216,65 @@ def _bytes(count: float) -> str:
 # By draws of the weights
 
 
-def _by_draws(model: nn.Module, posterior: Posterior, batches: Sequence[Tensor], how: Linear) -> Prediction:
+def _by_draws(model: nn.Module, posterior: Posterior, batches: Sequence[Any], how: Linear) -> Moments:
     """Draws of the linearized outputs; each is of all inputs together, so that covariances across inputs are right too."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        mean = _wide(torch.cat([outputs_of(model, x.to(device)) for x in batches]))
+        mean = _wide(torch.cat([outputs_of(model, on_device(model, x)) for x in batches]))
     how.check(mean)
     tangents = {name: torch.zeros_like(m, device=device) for name, m in posterior.mean.items()}
     draws, push = Draws(posterior, tangents, how.seed, how.compile, offsets=True), Push(model)
     averages = Averages(how.link, how.temperature, labels=how.labels)
     matrices = how.link == "softmax" and how.link_approx not in ("probit", "mc")
     keep = how.num_samples * mean.nbytes <= HELD
-    squares, outer, samples, offsets = torch.zeros_like(mean), None, list[Tensor](), mean
+    squares, outer, kept, offsets = torch.zeros_like(mean), None, list[Tensor](), mean
     for number in range(how.num_samples):
         if how.antithetic and number % 2:
             offsets = -offsets
         else:
             draws.write(number)
-            offsets = torch.cat([push.along(tangents, lambda x=x: outputs_of(model, x.to(device))) for x in batches])  # type: ignore[misc]
-            offsets = offsets.to(mean.dtype) / math.sqrt(how.tau)
+            pushed = [push.along(tangents, partial(outputs_of, model, on_device(model, x))) for x in batches]
+            offsets = torch.cat(pushed).to(mean.dtype)
         squares.addcmul_(offsets, offsets)
         if matrices:
             each = offsets[..., :, None] * offsets[..., None, :]
             outer = each if outer is None else outer.add_(each)
-        if how.link_approx == "mc":
-            averages.update(mean + offsets)
         if keep:
-            samples.append(mean + offsets)
-    variance = squares / how.num_samples
-    if how.link_approx == "mc" and how.link != "identity":
-        found = averages.prediction()._replace(mean=mean, variance=variance)
-        _refuse_infinite(variance)
-    else:
-        found = _through_link(Moments(mean, variance, None), how, None if outer is None else outer / how.num_samples)
-    return found._replace(samples=torch.stack(samples) if keep else None)
+            kept.append(offsets)
+        elif how.link_approx == "mc":
+            averages.update(mean + offsets / math.sqrt(how.tau))
+    return Moments(
+        mean,
+        squares / how.num_samples,
+        by_position=None if outer is None else outer / how.num_samples,
+        offsets=torch.stack(kept) if keep else None,
+        averaged=averages.prediction() if averages.count else None,
+    )
 
 
 # From moments to probabilities
 
 
-def _through_link(f: Moments, how: Linear, by_position: Tensor | None = None) -> Prediction:
-    """What follows from the moments; ``by_position`` is the covariance of the K outputs at each position, (N, ..., K, K)."""
+def _through_link(f: Moments, how: Linear) -> Prediction:
+    """What follows from the moments."""
+    f = f.narrowed(how.tau)
     _refuse_infinite(f.variance)
+    more: dict[str, Any] = dict(covariance=f.covariance, samples=None if f.offsets is None else f.mean + f.offsets)
     if how.link == "identity":
-        return Prediction(None, f.mean, f.variance, None, None, covariance=f.covariance)
+        return Prediction(None, f.mean, f.variance, None, None)._replace(**more)
     approximations: dict[str, Callable[[], tuple[Tensor, Tensor | None]]] = {
         "probit": lambda: (_probit(f, how), None),
         "quadrature": lambda: _quadrature(f, how),
-        "bridge": lambda: _bridge(f, how, by_position, False),
-        "bridge_norm": lambda: _bridge(f, how, by_position, True),
+        "bridge": lambda: _bridge(f, how, False),
+        "bridge_norm": lambda: _bridge(f, how, True),
     }
     if how.link_approx == "mc":
-        found = _by_logits(f, how)
+        found = f.averaged or _averaged(f, how)
+        found = found._replace(mean=f.mean, variance=f.variance)
     else:
         log_probs, aleatoric = approximations[how.link_approx]()
         found = prediction_of(log_probs, how.link, f.mean, f.variance, aleatoric)
-    return found._replace(covariance=f.covariance)
+    return found._replace(**more)
 
 
 def _refuse_infinite(variance: Tensor) -> None:
@@ -290,23 +321,30 @@ def _trapezium(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     return total, noise
 
 
-def _by_logits(f: Moments, how: Linear) -> Prediction:
-    """The average over draws of the outputs."""
+def _averaged(f: Moments, how: Linear) -> Prediction:
+    """The average over draws of the weights, or of the outputs."""
+    averages = Averages(how.link, how.temperature, labels=how.labels)
+    for offsets in _drawn(f, how) if f.offsets is None else f.offsets:
+        averages.update(f.mean + offsets)
+    return averages.prediction()
+
+
+def _drawn(f: Moments, how: Linear) -> Iterator[Tensor]:
+    """Draws of the outputs about their mean."""
     if f.covariance is None:
         scaled: Callable[[Tensor], Tensor] = lambda z: f.variance.sqrt() * z  # noqa: E731
     else:
         roots, vectors = torch.linalg.eigh(f.covariance)
         root = vectors * roots.clamp_min(0).sqrt()[:, None]
         scaled = lambda z: (root @ z.flatten(1)[:, :, None]).view(z.shape)  # noqa: E731
-    averages, noise, offsets = Averages(how.link, how.temperature), CounterNoise(how.seed, OUTPUTS), f.mean
+    noise, offsets = CounterNoise(how.seed, OUTPUTS), f.mean
     for number in range(how.num_samples):
         fresh = not (how.antithetic and number % 2)
         offsets = scaled(noise.at(draw=number).normal(f.mean)) if fresh else -offsets
-        averages.update(f.mean + offsets)
-    return averages.prediction()._replace(mean=f.mean, variance=f.variance)
+        yield offsets
 
 
-def _bridge(f: Moments, how: Linear, by_position: Tensor | None, normalized: bool) -> tuple[Tensor, Tensor]:
+def _bridge(f: Moments, how: Linear, normalized: bool) -> tuple[Tensor, Tensor]:
     r"""A Dirichlet that stands for the Gaussian of K logits: its mean, and the mean entropy under it.
 
     .. math::  \alpha_k = \frac1{V_{kk}} \Big(1 - \frac2K + \frac{e^{f_k}}{K^2} \sum_l e^{-f_l}\Big)
@@ -314,7 +352,7 @@ def _bridge(f: Moments, how: Linear, by_position: Tensor | None, normalized: boo
     for logits that were conditioned to sum to zero. ``normalized`` divides logits by the root of
     :math:`c = \bar V / \sqrt{K / 2}` and variances by c first. Where there is no variance, the classes' probabilities are known.
     """
-    classes = f.mean.shape[-1]
+    classes, by_position = f.mean.shape[-1], f.by_position
     if by_position is None:
         assert f.covariance is not None
         lead = f.mean.shape[1:-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -18,15 +18,18 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import update_bn
 
 from ..drawing import Draws, kept, whole_number
+from ..estimators.batches import examples_in, inputs_of, on_device, outputs_of, rows_of
 from ..posterior import Posterior
 from .averages import LINKS, Averages, Link
 from .averages import Prediction as Prediction
-from .linear_prediction import Linear, linear_prediction
+from .linear_prediction import Linear, linearization
 
 Method = Literal["mean", "mc", "glm"]
+LinkApprox = Literal["probit", "mc", "bridge", "bridge_norm", "quadrature"]
+Variance = Literal["layerwise", "exact", "last_layer", "sampled"]
 
 
-class _How(NamedTuple):
+class How(NamedTuple):
     """The arguments of :func:`predict` that say how to draw."""
 
     method: Method | None
@@ -41,21 +44,21 @@ class _How(NamedTuple):
     variance: str = "layerwise"
     tau: float = 1.0
     temperature: float | None = None
-    noise_variance: float | Tensor | None = None
+    noise_variance: float | Tensor | Sequence[float] | None = None
     labels: Tensor | None = None
 
 
 def predict(
     model: nn.Module,
     posterior: Posterior | None,
-    x: Tensor,
+    x: Tensor | Mapping[str, Tensor],
     method: Method | None = None,
     num_samples: int = 32,
     *,
     link: Link = "softmax",
     combine: Literal["probs", "logits"] = "probs",
-    link_approx: Literal["probit", "mc", "bridge", "bridge_norm", "quadrature"] = "probit",
-    variance: Literal["layerwise", "exact", "last_layer", "sampled"] = "layerwise",
+    link_approx: LinkApprox = "probit",
+    variance: Variance = "layerwise",
     tau: float = 1.0,
     temperature: float | None = None,
     noise_variance: float | Tensor | None = None,
@@ -84,11 +87,11 @@ def predict(
     draw ("sampled"). A posterior that training did not see, as Laplace's, predicts well only so.
 
     Args:
-        model: Gives logits (outputs, for regression), shape (n, ..., K), in eval mode; in training mode a forward also moves the
-            running statistics of batch norm, and without ``batch_norm`` they stay moved.
+        model: Gives logits (outputs, for regression), shape (n, ..., K), or something with ``logits``, in eval mode; in training
+            mode a forward also moves the running statistics of batch norm, and without ``batch_norm`` they stay moved.
         posterior: What was learned; None takes the model's weights as they are. Logits are divided by its ``temperature`` before
             they become probabilities, whatever the method.
-        x: Inputs, shape (N, ...).
+        x: Inputs, shape (N, ...), or by name, as a tokenizer gives them: the model is called as ``model(**x)``.
         method: "mean", "mc" (Monte Carlo), "glm" (linearized), or None: what the posterior asks for, "mc" if nothing.
         num_samples: Draws S of "mc" and of what else draws; 32 is usual, under 4 is worse than the mean.
         link: "softmax" for classes, "sigmoid" for yes or no by one logit (each output is one), "identity" for regression.
@@ -130,12 +133,14 @@ def predict(
     Source: spelled out for IVON in Shen et al. (2024), section 3; "glm" in Immer et al. (2021), arXiv:2008.08400; "probit" in
     MacKay (1992), Neural Computation 4(5); "bridge" in Hobbhahn et al. (2022), arXiv:2003.01227.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"predict takes inputs as one tensor, shape (N, ...), got {type(x).__name__}")
+    if not isinstance(x, Tensor | Mapping):
+        raise TypeError(f"predict takes inputs as one tensor, shape (N, ...), or tensors by name, got {type(x).__name__}")
     batch_size = whole_number("batch_size", batch_size, 1)
     options = (combine, link_approx, variance, tau, temperature, noise_variance, labels)
-    how = _How(method, num_samples, seed, antithetic, vmap, compile, batch_norm, *options)
-    return _predict(model, posterior, x.split(batch_size), link, how)
+    how = How(method, num_samples, seed, antithetic, vmap, compile, batch_norm, *options)
+    inputs, count = inputs_of(x), examples_in(x if isinstance(x, Tensor) else dict(x))
+    parts = [rows_of(inputs, slice(at, at + batch_size), count) for at in range(0, max(count, 1), batch_size)]
+    return predict_batches(model, posterior, parts, link, how)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -173,10 +178,6 @@ def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
         module.training = training
 
 
-def _inputs(batches: Iterable[Any]) -> list[Tensor]:
-    return [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
-
-
 def _statistics(model: nn.Module, batch_norm: Iterable[Tensor] | None, vmap: int | None) -> list[Tensor]:
     """The batches that running statistics are taken from; none where the model keeps no statistics."""
     if batch_norm is None or not has_batch_norm(model):
@@ -187,78 +188,124 @@ def _statistics(model: nn.Module, batch_norm: Iterable[Tensor] | None, vmap: int
         )
     if isinstance(batch_norm, Tensor):
         raise ValueError(f"batch_norm takes batches of inputs, got one tensor {tuple(batch_norm.shape)}; pass x.split(batch_size)")
-    batches = _inputs(batch_norm)
+    batches = [inputs_of(batch) for batch in batch_norm]
+    if odd := next((batch for batch in batches if not isinstance(batch, Tensor)), None):
+        raise TypeError(f"batch_norm takes batches of inputs that are tensors, got {type(odd).__name__}")
     if not batches:
         raise ValueError("batch_norm has no batch to take statistics from; pass batches of training inputs, or None")
     return batches
 
 
-def _predict(
+def predict_batches(
     model: nn.Module,
     posterior: Posterior | None,
-    batches: Sequence[Tensor],
+    batches: Sequence[Any],
     link: str,
-    how: _How,
+    how: How,
+    read: Callable[[Tensor], Tensor] = lambda outputs: outputs,
 ) -> Prediction:
-    num_samples, seed, antithetic, vmap, compile, batch_norm = how[1:7]
-    if not isinstance(compile, bool):
-        raise ValueError(f"compile must be True or False, got {compile!r}")
-    method = how.method or ("mean" if posterior is None else getattr(posterior, "method_hint", None) or "mc")
-    temperature = getattr(posterior, "temperature", 1.0) if how.temperature is None else how.temperature
-    noise = getattr(posterior, "noise_variance", None) if how.noise_variance is None else how.noise_variance
-    _refuse(method, posterior, link, temperature, how)
-    if method == "mc" and how.tau != 1:
+    """What :func:`predict` does, for inputs in batches.
+
+    Args:
+        model: As there.
+        posterior: As there.
+        batches: Of inputs.
+        link: As there.
+        how: The rest.
+        read: What is predicted, from the outputs for a batch; the batches come in order, draw by draw. "mean" and "mc" only.
+    """
+    how = _checked(model, posterior, link, how)
+    if how.method == "glm":
+        assert posterior is not None
+        return _linearized(model, posterior, batches, link, how)(how.tau, how.temperature or 1.0).with_noise(how.noise_variance)
+    statistics = _statistics(model, how.batch_norm, how.vmap)
+    if how.method == "mc" and how.tau != 1:
         assert posterior is not None
         if how.tau == math.inf and posterior.is_gaussian:
-            method = "mean"
+            how = how._replace(method="mean")
         else:
             posterior = posterior.rescale(ess=how.tau * posterior.ess)
-    if method != "mean":
-        num_samples = whole_number("num_samples", num_samples, 1)
-    chunk = 0 if vmap is None else whole_number("vmap", vmap, 1, "; it is how many draws are evaluated at once, or None")
-    chunk = min(chunk, num_samples) if method == "mc" else 0
-    if model.training:
-        warnings.warn(
-            "model is in training mode; batch-norm statistics and dropout will disturb the posterior predictive",
-            UserWarning,
-            stacklevel=3,
-        )
-    draws = method == "mc" or (method == "glm" and (how.variance == "sampled" or how.link_approx == "mc"))
-    if draws and num_samples < 4:
-        warnings.warn(f"an average over {num_samples} draws may be worse than the mean", UserWarning, stacklevel=3)
-    statistics = _statistics(model, batch_norm, vmap)
     params = {} if posterior is None else posterior.bind(model)
-    if method == "glm":
-        assert posterior is not None
-
-        def settle() -> None:
-            if statistics:
-                next(_settled(model, statistics, iter(range(1)), seed))
-
-        check = partial(_check, number=0, posterior=posterior, link=link)
-        numbered = (how.tau, temperature, num_samples, seed, antithetic, compile, how.labels)
-        linear = Linear(link, how.variance, how.link_approx, *numbered, check, settle).checked()
-        with as_found(model) if statistics else nullcontext():
-            return linear_prediction(model, posterior, batches, linear).with_noise(noise)
-    averages = Averages(link, temperature, how.combine, how.labels)
+    averages = Averages(link, how.temperature or 1.0, how.combine, how.labels)
     with torch.no_grad(), kept(params.values()), as_found(model) if statistics else nullcontext():
         numbers: Iterator[int] = iter(range(1))
-        if posterior is not None and method == "mc":
-            numbers = _written(Draws(posterior, params, seed, compile), num_samples, antithetic)
+        if posterior is not None and how.method == "mc":
+            numbers = _written(Draws(posterior, params, how.seed, how.compile), how.num_samples, how.antithetic)
         elif posterior is not None:
             for name, p in params.items():
                 p.copy_(posterior.mean[name])
             torch.clear_autocast_cache()
         if statistics:
-            numbers = _settled(model, statistics, numbers, seed)
-        outputs = _stacked(model, batches, params, numbers, chunk) if chunk else (_forward(model, batches) for _ in numbers)
+            numbers = _settled(model, statistics, numbers, how.seed)
+        outputs: Iterator[Tensor]
+        if how.vmap is None or how.method == "mean":
+            outputs = (_forward(model, batches, read) for _ in numbers)
+        else:
+            outputs = _stacked(model, batches, params, numbers, min(how.vmap, how.num_samples))
         for number, found in enumerate(outputs):
-            _check(found, number, posterior, link)
+            check_outputs(found, number, posterior, link)
             averages.update(found)
-    return averages.prediction().with_noise(noise)
+    return averages.prediction().with_noise(how.noise_variance)
 
 
-def _refuse(method: str, posterior: Posterior | None, link: str, temperature: float, how: _How) -> None:
+def linearized(
+    model: nn.Module, posterior: Posterior, batches: Sequence[Any], link: str, how: How
+) -> Callable[[float, float], Prediction]:
+    """Linearize once, as :func:`predict` with "glm"; then predictions for any tau and temperature."""
+    return _linearized(model, posterior, batches, link, _checked(model, posterior, link, how._replace(method="glm")))
+
+
+def _linearized(
+    model: nn.Module, posterior: Posterior, batches: Sequence[Any], link: str, how: How
+) -> Callable[[float, float], Prediction]:
+    statistics = _statistics(model, how.batch_norm, how.vmap)
+    posterior.bind(model)
+
+    def settle() -> None:
+        if statistics:
+            next(_settled(model, statistics, iter(range(1)), how.seed))
+
+    check = partial(check_outputs, number=0, posterior=posterior, link=link)
+    numbered = (how.tau, how.temperature or 1.0, how.num_samples, how.seed, how.antithetic, how.compile, how.labels)
+    linear = Linear(link, how.variance, how.link_approx, *numbered, check, settle).checked()
+    with as_found(model) if statistics else nullcontext():
+        found = linearization(model, posterior, batches, linear)
+    return lambda tau, temperature: found.prediction(linear._replace(tau=tau, temperature=temperature))
+
+
+def _checked(model: nn.Module, posterior: Posterior | None, link: str, how: How) -> How:
+    """The arguments with what the posterior says where they are None.
+
+    Raises:
+        ValueError: They do not fit each other.
+    """
+    if not isinstance(how.compile, bool):
+        raise ValueError(f"compile must be True or False, got {how.compile!r}")
+    method: Any = how.method or ("mean" if posterior is None else posterior.method_hint or "mc")
+    temperature, noise = how.temperature, how.noise_variance
+    if posterior is not None:
+        temperature = posterior.temperature if temperature is None else temperature
+        noise = posterior.noise_variance if noise is None else noise
+    temperature = 1.0 if temperature is None else temperature
+    _refuse(method, posterior, link, temperature, how)
+    samples, vmap = how.num_samples, how.vmap
+    if method != "mean":
+        samples = whole_number("num_samples", samples, 1)
+    if vmap is not None:
+        vmap = whole_number("vmap", vmap, 1, "; it is how many draws are evaluated at once, or None")
+    if model.training:
+        warnings.warn(
+            "model is in training mode; batch-norm statistics and dropout will disturb the posterior predictive",
+            UserWarning,
+            stacklevel=4,
+        )
+    draws = method == "mc" or (method == "glm" and (how.variance == "sampled" or how.link_approx == "mc"))
+    if draws and samples < 4:
+        warnings.warn(f"an average over {samples} draws may be worse than the mean", UserWarning, stacklevel=4)
+    return how._replace(method=method, num_samples=samples, vmap=vmap, temperature=temperature, noise_variance=noise)
+
+
+def _refuse(method: str, posterior: Posterior | None, link: str, temperature: float, how: How) -> None:
     """What does not fit."""
     if link not in LINKS:
         raise ValueError(f"unknown link {link!r}; take 'softmax', 'sigmoid' or 'identity'")
@@ -307,19 +354,21 @@ def _settled(model: nn.Module, batches: Sequence[Tensor], numbers: Iterator[int]
         yield number
 
 
-def _forward(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
-    device = next(model.parameters()).device
-    outputs = [model(x.to(device)) for x in batches]
+def _forward(model: nn.Module, batches: Sequence[Any], read: Callable[[Tensor], Tensor]) -> Tensor:
+    outputs = [read(outputs_of(model, on_device(model, x))) for x in batches]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _stacked(
-    model: nn.Module, batches: Sequence[Tensor], params: Mapping[str, Tensor], numbers: Iterator[int], chunk: int
+    model: nn.Module, batches: Sequence[Any], params: Mapping[str, Tensor], numbers: Iterator[int], chunk: int
 ) -> Iterator[Tensor]:
     """The model's outputs for all batches, draw by draw, evaluated for ``chunk`` draws at once."""
-    device = next(model.parameters()).device
     stacks = {name: p.new_empty((chunk, *p.shape)) for name, p in params.items()}
-    forward = torch.vmap(lambda weights, x: functional_call(model, weights, (x,)), in_dims=(0, None), randomness="different")
+
+    def once(weights: Mapping[str, Tensor], x: Any) -> Tensor:
+        return outputs_of(lambda *args, **named: functional_call(model, dict(weights), args, named), x)
+
+    forward = torch.vmap(once, in_dims=(0, None), randomness="different")
     while True:
         rows = 0
         for rows, _ in enumerate(islice(numbers, chunk), start=1):
@@ -328,10 +377,11 @@ def _stacked(
         if not rows:
             return
         weights = {name: stack[:rows] for name, stack in stacks.items()}
-        yield from torch.cat([forward(weights, x.to(device)) for x in batches], dim=1)
+        yield from torch.cat([forward(weights, on_device(model, x)) for x in batches], dim=1)
 
 
-def _check(outputs: Tensor, number: int, posterior: Posterior | None, link: str) -> None:
+def check_outputs(outputs: Tensor, number: int, posterior: Posterior | None, link: str) -> None:
+    """Refuse what a draw of this number gave where it is no logits, or not finite."""
     if link == "softmax" and (outputs.dim() < 2 or outputs.shape[-1] < 2):
         raise ValueError(
             f"the model gave outputs of shape {tuple(outputs.shape)}; class probabilities need (inputs, classes >= 2), "

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..drawing import Draws, kept
+from ..estimators.batches import examples_in, outputs_of, rows_of
 from ..estimators.calls import Inseparable
 from ..estimators.linearized import Block, Linearized, Spread
 from ..estimators.per_example import variances
 from ..posterior import Posterior
-from .batches import outputs_of, rows_of
 from .deviations import Times
 
 Estimator = Literal["vjp_jvp", "layerwise", "last_layer", "mc"]
@@ -122,7 +122,7 @@ class Products:
             except Inseparable as error:
                 warnings.warn(f"{error}; until then examples go one by one, which is slow", UserWarning, stacklevel=3)
                 self._together = False
-        n = _examples(inputs)
+        n = examples_in(inputs)
         each = [self._alone(rows_of(inputs, slice(i, i + 1), n), matrices) for i in range(n)]
         return torch.cat([values for values, _ in each]), torch.cat([found for _, found in each])
 
@@ -197,7 +197,7 @@ class Products:
 
     def _call(self, inputs: Any) -> Callable[[Any], Tensor]:
         def call(rows: Any) -> Tensor:
-            return outputs_of(self.model, inputs if isinstance(rows, slice) else rows_of(inputs, rows, _examples(inputs)))
+            return outputs_of(self.model, inputs if isinstance(rows, slice) else rows_of(inputs, rows, examples_in(inputs)))
 
         return call
 
@@ -291,8 +291,3 @@ def _within(block: Block, own: Mapping[str, str], params: Mapping[str, Tensor]) 
         return {own[name]: solved[name] for name in inside}
 
     return Block([own[name] for name in inside], solve_each)
-
-
-def _examples(inputs: Any) -> int:
-    values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    return next(len(x) for x in values if isinstance(x, Tensor))

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..estimators.batches import on_device, outputs_of, pairs, rows_of
 from ..estimators.output_losses import OutputLoss, Slopes
 from ..estimators.per_example import inner_products
 from ..estimators.pushing import Push
-from .batches import inputs_and_labels, on_device, outputs_of, rows_of
+from .cautions import checked
 from .deviations import first_order, newton
 from .products import Products
 
@@ -110,11 +111,8 @@ class Group:
     def effect(self, weights: dict[str, Tensor], loader: Iterable[Any]) -> Effect:
         """What a change of the weights does."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        device = next(self.products.model.parameters()).device
         with self.products.at_the_mean():
-            for batch in loader:
-                x, y = inputs_and_labels(batch, self.products.model)
-                x, y = on_device(self.products.model, x), y.to(device)
+            for x, y in pairs(loader, self.products.model):
                 with torch.no_grad():
                     f = outputs_of(self.products.model, x)
                 y = self.loss.check(f, y)
@@ -138,7 +136,7 @@ class Group:
                 raise ValueError("there are no queries: the loader gave no batch")
             columns = []
             for x, y in train:
-                losses = partial(_losses, model, loss, x, y)
+                losses = partial(losses_of, model, loss, x, y)
                 columns.append(torch.stack([inner_products(model, losses, u) for u in directions]).cpu())
         if not columns:
             raise ValueError("there are no examples: the loader gave no batch")
@@ -199,9 +197,10 @@ class Group:
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
-def _losses(model: nn.Module, loss: OutputLoss, x: Any, y: Tensor) -> Tensor:
+def losses_of(model: nn.Module, loss: OutputLoss, x: Any, y: Tensor) -> Tensor:
+    """Of each example, shape (n,)."""
     f = outputs_of(model, x)
-    return loss.values(f, loss.check(f.detach(), y))
+    return loss.values(f, checked(loss, f.detach(), y))
 
 
 def _together(slopes: Slopes) -> Slopes:

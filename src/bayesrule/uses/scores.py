@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..drawing import whole_number
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -83,5 +85,6 @@ class Ranked(NamedTuple):
 
 def ranked(scores: Tensor, k: int | None) -> Ranked:
     """Examples by a score, the largest first; None is all."""
+    k = None if k is None else whole_number("k", k, 0, "; it is how many examples to name")
     found = scores.sort(descending=True, stable=True)
     return Ranked(found.indices[:k], found.values[:k])

@@ -15,7 +15,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
@@ -23,14 +23,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..estimators.batches import inputs_and_labels, on_device, pairs, rows_of
 from ..estimators.output_losses import OutputLoss, output_loss
 from ..posterior import Posterior
-from .batches import inputs_and_labels, on_device, outputs_of, rows_of
-from .cautions import check_order, noise_of, of_the_sum, warn_of_leverage, warn_of_size
-from .deviations import first_order, newton
+from .cautions import check_order, checked, noise_of, of_the_sum, warn_of_certainty, warn_of_leverage, warn_of_size
+from .deviations import dot, first_order, newton
 from .journal import Journal, marks_of
 from .products import Estimator, Products
-from .removal import Group, Removal
+from .removal import Group, Removal, losses_of
 from .scores import LOOEstimate, Ranked, Scores, ranked
 
 Correction = Literal["newton", "first_order"]
@@ -119,7 +119,7 @@ class Sensitivity:
         Raises:
             ValueError: There is no data, labels do not suit the outputs, or the file is of another model or data.
         """
-        self._check_mode()
+        self._check_state()
         check_order(loader)
         self._set_scale(loader, self.scale)
         journal = Journal(path, self._fingerprint(), [one.name for one in fields(Scores)])
@@ -151,7 +151,7 @@ class Sensitivity:
         """The scores of a batch."""
         loss = self.loss
         values, times = self.products.of(inputs)
-        labels = self._checked(values, labels)
+        labels = checked(loss, values, labels)
         slopes = loss.slopes(values, labels)
         if self.correction == "newton":
             found = newton(times, lambda rows: loss.slopes(values[rows], labels[rows]), len(values))
@@ -166,8 +166,8 @@ class Sensitivity:
             "loss": loss.values(values, labels),
             "loo_loss": loss.values(moved, labels),
             "sensitivity": change.abs().flatten(1).sum(1),
-            "self_influence": _dot(slopes.error, found.first),
-            "cook": _dot(found.weighted, found.outputs) / size,
+            "self_influence": dot(slopes.error, found.first),
+            "cook": dot(found.weighted, found.outputs) / size,
             "leverage": found.leverage,
             "correct": values.new_full((len(values),), -1.0) if right is None else right.to(values.dtype),
             "loo_correct": values.new_full((len(values),), -1.0) if loo_right is None else loo_right.to(values.dtype),
@@ -191,12 +191,12 @@ class Sensitivity:
             loader: The training data.
             probes: Draws of signs.
         """
-        self._check_mode()
+        self._check_state()
         if iter(loader) is loader:
             raise ValueError("the width is found by several passes; pass a loader that can be read more than once")
         before, self.products.factor = self.products.factor, 1.0
         try:
-            return Group(self.products, self.loss, self.correction).width(lambda: _moved(self.model, loader), probes, seed=0)
+            return Group(self.products, self.loss, self.correction).width(lambda: pairs(loader, self.model), probes, seed=0)
         finally:
             self.products.factor = before
 
@@ -209,8 +209,9 @@ class Sensitivity:
         Example:
             >>> model = nn.Linear(2, 3).eval()
             >>> data = [(torch.eye(2), torch.tensor([0, 2]))]
-            >>> estimate = Sensitivity(model, Posterior.point(model)).loo(data)
-            >>> estimate.nll == estimate.train_nll  # nothing to be learned, nothing to be lost
+            >>> posterior = Posterior.laplace(model, data)
+            >>> estimate = Sensitivity(model, posterior).loo(data)
+            >>> estimate.nll > estimate.train_nll
             True
         """
         found = self.scores(loader, **how)
@@ -223,14 +224,12 @@ class Sensitivity:
 
         Costs one backward, and no more memory: the cheapest of all scores.
         """
-        self._check_mode()
+        self._check_state()
         self._set_scale(loader, self.scale)
         found = []
         with self.products.at_the_mean():
-            for inputs, labels in _moved(self.model, loader):
-                if not len(labels):
-                    continue
-                found.append(self.products.of_losses(partial(_losses, self, inputs, labels)).cpu())
+            for inputs, labels in pairs(loader, self.model):
+                found.append(self.products.of_losses(partial(losses_of, self.model, self.loss, inputs, labels)).cpu())
         if not found:
             raise ValueError("there are no examples: the loader gave no batch")
         return torch.cat(found)
@@ -275,7 +274,7 @@ class Sensitivity:
         Costs a few passes over these examples, forward and backward.
 
         Args:
-            indices: Their numbers in the data.
+            indices: Their numbers in the data, or a mask.
             loader: The training data; None is what was scored last.
 
         Raises:
@@ -285,6 +284,9 @@ class Sensitivity:
             UserWarning: They are more than a tenth of the data: the estimate is a ranking at best.
         """
         chosen = torch.as_tensor(indices).reshape(-1)
+        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
+        if chosen.is_floating_point() or bool((chosen < 0).any()):
+            raise ValueError(f"examples are named by whole numbers from 0 on, or by a mask of them, got {indices!r}")
         return self._removed(loader, lambda numbers, _: torch.isin(numbers, chosen), chosen)
 
     def leave_class_out(self, label: int, loader: Iterable[Any] | None = None) -> Removal:
@@ -295,7 +297,7 @@ class Sensitivity:
         data = self._data if loader is None else loader
         if data is None:
             raise ValueError("there is no data: pass the loader, or call scores(loader) before")
-        self._check_mode()
+        self._check_state()
         self._set_scale(data, self.scale)
         total, numbers, parts = 0, list[Tensor](), list[tuple[Any, Tensor]]()
         for batch in data:
@@ -323,25 +325,19 @@ class Sensitivity:
 
         Costs a gradient for each query, which are kept, and a backward over the training data with a product for each query.
         """
-        self._check_mode()
+        self._check_state()
         self._set_scale(train, self.scale)
-        return Group(self.products, self.loss, self.correction).influence(_moved(self.model, query), _moved(self.model, train))
+        return Group(self.products, self.loss, self.correction).influence(pairs(query, self.model), pairs(train, self.model))
 
     # Checks
 
-    def _check_mode(self) -> None:
+    def _check_state(self) -> None:
         awake = [m for m in self.model.modules() if m.training]
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in awake):
             raise RuntimeError("the model is in training mode, in which batch norm mixes examples; call model.eval()")
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in awake):
             raise RuntimeError("the model is in training mode, in which dropout is random; call model.eval()")
-
-    def _checked(self, values: Tensor, labels: Tensor) -> Tensor:
-        """Labels as the loss takes them."""
-        if not values.isfinite().all():
-            bad = int((~values.flatten(1).isfinite()).any(1).sum())
-            raise RuntimeError(f"the model gave outputs that are not finite for {bad} of {len(values)} examples")
-        return self.loss.check(values, labels)
+        warn_of_certainty(self.products.spread.names)
 
     def _fingerprint(self) -> dict[str, Any]:
         """What scores depend on."""
@@ -359,19 +355,3 @@ class Sensitivity:
         function = getattr(self.loss, "function", None)
         loss = repr(self.loss) if function is None else getattr(function, "__qualname__", type(function).__name__)
         return {**how, **draws, "loss": loss, "model": digest.hexdigest()}
-
-
-def _losses(sensitivity: Sensitivity, inputs: Any, labels: Tensor) -> Tensor:
-    values = outputs_of(sensitivity.model, inputs)
-    return sensitivity.loss.values(values, sensitivity._checked(values.detach(), labels))
-
-
-def _moved(model: nn.Module, loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
-    device = next(model.parameters()).device
-    for batch in loader:
-        inputs, labels = inputs_and_labels(batch, model)
-        yield on_device(model, inputs), labels.to(device)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)

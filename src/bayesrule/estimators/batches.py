@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ..estimators.output_losses import IGNORED
+from .output_losses import IGNORED
 
 
 def inputs_and_labels(batch: Any, model: nn.Module) -> tuple[Any, Tensor]:
@@ -31,6 +31,34 @@ def inputs_and_labels(batch: Any, model: nn.Module) -> tuple[Any, Tensor]:
     raise TypeError(f"a batch is a pair (inputs, labels) or a mapping with 'labels', got {kind}")
 
 
+def inputs_of(batch: Any) -> Any:
+    """Those of a batch that may have labels: a tensor is inputs, of a pair they come first, of a mapping all but ``labels``."""
+    if isinstance(batch, Mapping):
+        return {name: x for name, x in batch.items() if name != "labels"}
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
+def pairs(batches: Iterable[Any], model: nn.Module) -> Iterator[tuple[Any, Tensor]]:
+    """Inputs and labels of each batch, on the device of the model's parameters; batches without an example are left out.
+
+    Raises:
+        TypeError: A batch is no such thing.
+        ValueError: It has inputs and labels of different numbers of examples.
+    """
+    device = next(model.parameters()).device
+    for batch in batches:
+        inputs, labels = inputs_and_labels(batch, model)
+        if (n := examples_in(inputs)) != len(labels):
+            raise ValueError(f"a batch holds {n} inputs and {len(labels)} labels")
+        if n:
+            yield on_device(model, inputs), labels.to(device)
+
+
+def examples_in(inputs: Any) -> int:
+    """How many examples there are: the length of the inputs, or of the first that are named."""
+    return next(len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor))
+
+
 def on_device(model: nn.Module, inputs: Any) -> Any:
     """Inputs where the model's parameters lie."""
     device = next(model.parameters()).device
@@ -48,7 +76,7 @@ def rows_of(inputs: Any, rows: Any, examples: int) -> Any:
     return tree_map(lambda x: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) == examples else x, inputs)
 
 
-def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
+def outputs_of(model: Callable[..., Any], inputs: Any) -> Tensor:
     """A model's outputs: the tensor that it returns, or the ``logits`` of what it returns.
 
     Raises:

@@ -1,0 +1,74 @@
+"""Batches as training loops have them give inputs, labels, and outputs, whatever form they come in."""
+
+from collections import UserDict
+
+import pytest
+import torch
+from torch import nn
+
+from bayesrule.estimators.batches import examples_in, inputs_and_labels, inputs_of, on_device, outputs_of, pairs, rows_of
+
+X, Y = torch.arange(12.0).view(6, 2), torch.arange(6)
+
+
+class Named(nn.Module):
+    """Called by name, as a model of Hugging Face, and answers with an object that has logits."""
+
+    def __init__(self, loss_type: str | None = None) -> None:
+        super().__init__()
+        self.layer, self.loss_type = nn.Linear(2, 3), loss_type
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None):
+        return Answer(self.layer(x))
+
+
+class Answer:
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+@pytest.mark.parametrize(
+    "batch", [(X, Y), [X, Y], {"x": X, "labels": Y}, UserDict({"x": X, "labels": Y})], ids=lambda b: type(b).__name__
+)
+def test_inputs_and_labels_of_each_form(batch):
+    inputs, labels = inputs_and_labels(batch, Named())
+    assert labels is Y and torch.equal(inputs["x"] if isinstance(inputs, dict) else inputs, X)
+    assert examples_in(inputs) == 6
+    again = inputs_of(batch)
+    assert torch.equal(again["x"] if isinstance(again, dict) else again, X)
+
+
+def test_labels_of_a_causal_language_model_are_the_tokens_that_follow():
+    text = torch.tensor([[1, 2, 3], [4, 5, -100]])
+    _, labels = inputs_and_labels({"x": text, "labels": text}, Named("ForCausalLM"))
+    assert labels.tolist() == [[2, 3, -100], [5, -100, -100]]
+
+
+@pytest.mark.parametrize("batch", [X, (X,), (X, Y, Y), {"x": X}, (X, [1, 2])], ids=["tensor", "one", "three", "no labels", "list"])
+def test_what_is_no_batch_is_refused(batch):
+    with pytest.raises(TypeError, match=r"a batch is a pair \(inputs, labels\) or a mapping with 'labels', got"):
+        list(pairs([batch], Named()))
+
+
+def test_inputs_and_labels_of_different_lengths_are_refused_and_empty_batches_left_out():
+    with pytest.raises(ValueError, match="a batch holds 6 inputs and 5 labels"):
+        list(pairs([(X, Y[:5])], Named()))
+    assert len(list(pairs([(X[:0], Y[:0]), (X, Y)], Named()))) == 1
+
+
+def test_rows_are_of_what_has_a_row_an_example():
+    found = rows_of({"x": X, "scale": torch.ones(()), "name": "a"}, slice(2, 4), 6)
+    assert torch.equal(found["x"], X[2:4]) and found["scale"].dim() == 0 and found["name"] == "a"
+
+
+def test_outputs_are_a_tensor_or_its_logits():
+    model = Named()
+    assert torch.equal(outputs_of(model, {"x": X}), model.layer(X)) and torch.equal(outputs_of(model.layer, X), model.layer(X))
+    with pytest.raises(TypeError, match="must return a tensor, or something with logits; got tuple"):
+        outputs_of(lambda x: (x, x), X)
+
+
+def test_what_was_made_in_inference_mode_can_go_backward_again():
+    with torch.inference_mode():
+        x = X.clone()
+    assert not on_device(Named(), {"x": x})["x"].is_inference()
