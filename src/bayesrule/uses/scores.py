@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..drawing import whole_number
@@ -56,6 +58,13 @@ class Scores:
             raise ValueError(f"unknown score {score!r}; there are {', '.join(map(repr, SCORES))}")
         found: Tensor = getattr(self, score)
         return found
+
+    @classmethod
+    def average(cls, several: Sequence[Scores]) -> Scores:
+        """The mean of scores of the same examples, as under random augmentation."""
+        if odd := [len(one.loss) for one in several if len(one.loss) != len(several[0].loss)]:
+            raise ValueError(f"one pass gave {len(several[0].loss)} examples and another {odd[0]}")
+        return cls(**{one.name: torch.stack([getattr(each, one.name) for each in several]).mean(0) for one in fields(cls)})
 
 
 SCORES = ("loo_loss", "loss", "gap", "sensitivity", "self_influence", "cook", "leverage")

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..drawing import whole_number
 from ..estimators.batches import inputs_and_labels, on_device, pairs, rows_of
 from ..estimators.output_losses import OutputLoss, output_loss
 from ..posterior import Posterior
@@ -106,7 +107,14 @@ class Sensitivity:
 
     # One by one
 
-    def scores(self, loader: Iterable[Any], *, path: str | os.PathLike[str] | None = None, subset: int | None = None) -> Scores:
+    def scores(
+        self,
+        loader: Iterable[Any],
+        *,
+        path: str | os.PathLike[str] | None = None,
+        subset: int | None = None,
+        passes: int = 1,
+    ) -> Scores:
         """All that is known of each example.
 
         Costs, with "vjp_jvp" and "newton", some ten times a training epoch, of which the first order is a half; memory for a batch.
@@ -115,11 +123,24 @@ class Sensitivity:
             loader: Batches (inputs, labels), or mappings with ``labels``, in an order that stays.
             path: A safetensors file in which what is found is kept while it goes on; if it is there, from where it was left.
             subset: Only the first so many examples.
+            passes: Of a loader that augments at random: averages over so many passes, each of which leaves out the copy that it
+                sees. The number of examples is that of the distinct ones.
 
         Raises:
             ValueError: There is no data, labels do not suit the outputs, or the file is of another model or data.
         """
+        if whole_number("passes", passes, 1) > 1 and path is not None:
+            raise ValueError(f"a file keeps the scores of one pass, and passes is {passes}; take path=None")
         self._check_state()
+        found: list[Scores] = []
+        for _ in range(passes):
+            found.append(self._scored(loader, path, subset))
+        self._data, self._scores = loader, found[0] if passes == 1 else Scores.average(found)
+        warn_of_leverage(self._scores.leverage)
+        return self._scores
+
+    def _scored(self, loader: Iterable[Any], path: str | os.PathLike[str] | None, subset: int | None) -> Scores:
+        """One pass."""
         check_order(loader)
         self._set_scale(loader, self.scale)
         journal = Journal(path, self._fingerprint(), [one.name for one in fields(Scores)])
@@ -143,9 +164,7 @@ class Sensitivity:
             raise ValueError("there are no examples: the loader gave no batch")
         if subset is None:
             warn_of_size(self.posterior, seen)
-        self._data, self._scores = loader, Scores(**journal.finish(seen))
-        warn_of_leverage(self._scores.leverage)
-        return self._scores
+        return Scores(**journal.finish(seen))
 
     def _of(self, inputs: Any, labels: Tensor) -> dict[str, Tensor]:
         """The scores of a batch."""
