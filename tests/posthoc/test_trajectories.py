@@ -191,6 +191,35 @@ class TestSWAG:
         with pytest.raises(ValueError, match=message):
             call()
 
+    def test_what_was_collected_is_kept_over_a_restart(self, tmp_path):
+        whole, first, second = br.SWAG(rank=3), br.SWAG(rank=3), br.SWAG(rank=3)
+        walk = [{"w": normal(seed, 2, 3), "b": normal(seed + 50, 2)} for seed in range(7)]
+        for weights in walk:
+            whole.collect(weights)
+        for weights in walk[:4]:
+            first.collect(weights)
+        torch.save(first.state_dict(), tmp_path / "swag.pt")
+        second.load_state_dict(torch.load(tmp_path / "swag.pt", weights_only=True))
+        for weights in walk[4:]:
+            second.collect(weights)
+            first.collect(weights)  # has tensors of its own
+        one, two = (br.Posterior.from_swag(swag) for swag in (whole, second))
+        probe = {name: torch.ones_like(m) for name, m in one.mean.items()}
+        assert all(torch.equal(one.mean[name], two.mean[name]) for name in one.mean)
+        assert all(torch.equal(t, two.matvec(probe)[name]) for name, t in one.matvec(probe).items())
+
+    @pytest.mark.parametrize(
+        ("state", "message"),
+        [
+            ({}, "this is no state of SWAG: it has no 'count'"),
+            (br.SWAG(rank=4).state_dict(), "the state keeps 4 deviations, and rank is 3"),
+        ],
+        ids=["nothing", "another rank"],
+    )
+    def test_another_state_is_refused(self, state, message):
+        with pytest.raises(ValueError, match=message):
+            br.SWAG(rank=3).load_state_dict(state)
+
 
 class TestEnsemble:
     def test_draws_are_its_members_and_predictions_their_average(self, tmp_path):

@@ -155,6 +155,25 @@ class SWAG:
         if self.rank:
             self.deviations = [*self.deviations, last][-self.rank :]
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later :meth:`load_state_dict` goes on from; tensors are those that are kept, not copies."""
+        return {name: getattr(self, name) for name in ("rank", "count", "mean", "squares", "deviations")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was collected.
+
+        Raises:
+            ValueError: It was collected for another rank, or is no such state.
+        """
+        if lost := {"rank", "count", "mean", "squares", "deviations"} - state.keys():
+            raise ValueError(f"this is no state of SWAG: it has no {min(lost)!r}")
+        if state["rank"] != self.rank:
+            raise ValueError(
+                f"the state keeps {state['rank']} deviations, and rank is {self.rank}; take SWAG(rank={state['rank']})"
+            )
+        self.count, self.deviations = state["count"], [{n: t.clone() for n, t in last.items()} for last in state["deviations"]]
+        self.mean, self.squares = ({n: t.clone() for n, t in state[name].items()} for name in ("mean", "squares"))
+
 
 def swag_posterior(snapshots: SWAG | Iterable[Weights], model: nn.Module | None, rank: int, scale: float) -> dict[str, Any]:
     """The fields of a posterior from weights that a training passed through."""
