@@ -36,7 +36,7 @@ NAMES = {
     "posterior.Posterior.rescale": 1,
     "algorithms.cvi.tuned.settled": 1,
     "algorithms.cvi.tuned.closure": 1,
-    "uses.linear_prediction.linear_prediction": 1,
+    "uses.linear_prediction.linearization": 1,
 }
 MAKERS = {"from_natural", "from_expected", "moved"}
 FAMILIES = {name for name in vars(br)["_HOME"] if isinstance(getattr(br, name), type) and issubclass(getattr(br, name), Family)}
