@@ -488,6 +488,26 @@ def iter_of_sizes(x, y, *sizes):
     return Shrinking()
 
 
+@pytest.mark.filterwarnings("ignore:no closed form for Choosy", "ignore:Choosy has no forward derivatives")
+@pytest.mark.parametrize("structure", ["diag", "full", "low_rank"])
+@pytest.mark.parametrize("correction", ["newton", "first_order"])
+def test_examples_that_layers_cannot_tell_apart_go_one_by_one(structure, correction):
+    class Choosy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 1e6 else super().forward(x).tanh()  # vmap takes no such choice
+
+    plain, x, y = network()
+    model = nn.Sequential(Choosy(4, 5), nn.Identity(), plain[2]).double().eval()
+    model.load_state_dict(plain.state_dict())
+    data = [(x[:5], y[:5]), (x[5:], y[5:])]
+    with pytest.warns(UserWarning, match="no per-example gradients.* one by one") as told:
+        found = br.Sensitivity(model, posterior_of(model, structure), correction=correction).scores(data)
+    assert sum("one by one" in str(each.message) for each in told) == 1
+    wanted = br.Sensitivity(plain, posterior_of(plain, structure), correction=correction).scores(data)
+    for name in SCORES:
+        close(found.by(name), wanted.by(name), 1e-9)
+
+
 def test_a_loader_that_shuffles_is_told():
     model, x, y = network()
     loader = DataLoader(TensorDataset(x, y), 4, shuffle=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ class Whole(Call):
                 warnings.filterwarnings("ignore", "There is a performance drop")  # that it is slower has been said
                 yield
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            first = str(error).strip().partition("\n")[0]
+            first = shorten(str(error).strip().partition("\n")[0], 120, placeholder=" ...")
             raise Inseparable(
                 f"{type(self.module).__name__} has no per-example gradients: it has no closed form here, and torch.func.vmap "
                 f"fails ({first}); write it so that vmap takes it, turn its randomness off, or freeze its parameters"

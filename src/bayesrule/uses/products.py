@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from ..estimators.batches import examples_in, outputs_of, rows_of
 from ..estimators.calls import Inseparable
 from ..estimators.linearized import Block, Linearized, Spread
 from ..estimators.per_example import variances
+from ..estimators.pushing import Push
 from ..posterior import Posterior
 from .deviations import Times
 
@@ -50,7 +52,7 @@ class Products:
         self.num_samples, self.seed, self.cheaper = num_samples, seed, "'vjp_jvp', or 'last_layer'"
         self.factor = 1.0  # of all variances
         self.params: dict[str, Tensor] = dict(model.named_parameters()) if posterior is None else dict(posterior.bind(model))
-        self.spread, self._together = _spread(posterior, self.params), True
+        self.spread, self._together, self._push = _spread(posterior, self.params), True, Push(model)
 
     @contextmanager
     def at_the_mean(self) -> Iterator[None]:
@@ -77,10 +79,13 @@ class Products:
 
     def solve(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The covariance of the weights times a vector by name."""
+        return {name: each * self.factor for name, each in self._solve(v).items()}
+
+    def _solve(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {name: s * v[name] for name, s in self.spread.variance.items()}
         for block in self.spread.blocks:
             found |= {name: each[0] for name, each in block.solve_each({name: v[name][None] for name in block.names}).items()}
-        return {name: each * self.factor for name, each in found.items()}
+        return found
 
     def _of(self, inputs: Any) -> tuple[Tensor, Times]:
         if self.estimator == "mc":
@@ -88,15 +93,44 @@ class Products:
         if self.estimator == "layerwise":
             values, matrix = self._or_one_by_one(self._covariance, inputs, True)
             return values, lambda v, rows: (matrix[rows] @ v.to(matrix).flatten(1)[:, :, None]).view_as(v)
+        if not self._together:
+            with torch.no_grad():
+                values = outputs_of(self.model, inputs)
+            return values, partial(self._each_alone, inputs)
         model, spread, call = self._called(inputs)
         whole = Linearized(model, lambda: call(slice(None)), spread)
 
-        def times(v: Tensor, rows: Tensor) -> Tensor:
+        def together(v: Tensor, rows: Tensor) -> Tensor:
             if len(rows) == len(whole.values):
                 return whole.times(v)
             return Linearized(model, lambda: call(rows), spread).times(v)
 
+        def times(v: Tensor, rows: Tensor) -> Tensor:
+            if self._together:
+                try:
+                    return together(v, rows)
+                except Inseparable as error:
+                    self._part(error)
+            return self._each_alone(inputs, v, rows)
+
         return whole.values, times
+
+    def _each_alone(self, inputs: Any, v: Tensor, rows: Tensor) -> Tensor:
+        """Products of examples that go one by one, each by a plain backward and a push."""
+        params, found = {name: self.params[name] for name in self.spread.names}, list[Tensor]()
+        for i, own in zip(rows.tolist(), v, strict=True):
+            one = rows_of(inputs, slice(i, i + 1), examples_in(inputs))
+            with torch.enable_grad():
+                values = outputs_of(self.model, one)
+                back = torch.autograd.grad(values, list(params.values()), own[None].to(values), allow_unused=True)
+            pulled = {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), back, strict=True)}
+            found.append(self._push.along(self._solve(pulled), partial(outputs_of, self.model, one)))
+        return torch.cat(found).to(v)
+
+    def _part(self, error: Inseparable) -> None:
+        """From now on examples go alone; said once."""
+        warnings.warn(f"{error}; until then examples go one by one, which is slow", UserWarning, stacklevel=4)
+        self._together = False
 
     def of_losses(self, losses: Callable[[], Tensor]) -> Tensor:
         """The variance of one number of each example, shape (n,)."""
@@ -120,8 +154,7 @@ class Products:
             try:
                 return together(inputs)
             except Inseparable as error:
-                warnings.warn(f"{error}; until then examples go one by one, which is slow", UserWarning, stacklevel=3)
-                self._together = False
+                self._part(error)
         n = examples_in(inputs)
         each = [self._alone(rows_of(inputs, slice(i, i + 1), n), matrices) for i in range(n)]
         return torch.cat([values for values, _ in each]), torch.cat([found for _, found in each])
