@@ -145,11 +145,11 @@ def hidden(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": [p for p in model.parameters() if p in inner], "hidden": True}, *rest]
 
 
-TEXT_ADAMW = {"lr": 0.01, "weight_decay": 0.1, "beta2": 0.99}
+TEXT_ADAMW = {"lr": 0.003, "weight_decay": 0.1, "beta2": 0.99}
 TEXT_IVON = {"lr": 1.0, "ess": 10.0, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.99999}
 TEXT_IVON |= {"clip_radius": 1e-3, "rescale_lr": False}
 TEXT_EVON = {"lr": 0.035, "ess": 10.0, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.999}
-TEXT_MUON = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "adamw_lr": 0.01, "beta2": 0.99}
+TEXT_MUON = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "adamw_lr": 0.003, "beta2": 0.99}
 
 TEXT_OPTIMIZERS: dict[str, Choice] = {
     "adamw": replace(OPTIMIZERS["adamw"], settings=TEXT_ADAMW, groups=decaying),
