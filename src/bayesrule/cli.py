@@ -34,6 +34,7 @@ try:
     from bayesrule.recipes.language import is_text
     from bayesrule.recipes.language_command import TrainGPT, measured, written
     from bayesrule.recipes.optimizers import assignments
+    from bayesrule.recipes.results import SAMPLES
     from bayesrule.recipes.sensitivity import RankExamples
     from bayesrule.recipes.settings import Settings
     from bayesrule.recipes.tensorboard import watching
@@ -242,13 +243,13 @@ class Evaluate:
 
     Args:
         dir: Folder of the run.
-        num_samples: Networks to average over, where there is a posterior.
+        num_samples: Networks to average over, where there is a posterior; by default 32, of a language model 8.
         ood: Data of another kind, to see whether the model notices.
         json: Print one JSON object instead of a table.
     """
 
     dir: tyro.conf.Positional[Path]
-    num_samples: int = 32
+    num_samples: int | None = None
     ood: str | None = None
     json: bool = False
 
@@ -258,7 +259,7 @@ class Evaluate:
             measured(self.dir, self.num_samples, self.json)
             return
         with progress() as bars:
-            report = compare([self.dir], self.num_samples, self.ood, again=True, bars=bars)
+            report = compare([self.dir], self.num_samples or SAMPLES, self.ood, again=True, bars=bars)
         print_results(report, self.json, detailed=True)
 
 
@@ -269,14 +270,14 @@ class WriteReport:
     Args:
         dirs: Folders of runs.
         out: The page; by default report.html in the folder of a single run, or beside the first of several.
-        num_samples: Networks to average over, where there is a posterior.
+        num_samples: Networks to average over, where there is a posterior; by default 32, of a language model 8.
         ood: Data of another kind, to see whether the models notice.
         json: Print one JSON object instead of a sentence.
     """
 
     dirs: tyro.conf.Positional[tuple[Path, ...]]
     out: Path | None = None
-    num_samples: int = 32
+    num_samples: int | None = None
     ood: str | None = None
     json: bool = False
 
@@ -290,9 +291,9 @@ class WriteReport:
             return
         with progress() as bars:
             if len(self.dirs) == 1 and self.ood is None and folder.read_record(self.dirs[0])["kind"] == "demo":
-                report = demo.summarize(self.dirs[0], self.num_samples, bars)
+                report = demo.summarize(self.dirs[0], self.num_samples or SAMPLES, bars)
             else:
-                report = compare(self.dirs, self.num_samples, self.ood, bars=bars)
+                report = compare(self.dirs, self.num_samples or SAMPLES, self.ood, bars=bars)
         write_text(path, render(report))
         if self.json:
             print_json({"report": str(path), "rows": report.rows})
@@ -327,16 +328,14 @@ def parse(arguments: Sequence[str]) -> Any:
     """
     about, complaint = "The Bayesian learning rule: one rule, many algorithms, one posterior.", StringIO()
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
-    prog, offered, recipe, before = "bayesrule", COMMANDS, None, dict[str, Any]()
+    prog, offered, before = "bayesrule", COMMANDS, dict[str, Any]()
     if arguments[:1] == ["train"]:
         prog, offered, arguments = "bayesrule train", RECIPES, arguments[1:]
         about = "Train a model on real data and keep the run in a folder."
-        if recipe := RECIPES.get(next(iter(arguments), "")):
-            before = said_before(arguments, recipe, recipe.settings)
-    commands = []
-    for name, command in offered.items():
-        known = {"default": command(**(required(command) | before))} if before and command is recipe else {}
-        commands.append(Annotated[command, tyro.conf.subcommand(name, **known)])
+        recipe: Any = RECIPES.get(next(iter(arguments), ""))
+        before = said_before(arguments, recipe, recipe.settings) if recipe else {}
+    known: dict[Any, Any] = {recipe: {"default": recipe(**(required(recipe) | before))}} if before else {}
+    commands = [Annotated[kind, tyro.conf.subcommand(name, **known.get(kind, {}))] for name, kind in offered.items()]
     any_command: Any = Union[tuple(commands)]  # noqa: UP007 (made from a table)
     try:
         with redirect_stderr(complaint):
@@ -375,8 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str], workers: Workers) -> None:
     """Do what the arguments ask for."""
-    command: Any = parse(list(arguments))
-    if isinstance(command, tuple(RECIPES.values())):
+    command = parse(list(arguments))
+    if type(command) in RECIPES.values():
         command.run(workers)
     elif workers.size > 1:
         raise ValueError(f"only bayesrule train runs in several processes, and these are {workers.size}; start this one alone")

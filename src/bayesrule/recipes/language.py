@@ -25,8 +25,8 @@ from bayesrule.uses.language import LanguageReport, Method, Trial, token_calibra
 
 KIND = "text"
 SAMPLES = 8  # networks that are averaged
-FINAL = 2048  # validation windows of the final figures
-CALIBRATED = 1 << 24  # probabilities whose calibration is looked at
+FINAL = 1024  # validation windows of the final figures
+CALIBRATED = 1 << 22  # probabilities whose calibration is looked at
 EVALUATION = "evaluation.json"
 
 
@@ -172,17 +172,17 @@ def measure(run: TextRun, num_samples: int = SAMPLES, *, again: bool = False) ->
     """
     out, settings = run.record.folder, run.record.settings
     weights = digest(out / "model.safetensors", out / "posterior.safetensors")
-    about = {"weights": weights, "num_samples": num_samples, "windows": FINAL, "text": run.tokens.fingerprint}
+    about = {"weights": weights, "num_samples": num_samples, "windows": [FINAL, CALIBRATED], "text": run.tokens.fingerprint}
     with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
         kept = json.loads((out / EVALUATION).read_text(encoding="utf-8"))
         if kept["about"] == about and not again:
             return dict(kept["figures"])
     x, y = windows(run.tokens.validation, spaced(run.tokens.validation, FINAL, settings.shape.context), settings.shape.context)
     device = place(settings.device)
-    size = max(1, min(64, (1 << 26) // (run.tokens.codec.vocabulary * settings.shape.context)))
-    batches = list(zip(x.to(device).split(size), y.to(device).split(size), strict=True))
     vocabulary = run.tokens.codec.vocabulary
-    some = max(1, min(len(x), CALIBRATED // (vocabulary * settings.shape.context)))
+    size = max(1, min(64, (1 << 26) // (vocabulary * settings.shape.context)))
+    batches = list(zip(x.to(device).split(size), y.to(device).split(size), strict=True))
+    stride = -(-len(x) // max(1, CALIBRATED // (vocabulary * settings.shape.context)))
     autocast = torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
     figures: dict[str, Any] = {}
     asked = {"": None} if run.posterior is None else {"": None, "_mc": run.posterior}
@@ -190,9 +190,7 @@ def measure(run: TextRun, num_samples: int = SAMPLES, *, again: bool = False) ->
         for ending, posterior in asked.items():
             how: dict[str, Any] = {} if posterior is None else {"num_samples": num_samples}
             found = br.evaluate(run.model, posterior, batches, task="lm", token_bytes=run.tokens.codec.sizes, **how)
-            calibration = token_calibration(
-                run.model, posterior, x[:: -(-len(x) // some)].to(device), y[:: -(-len(x) // some)], **how
-            )
+            calibration = token_calibration(run.model, posterior, x[::stride].to(device), y[::stride], **how)
             figures |= {f"{name}{ending}": value for name, value in {**found, **calibration}.items()}
     with contextlib.suppress(OSError):
         write_text(out / EVALUATION, json.dumps({"about": about, "figures": figures}) + "\n")
@@ -254,9 +252,9 @@ def compare(folders: Sequence[Path], num_samples: int = SAMPLES, *, again: bool 
     return LanguageReport(
         title=f"{', '.join(dict.fromkeys(titles))} on {data}",
         summary=[
-            f"Each model learned from {counts['train']:,} tokens ({sizes['train']:,} bytes) of {text['files']:,} files and is measured "
-            f"on {FINAL:,} windows, or as many as there are, of the last {counts['validation']:,} tokens, which played no part in "
-            "training.",
+            f"Each model learned from {counts['train']:,} tokens ({sizes['train']:,} bytes) of {text['files']:,} files and is "
+            f"measured on {FINAL:,} windows, or as many as there are, of the last {counts['validation']:,} tokens, which played "
+            "no part in training.",
             f"Where there is a posterior, averaged means that every token's probability is the mean over {num_samples} networks "
             "drawn from it.",
         ],
@@ -270,12 +268,8 @@ def _flat(settings: GPTSettings) -> dict[str, Any]:
     """The settings as one flat table, in words."""
     flat = {**settings.plain(), **settings.hyperparameters}
     del flat["hyperparameters"]
-    return {
-        name.replace("_", " "): ", ".join(value)
-        if isinstance(value, list | tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else value
-        for name, value in flat.items()
-        if value is not None
-    }
+
+    def word(value: Any) -> Any:
+        return ", ".join(value) if isinstance(value, list | tuple) else f"{value:g}" if isinstance(value, float) else value
+
+    return {name.replace("_", " "): word(value) for name, value in flat.items() if value is not None}

@@ -10,7 +10,7 @@ import tyro
 
 from bayesrule.recipes.data import quiet
 from bayesrule.recipes.gpt import GPTSettings
-from bayesrule.recipes.language import KIND, compare, read, sample
+from bayesrule.recipes.language import KIND, SAMPLES, compare, read, sample
 from bayesrule.recipes.language_runs import train
 from bayesrule.recipes.optimizers import assignments
 from bayesrule.recipes.runs import saying
@@ -107,14 +107,14 @@ def show(report: LanguageReport, as_json: bool, more: dict[str, Any] | None = No
     print_json({**rows[-1], **({"rows": rows} if len(rows) > 1 else {}), **(more or {})})
 
 
-def measured(folder: Path, num_samples: int, as_json: bool) -> None:
+def measured(folder: Path, num_samples: int | None, as_json: bool) -> None:
     """Measure a run anew and print."""
-    show(compare([folder], num_samples, again=True), as_json)
+    show(compare([folder], num_samples or SAMPLES, again=True), as_json)
 
 
-def written(folders: Sequence[Path], path: Path, num_samples: int, as_json: bool) -> None:
+def written(folders: Sequence[Path], path: Path, num_samples: int | None, as_json: bool) -> None:
     """Write the page of runs side by side."""
-    report = compare(folders, num_samples)
+    report = compare(folders, num_samples or SAMPLES)
     write_text(path, render_language(report))
     if as_json:
         print_json({"report": str(path), "rows": report.rows})

@@ -95,9 +95,7 @@ def train(
             tokens = workers.together(lambda: opened(out, settings.tokenizer))
             complete, training = workers.together(lambda: begin(settings, tokens, workers))
             workers.together(lambda: _same(complete, record))
-            whose = hashlib.blake2b(
-                json.dumps([complete.plain() | {"data": tokens.fingerprint}], sort_keys=True).encode()
-            ).hexdigest()
+            whose = identity(complete, tokens)
             if workers.first(lambda: (out / CHECKPOINT).exists()):
                 workers.together(lambda: go_on(out, training, whose))
             about = describe(complete, tokens, workers.size)
@@ -120,6 +118,12 @@ def train(
             except KeyboardInterrupt:
                 raise Paused(f"stopped at once; go on from the last checkpoint with: {going_on(KIND, out)}") from None
         workers.first(lambda: (out / CHECKPOINT).unlink(missing_ok=True))
+
+
+def identity(settings: GPTSettings, tokens: Tokens) -> str:
+    """Of all that decides a run."""
+    words = json.dumps({**settings.plain(), "data": tokens.fingerprint}, sort_keys=True)  # wherever the text is
+    return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
 
 
 def _look(settings: GPTSettings, out: Path, there: bool, workers: Workers) -> TextRecord | None:

@@ -148,7 +148,7 @@ def hidden(model: nn.Module) -> list[dict[str, Any]]:
 TEXT_ADAMW = {"lr": 0.003, "weight_decay": 0.1, "beta2": 0.99}
 TEXT_IVON = {"lr": 1.0, "ess": 10.0, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.99999}
 TEXT_IVON |= {"clip_radius": 1e-3, "rescale_lr": False}
-TEXT_EVON = {"lr": 0.035, "ess": 10.0, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.999}
+TEXT_EVON = {"lr": 0.1, "ess": 10.0, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.999}
 TEXT_MUON = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "adamw_lr": 0.003, "beta2": 0.99}
 
 TEXT_OPTIMIZERS: dict[str, Choice] = {

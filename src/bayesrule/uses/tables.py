@@ -92,7 +92,8 @@ TOKENS = (
         "ECE",
         4,
         best=min,
-        meaning="Calibration error of the most probable token at the mean: the distance between promise and result. Smaller is better.",
+        meaning="Calibration error of the most probable token at the mean: the distance between promise and result. "
+        "Smaller is better.",
     ),
     Column("ece_mc", "averaged", 4, best=min, meaning="The same, averaged."),
     SECONDS,
