@@ -91,13 +91,13 @@ def put_tokens(settings: GPTSettings, out: Path, record: TextRecord | None, proc
         claim(out)
     files = find(settings.data, settings.extensions)
     with written(files, out, settings.tokenizer, settings.vocabulary) as tokens:
-        if record is not None and tokens.fingerprint != record.text.get("fingerprint"):
-            raise ValueError(f"the text of {out} is no longer the one that it began with; bring it back")
+        if record is not None:
+            if tokens.fingerprint != record.text.get("fingerprint"):
+                raise ValueError(f"the text of {out} is no longer the one that it began with; bring it back")
+            return
         tokens.check(settings.shape.context)
-        complete = replace(
-            settings, hyperparameters=settle(settings.optimizer, settings.hyperparameters, len(tokens.train), TEXT_OPTIMIZERS)
-        )
-        write_record(out / "run.json", describe(complete, tokens, processes))
+        hyperparameters = settle(settings.optimizer, settings.hyperparameters, len(tokens.train), TEXT_OPTIMIZERS)
+        write_record(out / "run.json", describe(replace(settings, hyperparameters=hyperparameters), tokens, processes))
 
 
 def describe(settings: GPTSettings, tokens: Tokens, processes: int) -> dict[str, Any]:

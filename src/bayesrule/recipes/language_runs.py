@@ -94,7 +94,6 @@ def train(
         if workers.first(enter):
             tokens = workers.together(lambda: opened(out, settings.tokenizer))
             complete, training = workers.together(lambda: begin(settings, tokens, workers))
-            workers.together(lambda: _same(complete, record))
             whose = identity(complete, tokens)
             if workers.first(lambda: (out / CHECKPOINT).exists()):
                 workers.together(lambda: go_on(out, training, whose))
@@ -136,6 +135,9 @@ def _look(settings: GPTSettings, out: Path, there: bool, workers: Workers) -> Te
     record = record_of(out)
     for name in settings.differ(record.settings):
         raise _other(record, name, getattr(settings, name), getattr(record.settings, name))
+    for name, value in settings.hyperparameters.items():
+        if record.settings.hyperparameters.get(name) != value:
+            raise _other(record, name, value, record.settings.hyperparameters.get(name))
     check(settings, workers)
     if record.failed:
         raise ValueError(f"{out} cannot go on: {record.failed}; train into another --out")
@@ -154,14 +156,6 @@ def _other(record: TextRecord, name: str, mine: Any, theirs: Any) -> ValueError:
     return ValueError(
         f"{record.folder} began with {name} {theirs}, not {mine}; give the same settings, or --resume and --out alone"
     )
-
-
-def _same(settings: GPTSettings, record: TextRecord | None) -> None:
-    """Refuse to go on with other settings of the optimizer than a run began with."""
-    mine, theirs = settings.hyperparameters, {} if record is None else record.settings.hyperparameters
-    for name in sorted({*mine, *theirs} if theirs else ()):
-        if record is not None and mine.get(name) != theirs.get(name):
-            raise _other(record, name, mine.get(name), theirs.get(name))
 
 
 def _finish(settings: GPTSettings, training: Training, out: Path, about: Mapping[str, Any]) -> None:
