@@ -259,7 +259,7 @@ class Evaluate:
             measured(self.dir, self.num_samples, self.json)
             return
         with progress() as bars:
-            report = compare([self.dir], self.num_samples or SAMPLES, self.ood, again=True, bars=bars)
+            report = compare([self.dir], SAMPLES if self.num_samples is None else self.num_samples, self.ood, again=True, bars=bars)
         print_results(report, self.json, detailed=True)
 
 
@@ -291,9 +291,9 @@ class WriteReport:
             return
         with progress() as bars:
             if len(self.dirs) == 1 and self.ood is None and folder.read_record(self.dirs[0])["kind"] == "demo":
-                report = demo.summarize(self.dirs[0], self.num_samples or SAMPLES, bars)
+                report = demo.summarize(self.dirs[0], SAMPLES if self.num_samples is None else self.num_samples, bars)
             else:
-                report = compare(self.dirs, self.num_samples or SAMPLES, self.ood, bars=bars)
+                report = compare(self.dirs, SAMPLES if self.num_samples is None else self.num_samples, self.ood, bars=bars)
         write_text(path, render(report))
         if self.json:
             print_json({"report": str(path), "rows": report.rows})

@@ -106,7 +106,7 @@ class TestRuns:
         before = text.read_text()
         try:
             text.write_text(before + "and more\n")
-            with pytest.raises(ValueError, match="the text of .* is no longer the one that it began with; bring it back"):
+            with pytest.raises(ValueError, match=r"the text of .* is no longer the one that it began with; bring it back"):
                 read(out)
         finally:
             text.write_text(before)
@@ -140,7 +140,7 @@ class TestRuns:
             train(settings(), out, bars=at_step(5, crash))
         path = out / "checkpoint.safetensors"
         path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(ValueError, match="checkpoint.safetensors is damaged"):
+        with pytest.raises(ValueError, match=r"checkpoint.safetensors is damaged"):
             train(settings(), out, resume=True)
         path.unlink()
         train(settings(), out, resume=True)

