@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import bayesrule as br
 from bayesrule import cli
-from bayesrule.recipes import language
+from bayesrule.recipes import language, language_runs
 from bayesrule.recipes.gpt import GPTSettings
 from bayesrule.recipes.language import compare, is_text, measure, read, sample
 from bayesrule.recipes.language_runs import train
@@ -165,6 +165,7 @@ class TestRuns:
                 {"optimizer": "torch-adamw", "fresh_draws": True},
                 "fresh_draws is for optimizers that draw weights, and torch-adamw draws none",
             ),
+            ({"optimizer": "evon", "hyperparameters": {"max_precond_dim": 8, "merge_dims": "maybe"}}, "merge_dims"),
             ({"device": "tpu9"}, "there is no device 'tpu9' here"),
             ({"data": ("nowhere.txt",)}, "there is no text 'nowhere.txt'"),
             ({"context": 5000}, "the validation part of the text has .* tokens, and a window takes 5001"),
@@ -176,6 +177,15 @@ class TestRuns:
 
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train(replace(settings(), **changes), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_what_only_the_model_shows_leaves_nothing_either(self, settings, tmp_path, monkeypatch):
+        def built(*_):
+            raise ValueError("needs whole tensors")
+
+        monkeypatch.setattr(language_runs, "built", built)
+        with pytest.raises(ValueError, match="needs whole tensors"):
+            train(settings(tokenizer="bpe", vocabulary=300), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
     def test_divergence_is_remembered(self, settings, tmp_path):

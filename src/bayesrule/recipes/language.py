@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from bayesrule.recipes.gpt import GPT, GPTSettings, built, write
 from bayesrule.recipes.optimizers import TEXT_OPTIMIZERS, settle
 from bayesrule.recipes.results import going_on, place
 from bayesrule.recipes.settings import settings_within
-from bayesrule.recipes.tokens import TOKENS, Tokens, find, opened, spaced, windows, written
+from bayesrule.recipes.tokens import TOKENIZER, TOKENS, Tokens, find, opened, spaced, windows, written
 from bayesrule.storage import write_text
 from bayesrule.uses.language import LanguageReport, Method, Trial, token_calibration
 
@@ -98,6 +99,13 @@ def put_tokens(settings: GPTSettings, out: Path, record: TextRecord | None, proc
         tokens.check(settings.shape.context)
         hyperparameters = settle(settings.optimizer, settings.hyperparameters, len(tokens.train), TEXT_OPTIMIZERS)
         write_record(out / "run.json", describe(replace(settings, hyperparameters=hyperparameters), tokens, processes))
+
+
+def take_back(out: Path) -> None:
+    """Remove what :func:`put_tokens` put into a folder where nothing has begun."""
+    shutil.rmtree(out / TOKENS, ignore_errors=True)
+    for name in ("run.json", TOKENIZER):
+        (out / name).unlink(missing_ok=True)
 
 
 def describe(settings: GPTSettings, tokens: Tokens, processes: int) -> dict[str, Any]:

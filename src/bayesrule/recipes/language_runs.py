@@ -15,12 +15,12 @@ from torch import nn
 from bayesrule.recipes.data import Bars, quiet
 from bayesrule.recipes.folder import claim, locked, write_lines, write_record
 from bayesrule.recipes.gpt import GPTSettings, Training, built
-from bayesrule.recipes.language import KIND, TextRecord, describe, measure, put_tokens, read, record_of
+from bayesrule.recipes.language import KIND, TextRecord, describe, measure, put_tokens, read, record_of, take_back
 from bayesrule.recipes.optimizers import TEXT_OPTIMIZERS, settle
 from bayesrule.recipes.results import going_on, place
 from bayesrule.recipes.runs import CHECKPOINT, Paused, go_on, learn
 from bayesrule.recipes.tokens import Tokens, opened
-from bayesrule.recipes.workers import ALONE, Workers
+from bayesrule.recipes.workers import ALONE, Elsewhere, Workers
 from bayesrule.storage import write_tensors
 
 
@@ -93,7 +93,12 @@ def train(
 
         if workers.first(enter):
             tokens = workers.together(lambda: opened(out, settings.tokenizer))
-            complete, training = workers.together(lambda: begin(settings, tokens, workers))
+            try:
+                complete, training = workers.together(lambda: begin(settings, tokens, workers))
+            except (ValueError, Elsewhere):
+                if record is None and workers.is_first:
+                    take_back(out)
+                raise
             whose = identity(complete, tokens)
             if workers.first(lambda: (out / CHECKPOINT).exists()):
                 workers.together(lambda: go_on(out, training, whose))
