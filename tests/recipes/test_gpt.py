@@ -12,8 +12,7 @@ from torch.nn import functional as F
 import bayesrule as br
 from bayesrule.recipes.gpt import GPT, SIZES, GPTSettings, Shape, Training, built, write
 from bayesrule.recipes.language_runs import begin
-from bayesrule.recipes.muon import MuonAdamW
-from bayesrule.recipes.optimizers import TEXT_OPTIMIZERS, hidden, settle
+from bayesrule.recipes.optimizers import TEXT_OPTIMIZERS, settle
 from bayesrule.recipes.tokens import Bytes, Tokens, spaced, windows
 from bayesrule.recipes.training import Diverged
 from bayesrule.recipes.workers import Workers
@@ -219,6 +218,7 @@ class TestTraining:
     def test_a_training_that_goes_on_ends_where_it_would_have_ended(self, optimizer, changes, tokens):
         settings, kept = chosen(optimizer, steps=8, **changes), []
         _, whole = begin(settings, tokens)
+        torch.manual_seed(1)
 
         def keep():
             tensors, numbers = whole.state()
@@ -270,31 +270,6 @@ class TestTraining:
         _, training = begin(chosen(hyperparameters={"lr": 1e30}), tokens)
         with pytest.raises(Diverged, match=r"training diverged before step 3 \(loss .*\); lower the lr \(1e\+30\)"):
             training.epoch()
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_and_adamw_are_torchs_own_side_by_side():
-    pair, apart = GPT(20, TINY), GPT(20, TINY)
-    one = MuonAdamW(hidden(pair), lr=0.02, adamw_lr=0.01)
-    inner, *rest = hidden(apart)
-    assert len(inner["params"]) == 8 and all(p.ndim == 2 for p in inner["params"])
-    two = [
-        torch.optim.Muon(inner["params"], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1),
-    ]
-    x = torch.arange(24).view(2, 12) % 20
-    for step in range(5):
-        for model, optimizers in ((pair, [one]), (apart, two)):
-            model.zero_grad()
-            model(x).square().mean().backward()
-            for optimizer in optimizers:
-                optimizer.step()
-        if step == 2:
-            state = one.state_dict()
-            one = MuonAdamW(hidden(pair), lr=9.0)
-            one.load_state_dict(state)
-    assert torch.equal(weights(pair), weights(apart))
-    assert [len(group["params"]) for group in one.param_groups] == [8, 2, 18]
 
 
 def test_a_model_is_built_at_its_first_weights():

@@ -18,7 +18,7 @@ from bayesrule.recipes.gpt import GPTSettings
 from bayesrule.recipes.language import compare, is_text, measure, read, sample
 from bayesrule.recipes.language_runs import train
 from bayesrule.recipes.tokens import windows
-from bayesrule.uses.language import render_language, token_calibration
+from bayesrule.uses.language import render_language
 
 SMALL = {"layers": 1, "heads": 2, "width": 16, "context": 12, "steps": 9, "batch_size": 4, "every": 4}
 FILES = {"tokens", "run.json", "metrics.jsonl", "model.safetensors", "posterior.safetensors", "evaluation.json"}
@@ -232,12 +232,6 @@ class TestFigures:
         kept = json.loads(path.read_text())
         path.write_text(json.dumps(kept | {"figures": {"perplexity": 1.0}}))
         assert measure(run) == {"perplexity": 1.0} and measure(run, again=True) == kept["figures"] == measure(run)
-
-    def test_calibration_of_tokens(self):
-        logits = torch.tensor([[0.0, 0.0], [0.0, 20.0], [20.0, 0.0]])
-        model = torch.nn.Embedding.from_pretrained(logits).eval()
-        found = token_calibration(model, None, torch.tensor([[0, 0, 1, 2]]), torch.tensor([[0, 1, 1, 1]]))
-        assert found["accuracy"] == 0.5 and found["ece"] == pytest.approx((0 * 2 + 0.5 * 2) / 4, abs=1e-6)
 
     def test_text_is_written_at_the_mean_or_by_one_draw(self, whole, monkeypatch):
         run, seen = read(whole), []
