@@ -107,15 +107,13 @@ class TestParts:
         ],
     )
     def test_the_cut_is_at_a_line_or_at_least_a_character(self, contents, train, piece, tmp_path, monkeypatch):
-        if "é" in contents[0] and piece == 7:
-            pytest.skip("a piece may end within a character")
         monkeypatch.setattr(tokens, "PIECE", piece)
         files = [tmp_path / f"{i}.txt" for i in range(len(contents))]
         for path, content in zip(files, contents, strict=True):
             path.write_text(content)
         found = {name: b"".join(p for part, p in parts(files) if part == name) for name in ("train", "validation")}
         assert b"".join(found.values()) == "".join(contents).encode()
-        if piece > 64:
+        if piece > 64:  # a smaller one may end before the line does
             assert len(found["train"]) == train
 
     def test_texts_are_cut_at_lines(self, monkeypatch):
