@@ -10,13 +10,12 @@ import os
 import re
 import signal
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, ClassVar, Union
 
 ABSENT: str | None = None  # the package without which there is no command line
 try:
@@ -26,14 +25,18 @@ try:
 
     import bayesrule as br
     from bayesrule.recipes import demo, folder, repeats, runs
+    from bayesrule.recipes.beginnings import said_before
     from bayesrule.recipes.comparison import compare
     from bayesrule.recipes.data import Data, quiet
     from bayesrule.recipes.describing import describe
     from bayesrule.recipes.endings import outcome, say
     from bayesrule.recipes.formats.named import NAMES
+    from bayesrule.recipes.language import is_text
+    from bayesrule.recipes.language_command import TrainGPT, measured, written
     from bayesrule.recipes.optimizers import assignments
+    from bayesrule.recipes.results import SAMPLES
     from bayesrule.recipes.sensitivity import RankExamples
-    from bayesrule.recipes.settings import Settings, read_toml, settings_within, types
+    from bayesrule.recipes.settings import Settings
     from bayesrule.recipes.tensorboard import watching
     from bayesrule.recipes.terminal import print_data, print_json, print_results, print_rows, progress
     from bayesrule.recipes.workers import Workers, join
@@ -43,7 +46,7 @@ except ModuleNotFoundError as error:
     if not error.name or error.name.startswith("bayesrule"):
         raise
     ABSENT = error.name
-    Settings = RankExamples = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
+    Settings = RankExamples = TrainGPT = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class ShowData:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Settings):
-    """Train a model on real data and keep the run in a folder: bayesrule train image | tabular.
+    """Train a model on real data and keep the run in a folder: bayesrule train image | tabular | gpt.
 
     Args:
         out: Folder for the run; must not exist or be empty, unless the run is to go on.
@@ -161,6 +164,7 @@ class Train(Settings):
         json: Print one JSON object instead of a table.
     """
 
+    settings: ClassVar[type] = Settings
     hyperparameters: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     out: Path
     resume: bool = False
@@ -239,20 +243,23 @@ class Evaluate:
 
     Args:
         dir: Folder of the run.
-        num_samples: Networks to average over, where there is a posterior.
+        num_samples: Networks to average over, where there is a posterior; by default 32, of a language model 8.
         ood: Data of another kind, to see whether the model notices.
         json: Print one JSON object instead of a table.
     """
 
     dir: tyro.conf.Positional[Path]
-    num_samples: int = 32
+    num_samples: int | None = None
     ood: str | None = None
     json: bool = False
 
     def run(self) -> None:
         """Compute and print the metrics."""
+        if is_text(self.dir):
+            measured(self.dir, self.num_samples, self.json)
+            return
         with progress() as bars:
-            report = compare([self.dir], self.num_samples, self.ood, again=True, bars=bars)
+            report = compare([self.dir], SAMPLES if self.num_samples is None else self.num_samples, self.ood, again=True, bars=bars)
         print_results(report, self.json, detailed=True)
 
 
@@ -263,14 +270,14 @@ class WriteReport:
     Args:
         dirs: Folders of runs.
         out: The page; by default report.html in the folder of a single run, or beside the first of several.
-        num_samples: Networks to average over, where there is a posterior.
+        num_samples: Networks to average over, where there is a posterior; by default 32, of a language model 8.
         ood: Data of another kind, to see whether the models notice.
         json: Print one JSON object instead of a sentence.
     """
 
     dirs: tyro.conf.Positional[tuple[Path, ...]]
     out: Path | None = None
-    num_samples: int = 32
+    num_samples: int | None = None
     ood: str | None = None
     json: bool = False
 
@@ -279,11 +286,14 @@ class WriteReport:
         if not self.dirs:
             raise ValueError("report takes the folder of at least one run")
         path = self.out or (self.dirs[0] if len(self.dirs) == 1 else self.dirs[0].parent) / "report.html"
+        if is_text(self.dirs[0]):
+            written(self.dirs, path, self.num_samples, self.json)
+            return
         with progress() as bars:
             if len(self.dirs) == 1 and self.ood is None and folder.read_record(self.dirs[0])["kind"] == "demo":
-                report = demo.summarize(self.dirs[0], self.num_samples, bars)
+                report = demo.summarize(self.dirs[0], SAMPLES if self.num_samples is None else self.num_samples, bars)
             else:
-                report = compare(self.dirs, self.num_samples, self.ood, bars=bars)
+                report = compare(self.dirs, SAMPLES if self.num_samples is None else self.num_samples, self.ood, bars=bars)
         write_text(path, render(report))
         if self.json:
             print_json({"report": str(path), "rows": report.rows})
@@ -301,37 +311,12 @@ COMMANDS = {
     "sensitivity": RankExamples,
     "report": WriteReport,
 }
-RECIPES = {"image": TrainImage, "tabular": TrainTabular}
+RECIPES: dict[str, Any] = {"image": TrainImage, "tabular": TrainTabular, "gpt": TrainGPT}
 
 
-def said_before(arguments: Sequence[str]) -> dict[str, Any]:
-    """What a run that is to go on began with, and what a run file says: the defaults of a training command.
-
-    Raises:
-        OSError, ValueError: If the folder or the file cannot be read.
-    """
-    peek = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    peek.add_argument("--config", type=Path)
-    peek.add_argument("--out", type=Path)
-    peek.add_argument("--data")
-    peek.add_argument("--resume", action="store_true")
-    try:
-        asked, _ = peek.parse_known_args(list(arguments))
-    except Exception:  # said better below
-        return {}
-    toml: dict[str, Any] = {}
-    if asked.config is not None:
-        known = {name: kind for name, kind in types(Train).items() if name not in ("config", "hyperparameters")}
-        toml = read_toml(asked.config, known | {"set": dict})
-    out, found = asked.out or toml.get("out"), dict[str, Any]()
-    if asked.resume and out is not None and not out.exists() and not (asked.data or "data" in toml):
-        raise FileNotFoundError(f"there is no run in {out} to go on with; to begin one, give --data and --optimizer as well")
-    if (asked.resume or toml.get("resume")) and out is not None and (out / "run.json").exists():
-        record = folder.read_record(out)
-        settings = settings_within(out, record)
-        found = {one.name: getattr(settings, one.name) for one in fields(settings)} | {"seeds": len(record.get("runs", [0]))}
-    found["hyperparameters"] = {**found.get("hyperparameters", {}), **toml.pop("set", {})}
-    return {**found, **toml} if asked.config is not None or len(found) > 1 else {}
+def required(command: Any) -> dict[str, Any]:
+    """What must be said, not said yet."""
+    return {one.name: tyro.MISSING for one in fields(command) if one.default is MISSING and one.default_factory is MISSING}
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -346,12 +331,11 @@ def parse(arguments: Sequence[str]) -> Any:
     prog, offered, before = "bayesrule", COMMANDS, dict[str, Any]()
     if arguments[:1] == ["train"]:
         prog, offered, arguments = "bayesrule train", RECIPES, arguments[1:]
-        about, before = "Train a model on real data and keep the run in a folder.", said_before(arguments)
-    wanted = {name: tyro.MISSING for name in ("data", "optimizer", "out")}
-    commands = [
-        Annotated[command, tyro.conf.subcommand(name, **({"default": command(**(wanted | before))} if before else {}))]
-        for name, command in offered.items()
-    ]
+        about = "Train a model on real data and keep the run in a folder."
+        recipe: Any = RECIPES.get(next(iter(arguments), ""))
+        before = said_before(arguments, recipe, recipe.settings) if recipe else {}
+    known: dict[Any, Any] = {recipe: {"default": recipe(**(required(recipe) | before))}} if before else {}
+    commands = [Annotated[kind, tyro.conf.subcommand(name, **known.get(kind, {}))] for name, kind in offered.items()]
     any_command: Any = Union[tuple(commands)]  # noqa: UP007 (made from a table)
     try:
         with redirect_stderr(complaint):
@@ -391,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str], workers: Workers) -> None:
     """Do what the arguments ask for."""
     command = parse(list(arguments))
-    if isinstance(command, TrainImage | TrainTabular):
+    if type(command) in RECIPES.values():
         command.run(workers)
     elif workers.size > 1:
         raise ValueError(f"only bayesrule train runs in several processes, and these are {workers.size}; start this one alone")

@@ -71,7 +71,7 @@ def locked(out: Path) -> Iterator[None]:
         raise ValueError(f"another process is at work in {out}; wait for it, or choose another --out") from None
     try:
         for path in filter(is_draft, out.iterdir()):
-            path.unlink(missing_ok=True)  # of a process that died
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)  # of a process that died
         yield
     finally:
         (out / LOCK).unlink(missing_ok=True)

@@ -3,8 +3,8 @@
 import ast
 import inspect
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 import bayesrule as br
 from bayesrule.recipes.formats.pieces import nearest
+from bayesrule.recipes.muon import MuonAdamW
 from bayesrule.recipes.names import lookup
 
 # Arguments that no run file can hold, or that the recipe fills.
@@ -32,6 +33,7 @@ class Choice:
         variational: Whether it leaves a posterior behind.
         binary: Whether weights become -1 and 1: those of layers, while what has less than two dimensions stays as it is.
         fixed: Arguments that are no settings.
+        groups: Parameters or groups of them that the class is called with.
     """
 
     title: str
@@ -40,6 +42,7 @@ class Choice:
     variational: bool = False
     binary: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    groups: Callable[[nn.Module], list[Any]] = lambda model: list(model.parameters())
 
     @property
     def options(self) -> list[str]:
@@ -58,8 +61,8 @@ class Choice:
                 break
         return found
 
-    def make(self, model: nn.Module, settings: Mapping[str, Any], seed: int = 0) -> Optimizer:
-        """The optimizer of a model's parameters.
+    def make(self, model: nn.Module, settings: Mapping[str, Any], seed: int = 0, **more: Any) -> Optimizer:
+        """The optimizer of a model's parameters; ``more`` are arguments that are no settings of the user's.
 
         Raises:
             ValueError: If a setting has no such value.
@@ -70,14 +73,14 @@ class Choice:
             given["betas"] = (settings.get("beta1", default[0]), settings.get("beta2", default[1]))
         if "seed" in self.arguments:
             given["seed"] = seed
-        params = list(model.parameters())
+        params = self.groups(model)
         if self.binary:
             for p in params:
                 p.requires_grad_(p.dim() > 1)
             params = [p for p in params if p.requires_grad]
         kind: Any = self.kind
         try:
-            return kind(params, **given, **self.fixed)
+            return kind(params, **given, **self.fixed, **more)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{self.title} does not take {dict(settings)}: {error}") from error
         except ValueError as error:
@@ -126,8 +129,46 @@ OPTIMIZERS: dict[str, Choice] = {
 }
 
 
-def settle(name: str, given: Mapping[str, Any], num_data: int) -> dict[str, Any]:
+# Of text
+
+
+def decaying(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices, whose weights decay, and all else, which does not, as GPT-2 and nanoGPT have it."""
+    params = list(model.parameters())
+    return [{"params": [p for p in params if p.ndim > 1]}, {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+
+
+def hidden(model: nn.Module) -> list[dict[str, Any]]:
+    """The matrices of linear layers, then all else that decays and what does not."""
+    inner = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    rest = [group | {"params": [p for p in group["params"] if p not in inner]} for group in decaying(model)]
+    return [{"params": [p for p in model.parameters() if p in inner], "hidden": True}, *rest]
+
+
+TEXT_ADAMW = {"lr": 0.003, "weight_decay": 0.1, "beta2": 0.99}
+TEXT_IVON = {"lr": 1.0, "ess": 10.0, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.99999}
+TEXT_IVON |= {"clip_radius": 1e-3, "rescale_lr": False}
+TEXT_EVON = {"lr": 0.1, "ess": 10.0, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.999}
+TEXT_MUON = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "adamw_lr": 0.003, "beta2": 0.99}
+
+TEXT_OPTIMIZERS: dict[str, Choice] = {
+    "adamw": replace(OPTIMIZERS["adamw"], settings=TEXT_ADAMW, groups=decaying),
+    "ivon": replace(OPTIMIZERS["ivon"], settings=TEXT_IVON),
+    "evon": replace(OPTIMIZERS["evon"], settings=TEXT_EVON),
+    "torch-adamw": replace(OPTIMIZERS["torch-adamw"], settings=TEXT_ADAMW, groups=decaying),
+}
+if hasattr(torch.optim, "Muon"):
+    TEXT_OPTIMIZERS["torch-muon"] = Choice("Muon", MuonAdamW, TEXT_MUON, groups=hidden)
+
+
+def settle(name: str, given: Mapping[str, Any], num_data: int, offered: Mapping[str, Choice] = OPTIMIZERS) -> dict[str, Any]:
     """The settings of an optimizer: its defaults, overridden by what was given (None: not given).
+
+    Args:
+        name: Of the optimizer.
+        given: What was given.
+        num_data: The size of the training set.
+        offered: The table of a recipe.
 
     Raises:
         ValueError: If the optimizer is unknown or has no such setting.
@@ -136,7 +177,7 @@ def settle(name: str, given: Mapping[str, Any], num_data: int) -> dict[str, Any]
         >>> settle("sgd", {"lr": 0.1, "ess": None}, num_data=1000)
         {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 0.0005}
     """
-    choice = lookup("optimizer", name, OPTIMIZERS)
+    choice = lookup("optimizer", name, offered)
     chosen = {setting: value for setting, value in given.items() if value is not None}
     for setting, value in chosen.items():
         if setting not in choice.options:

@@ -22,7 +22,7 @@ from bayesrule.recipes.settings import Settings, settings_within
 from bayesrule.recipes.training import anchor
 
 PREDICTIONS = "predictions.safetensors"
-COMMANDS = {"image": "image", "row": "tabular"}  # for each kind of data
+COMMANDS = {"image": "image", "row": "tabular", "text": "gpt"}  # for each kind of data
 AT_ONCE = 4096  # examples predicted at once, at most
 SAMPLES = 32
 
@@ -99,6 +99,8 @@ def record_of(folder: Path) -> Record:
         ValueError: If it is damaged, or of something else.
     """
     found = read_record(folder)
+    if found["kind"] == "text":
+        raise ValueError(f"{folder} holds a language model, and this is for classifiers")
     if found["kind"] not in COMMANDS:
         raise ValueError(f"{folder} holds {found['kind']!r}, not a single run; name one of its folders")
     try:

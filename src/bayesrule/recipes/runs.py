@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from bayesrule.recipes.data import Bars, Data, Scale, quiet
 from bayesrule.recipes.folder import claim, locked, restore, save, write_lines, write_record
@@ -131,7 +132,7 @@ def train(
 
         if workers.first(enter):
             if workers.first(lambda: record is not None and (out / CHECKPOINT).exists()):
-                workers.together(lambda: _go_on(out, complete, training))
+                workers.together(lambda: go_on(out, training, identity(complete, data)))
             try:
                 _learn(complete, training, out, bars, watch)
                 workers.first(lambda: finish(complete, training, out, bars))
@@ -225,12 +226,35 @@ def identity(settings: Settings, data: Data) -> str:
     return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
 
 
-def _go_on(out: Path, settings: Settings, training: Training) -> None:
-    """Bring back the last checkpoint."""
+class Job(Protocol):
+    """A training that stops between steps, is saved, and goes on."""
+
+    workers: Workers
+    done: int
+    history: list[dict[str, Any]]
+    between_steps: bool
+    sharded: bool
+    """Whether all processes must ask for the state at once."""
+
+    @property
+    def total(self) -> int: ...
+    @property
+    def finished(self) -> bool: ...
+    def epoch(self, tick: Callable[[], object]) -> object: ...
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None: ...
+
+
+def go_on(out: Path, training: Job, whose: str) -> None:
+    """Bring back the last checkpoint.
+
+    Raises:
+        ValueError: If it is damaged, or another run's.
+    """
     path = out / CHECKPOINT
     try:
         tensors, numbers = restore(path)
-        if numbers["run"] != identity(settings, training.data):
+        if numbers["run"] != whose:
             raise ValueError("its settings or data are others")
         training.load_state(tensors, numbers)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -238,40 +262,64 @@ def _go_on(out: Path, settings: Settings, training: Training) -> None:
         raise ValueError(f"{path} is damaged or of another run: {why}; delete it to start anew") from error
 
 
-def _learn(settings: Settings, training: Training, out: Path, bars: Bars, watch: Watch | None) -> None:
-    """All epochs that are left, with a checkpoint now and then."""
+def learn(
+    training: Job,
+    out: Path,
+    whose: str,
+    command: Callable[[], str],
+    fail: Callable[[str], object],
+    advance: Callable[[], object],
+    watch: Callable[[Mapping[str, Any]], object],
+) -> None:
+    """All that is left of a training, with a checkpoint now and then.
+
+    Args:
+        training: What is to be trained.
+        out: The folder.
+        whose: Identity of the run.
+        command: What goes on with it.
+        fail: Notes that it cannot go on, and why.
+        advance: Told every step.
+        watch: Told every line of the metrics.
+
+    Raises:
+        Diverged: If it diverged.
+        Paused: If a signal came; everything is saved.
+        Elsewhere: If another process has gone.
+    """
     workers = training.workers
-    advance = bars(OPTIMIZERS[settings.optimizer].title, settings.epochs * training.steps)
     for _ in range(training.done):
         advance()
-    due, whose = time.monotonic() + EVERY, identity(settings, training.data)
+    due = time.monotonic() + EVERY
 
     def keep() -> None:
         nonlocal due
-        if not workers.is_first:
+        if not (workers.is_first or training.sharded):
             return
         began = time.monotonic()
         tensors, numbers = training.state()
-        save(out / CHECKPOINT, tensors, {**numbers, "run": whose})
+        if workers.is_first:
+            save(out / CHECKPOINT, tensors, {**numbers, "run": whose})
         due = time.monotonic() + max(EVERY, (time.monotonic() - began) / EFFORT)
 
     with stopping() as stop:
 
         def tick() -> None:
             advance()
-            if workers.any(stop.is_set()):
-                workers.first(keep)
+            stopped, late = stop.is_set(), workers.is_first and time.monotonic() >= due
+            if workers.size > 1:
+                stopped, late = (count > 0 for count in workers.total(stopped, late))
+            if stopped:
+                workers.together(keep)
                 raise Paused(
-                    f"stopped after step {training.done:,} of {settings.epochs * training.steps:,} and saved; "
-                    f"go on with: {record_of(out).command}"
+                    f"stopped after step {training.done:,} of {training.total:,} and saved; go on with: {workers.first(command)}"
                 )
-            if time.monotonic() >= due:
+            if late:
                 keep()
 
         try:
             for line in training.history:
-                if watch:
-                    watch(settings.seed, line)
+                watch(line)
             while not training.finished:
                 known = len(training.history)
                 try:
@@ -279,22 +327,41 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Bars, watch:
                 finally:
                     if len(training.history) > known and workers.is_first:
                         write_lines(out / "metrics.jsonl", training.history)
-                        if watch:
-                            watch(settings.seed, training.history[-1])
+                        watch(training.history[-1])
             keep()
         except Diverged as error:
-            failed = {**describe(settings, training.data, workers.size), "failed": str(error)}
-            workers.first(lambda: write_record(out / "run.json", failed))
+            why = str(error)
+            workers.first(lambda: fail(why))
             raise
         except Exception as error:
             if workers.size > 1 and is_loss(error):
-                raise Elsewhere(f"another process of the run has ended; go on with: {record_of(out).command}") from error
-            if training.between_steps and isinstance(error, ValueError):  # of the data
+                raise Elsewhere(f"another process of the run has ended; go on with: {command()}") from error
+            if training.between_steps and not training.sharded and isinstance(error, ValueError):  # of the data
                 with contextlib.suppress(OSError):
                     keep()  # what was learned until then
-            if not training.between_steps and ":" in settings.model:
-                raise ValueError(f"{settings.model} failed in training: {type(error).__name__}: {error}") from error
             raise
+
+
+def _learn(settings: Settings, training: Training, out: Path, bars: Bars, watch: Watch | None) -> None:
+    """All epochs that are left; a model of the user's own that fails is said to."""
+
+    def fail(why: str) -> None:
+        write_record(out / "run.json", {**describe(settings, training.data, training.workers.size), "failed": why})
+
+    try:
+        learn(
+            training,
+            out,
+            identity(settings, training.data),
+            lambda: record_of(out).command,
+            fail,
+            bars(OPTIMIZERS[settings.optimizer].title, training.total),
+            lambda line: watch(settings.seed, line) if watch else None,
+        )
+    except Exception as error:
+        if training.between_steps or ":" not in settings.model or isinstance(error, Diverged | Elsewhere):
+            raise
+        raise ValueError(f"{settings.model} failed in training: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -20,3 +20,22 @@ def constant(done: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "step": step, "constant": constant}
+
+
+def warmed(step: int, steps: int, warmup: int | None, floor: float) -> float:
+    """A linear rise, then half a cosine to a floor; at a step, from 0, of so many.
+
+    Args:
+        step: The step.
+        steps: All of them.
+        warmup: Steps of the rise; None is a twentieth of all.
+        floor: The factor at the end.
+
+    Example:
+        >>> [warmed(step, 12, 3, 0.5) for step in (0, 1, 2, 3, 12)]
+        [0.25, 0.5, 0.75, 1.0, 0.5]
+    """
+    rise = steps // 20 if warmup is None else warmup
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return floor + (1 - floor) * cosine((step - rise) / (steps - rise))

@@ -91,26 +91,26 @@ class Settings:
         return [name for name in mine if name not in ("hyperparameters", "data") and mine[name] != theirs[name]]
 
 
-def from_plain(plain: Mapping[str, Any]) -> Settings:
-    """Settings from JSON, where tuples are lists.
+def from_plain(plain: Mapping[str, Any], kind: Any = Settings) -> Any:
+    """Settings of a kind from JSON, where tuples are lists.
 
     Raises:
         TypeError, ValueError: If they are none.
     """
-    known = types(Settings)
+    known = types(kind)
     if strange := plain.keys() - known.keys():
         raise ValueError(f"unknown setting {min(strange)!r}")
-    return Settings(**{name: fitted(name, value, known[name]) for name, value in plain.items()})
+    return kind(**{name: fitted(name, value, known[name]) for name, value in plain.items()})
 
 
-def settings_within(folder: Path, record: Mapping[str, Any]) -> Settings:
-    """The settings in a ``run.json``.
+def settings_within(folder: Path, record: Mapping[str, Any], kind: Any = Settings) -> Any:
+    """The settings of a kind in a ``run.json``.
 
     Raises:
         ValueError: If they are damaged.
     """
     try:
-        return from_plain(record["settings"])
+        return from_plain(record["settings"], kind)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'run.json'} is damaged: {type(error).__name__}: {error}") from error
 

@@ -29,9 +29,9 @@ def watching(out: Path) -> Iterator[Watch]:
                 folder = out / "tensorboard" / f"seed-{seed}"
                 shutil.rmtree(folder, ignore_errors=True)
                 open_ones[seed] = stack.enter_context(writer(str(folder)))
-            for name, value in line.items():
-                if name != "epoch":
-                    open_ones[seed].add_scalar(name, value, line["epoch"])
+            place, *figures = line.items()  # an epoch or a step comes first
+            for name, value in figures:
+                open_ones[seed].add_scalar(name, value, place[1])
             open_ones[seed].flush()
 
         yield watch

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from bayesrule.recipes.data import Bars, some
 from bayesrule.uses.dependence import NAMES, Dependence, number
+from bayesrule.uses.language import LanguageReport
 from bayesrule.uses.report import Report
 from bayesrule.uses.tables import COLUMNS, DETAILS, Column, table
 
@@ -54,13 +55,15 @@ def print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(sound(value)))
 
 
-def print_results(report: Report, as_json: bool, detailed: bool = False) -> None:
+def print_results(report: Report | LanguageReport, as_json: bool, detailed: bool = False) -> None:
     """The rows of a report; as JSON that of the last, which is the best that there is, with all of them in ``rows``."""
     rows = report.detailed if detailed else report.rows
     if as_json:
         print_json({**rows[-1], "rows": rows} if len(rows) > 1 else rows[0])
         return
-    print_rows(rows)
+    print_rows(rows, report.columns)
+    if isinstance(report, LanguageReport):
+        return
     for subject, columns in DETAILS.items() if detailed else ():
         if any(columns[-1].key in row for row in rows):
             print(subject)

@@ -24,6 +24,7 @@ from bayesrule.recipes.augmentation import augmentation
 from bayesrule.recipes.data import FORWARD, Data, Part, fitting
 from bayesrule.recipes.models import has_batch_norm
 from bayesrule.recipes.schedules import SCHEDULES
+from bayesrule.recipes.states import load_states, states
 from bayesrule.recipes.workers import ALONE, Workers
 
 BATCH = 1024  # inputs of a forward without gradient
@@ -90,11 +91,17 @@ class Training:
         self.history: list[dict[str, Any]] = []
         self.seconds: list[float] = []  # of the training steps of each epoch
         self.between_steps = True  # so that the state is whole
+        self.sharded = False
         self.best: dict[str, Tensor] | None = None
         self._total, self._elapsed = 0.0, 0.0  # of the epoch in progress
         with torch.random.fork_rng(self._devices()):
             torch.manual_seed(seed)
             self._random = self._generators()
+
+    @property
+    def total(self) -> int:
+        """Steps of all epochs."""
+        return self.epochs * self.steps
 
     @property
     def finished(self) -> bool:
@@ -140,7 +147,7 @@ class Training:
         share, weight = self.workers.share(count)
         inputs, labels = self.data.scale(stored.to(self.device, non_blocking=True)), labels.to(self.device)
         inputs = self.augment(inputs, self._generator(self.done, 1), (count, share))
-        factor = self.schedule(self.done / (self.epochs * self.steps))
+        factor = self.schedule(self.done / self.total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.workers.spread(self.model.buffers())
@@ -181,7 +188,7 @@ class Training:
         self.seconds.append(self._elapsed)
         self._total, self._elapsed = 0.0, 0.0
         if self.patience is not None and self.best_epoch == len(self.history):
-            self.best = {BEST + name: t.detach().clone() for name, t in self._tensors().items()}
+            self.best = {BEST + name: t.detach().clone() for name, t in states(self.model, self.optimizer).items()}
         tick()
         return self.history[-1]
 
@@ -244,7 +251,7 @@ class Training:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a run goes on from, between steps: tensors, and numbers."""
         numbers = {"done": self.done, "history": self.history, "seconds": self.seconds}
-        tensors = self._tensors() | {f"random.{i}": t for i, t in enumerate(self._random)} | (self.best or {})
+        tensors = states(self.model, self.optimizer) | {f"random.{i}": t for i, t in enumerate(self._random)} | (self.best or {})
         return tensors, {**numbers, "total": self._total, "elapsed": self._elapsed}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -253,7 +260,7 @@ class Training:
         Raises:
             KeyError, RuntimeError, TypeError, ValueError: If it is of another run, or damaged.
         """
-        self._load(tensors)
+        load_states(self.model, self.optimizer, tensors)
         self.done, self.history, self.seconds = int(numbers["done"]), list(numbers["history"]), list(numbers["seconds"])
         self._total, self._elapsed = float(numbers["total"]), float(numbers["elapsed"])
         self._random = [tensors[f"random.{i}"] for i in range(len(self._random))]
@@ -262,30 +269,7 @@ class Training:
     def keep_best(self) -> None:
         """Where patience looked for the best epoch, go back to it."""
         if self.best is not None:
-            self._load({name.removeprefix(BEST): t for name, t in self.best.items()})
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Of the model and the optimizer, by name."""
-        states = self.optimizer.state_dict()["state"]
-        kept = {f"optimizer.{i}.{name}": t for i, state in states.items() for name, t in _unfolded(state)}
-        return {f"model.{name}": t for name, t in self.model.state_dict().items()} | kept
-
-    def _load(self, tensors: Mapping[str, Tensor]) -> None:
-        model, states = {}, dict[int, dict[str, Any]]()
-        for key, tensor in tensors.items():
-            room, _, name = key.partition(".")
-            if room == "model":
-                model[name] = tensor
-            elif room == "optimizer":
-                number, _, name = name.partition(".")
-                state = states.setdefault(int(number), {})
-                name, _, place = name.partition(".")
-                if place:  # the lists of a state come in their order
-                    state.setdefault(name, []).append(tensor if tensor.numel() else None)
-                else:
-                    state[name] = tensor
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+            load_states(self.model, self.optimizer, {name.removeprefix(BEST): t for name, t in self.best.items()})
 
     # Randomness
 
@@ -325,16 +309,6 @@ def batches_of(part: Part, data: Data, device: torch.device, workers: Workers = 
     batches = torch.arange(len(part)).split(fitting(data.shape, BATCH, FORWARD))[workers.rank :: workers.size]
     for batch, stored in zip(batches, part.stream(batches), strict=True):
         yield data.scale(stored.to(device)), part.labels[batch].to(device)
-
-
-def _unfolded(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an optimizer's state by name; of a list by numbers, with nothing for None."""
-    for name, value in state.items():
-        if isinstance(value, list):
-            for i, each in enumerate(value):
-                yield f"{name}.{i:03}", torch.zeros(0) if each is None else each
-        elif value is not None:
-            yield name, value
 
 
 def anchor(data: Data, device: torch.device) -> list[Tensor]:

@@ -71,9 +71,20 @@ def reliability_chart(probs: Sequence[Tensor], labels: Tensor, color: str, thing
         color: Of the method.
         things: What examples are called.
     """
-    confidence, accuracy, count, edges = reliability(torch.cat(list(probs)), labels.repeat(len(probs)), BINS)
+    confidence, accuracy, count, _ = reliability(torch.cat(list(probs)), labels.repeat(len(probs)), BINS)
+    return _reliability(confidence, accuracy, count / len(probs), len(labels), color, things)
+
+
+def binned_reliability_chart(bins: Tensor, color: str, things: str) -> str:
+    """The same of bins: the numbers of things, sums of their confidence and numbers of right answers, shape (3, bins)."""
+    count, promised, kept = bins.double()
+    return _reliability(promised / count, kept / count, count, int(count.sum()), color, things)
+
+
+def _reliability(confidence: Tensor, accuracy: Tensor, count: Tensor, total: int, color: str, things: str) -> str:
     filled = count > 0
-    x, y, n, left = (part[filled].double().numpy() for part in (confidence, accuracy, count / len(probs), edges[:-1]))
+    edges = torch.arange(len(count), dtype=torch.float64) / len(count)
+    x, y, n, left = (part[filled].double().numpy() for part in (confidence, accuracy, count, edges))
     # Wilson's interval at one standard error: honest for few examples and for shares near 0 and 1
     center, half = (y + 0.5 / n) / (1 + 1 / n), (y * (1 - y) / n + 0.25 / n**2) ** 0.5 / (1 + 1 / n)
 
@@ -84,7 +95,7 @@ def reliability_chart(probs: Sequence[Tensor], labels: Tensor, color: str, thing
         above.set(ylim=(-0.03, 1.03), ylabel="right", yticks=[0, 0.25, 0.5, 0.75, 1])
         percent(above, "y")
         below.bar(left, n, width=1 / BINS, align="edge", color=color, edgecolor="white", linewidth=0.5)
-        below.set(yscale="log", ylim=(0.7, max(10.0, 1.5 * len(labels))), ylabel=things)
+        below.set(yscale="log", ylim=(0.7, max(10.0, 1.5 * total)), ylabel=things)
         below.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="confidence")
         below.yaxis.set_major_formatter("{x:,.0f}")
         below.minorticks_off()
@@ -154,13 +165,14 @@ def mean_line(lines: Sequence[Line]) -> dict[float, float]:
     return {epoch: sum(reached) / len(reached) for epoch, reached in zip(epochs, values, strict=True)}
 
 
-def training_chart(lines: Sequence[Sequence[Line]], styles: Sequence[Style], scale: str) -> str:
+def training_chart(lines: Sequence[Sequence[Line]], styles: Sequence[Style], scale: str, unit: str = "epoch") -> str:
     """Training curves: the mean over the seeds of each method, and behind it the seeds.
 
     Args:
         lines: For each method one line a seed; none if there is nothing to show of it.
         styles: Color and dash of each method.
         scale: ``"percent"``, ``"linear"``, or ``"log"``, which is linear where a value is not positive.
+        unit: What the values are given by.
     """
     positive = all(value > 0 for seeds in lines for line in seeds for value in line.values())
 
@@ -171,7 +183,7 @@ def training_chart(lines: Sequence[Sequence[Line]], styles: Sequence[Style], sca
             if seeds:
                 mean = mean_line(seeds)
                 axes.plot(*_xy(mean), color=color, linestyle=dash, linewidth=1.6, marker="" if len(mean) > 1 else "o")
-        axes.set(xlabel="epoch")
+        axes.set(xlabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         if scale == "percent":
             percent(axes, "y")

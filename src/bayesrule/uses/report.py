@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,7 +19,7 @@ from bayesrule.uses.evaluation import OOD
 from bayesrule.uses.galleries import Shown, galleries
 from bayesrule.uses.metrics import classification_metrics, entropy, ood_metrics, risk_coverage
 from bayesrule.uses.metrics.classification import STANDARD
-from bayesrule.uses.tables import DETAILS, SECONDS, Cells, Column, cells_of, table, undecided
+from bayesrule.uses.tables import COLUMNS, DETAILS, SECONDS, Cells, Column, cells_of, table, undecided
 
 SHARES = (1.0, 0.95, 0.9, 0.8)  # of the examples answered, in the table of what abstaining gains
 FEW = 3  # seeds up to which a spread is called rough
@@ -90,6 +90,7 @@ class Report:
         warnings: Noticed in the data.
         settings: Tables of settings by heading.
         thing: What an example is called: "image" or "row".
+        columns: Of the table of results, those that apply.
     """
 
     title: str
@@ -105,6 +106,7 @@ class Report:
     warnings: Sequence[str] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     thing: str = "image"
+    columns: Sequence[Column] = COLUMNS
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -123,7 +125,7 @@ class Report:
 
     def _measured(self, metrics: Sequence[str]) -> list[dict[str, Any]]:
         measured = [[_measure(trial, self.labels, metrics) for trial in method.trials] for method in self.methods]
-        return [{"method": method.name, **_averaged(found)} for method, found in zip(self.methods, measured, strict=True)]
+        return [{"method": method.name, **averaged(found)} for method, found in zip(self.methods, measured, strict=True)]
 
     @cached_property
     def top(self) -> list[list[tuple[Tensor, Tensor]]]:
@@ -159,6 +161,14 @@ class Report:
                     )
 
 
+class Costly(Protocol):
+    """What is shown in the table of cost."""
+
+    @property
+    def cost(self) -> Mapping[str, Any]: ...
+    def times(self) -> list[float]: ...
+
+
 def _measure(trial: Trial, labels: Tensor, metrics: Sequence[str]) -> dict[str, float]:
     found = classification_metrics(trial.test, labels, [name for name in metrics if name not in OOD])
     if trial.unknown is not None and len(trial.unknown):
@@ -169,7 +179,7 @@ def _measure(trial: Trial, labels: Tensor, metrics: Sequence[str]) -> dict[str, 
     return found
 
 
-def _averaged(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def averaged(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """The means of what all seeds have and, of several, their number and standard deviations."""
     keys = [key for key in found[0] if all(key in part for part in found)]
     values = {key: torch.tensor([part[key] for part in found], dtype=torch.float64) for key in keys}
@@ -185,12 +195,12 @@ def abstaining(report: Report) -> tuple[list[Column], Cells]:
     columns = [Column(f"{share}", f"surest {100 * share:.0f}\u00a0%", decimals, True, min) for share in SHARES]
     last = {f"{share}": max(round(share * len(report.labels)), 1) - 1 for share in SHARES}
     rows = [
-        _averaged([{key: risk[place].item() for key, place in last.items()} for risk in seeds.double()]) for seeds in report.risks
+        averaged([{key: risk[place].item() for key, place in last.items()} for risk in seeds.double()]) for seeds in report.risks
     ]
     return columns, cells_of(columns, rows)
 
 
-def costs(methods: Sequence[Method]) -> tuple[list[str], list[list[str]]]:
+def costs(methods: Sequence[Costly]) -> tuple[list[str], list[list[str]]]:
     """The table of cost: headings, and a row a method; no headings if nothing is known.
 
     Example:
@@ -198,7 +208,7 @@ def costs(methods: Sequence[Method]) -> tuple[list[str], list[list[str]]]:
         >>> costs([fast, slow])
         (['seconds', 'times the first', 'weights'], [['2.0', '1.00', '9'], ['3.0', '1.50', '9']])
     """
-    times = [_averaged([{"seconds": s} for s in method.times()]) if method.times() else {} for method in methods]
+    times = [averaged([{"seconds": s} for s in method.times()]) if method.times() else {} for method in methods]
     first = times[0].get("seconds") if len(methods) > 1 else None
     given = list(dict.fromkeys(key for method in methods for key in method.cost))
     rows = []
@@ -230,7 +240,7 @@ def render(report: Report) -> str:
     methods, labels, things = report.methods, report.labels, f"{report.thing}s"
     styles = charts.styles(len(methods))
     colors = [color for color, _ in styles]
-    columns, cells = table(report.rows)
+    columns, cells = table(report.rows, report.columns)
     right = (report.rows[-1]["accuracy"] * len(labels) + 1) / (len(labels) + 2)  # Laplace's, so that 0 and 1 have an error too
     error = math.sqrt(right * (1 - right) / len(labels))
     ends = sorted({0, len(methods) - 1})  # the first and the last method: those that are looked at closely

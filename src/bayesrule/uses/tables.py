@@ -70,6 +70,36 @@ COLUMNS = (
 )
 SECONDS = COLUMNS[-1]
 
+TOKENS = (
+    Column(
+        "perplexity",
+        "perplexity",
+        3,
+        best=min,
+        meaning="At the mean weights: as if so many tokens had been equally likely at every place. Smaller is better.",
+    ),
+    Column(
+        "perplexity_mc",
+        "averaged",
+        3,
+        best=min,
+        meaning="The same of probabilities averaged over networks drawn from the posterior.",
+    ),
+    Column("bits_per_byte", "bits/byte", 4, best=min, meaning="At the mean: what a byte of text takes, whatever the tokens."),
+    Column("bits_per_byte_mc", "averaged", 4, best=min, meaning="The same, averaged."),
+    Column(
+        "ece",
+        "ECE",
+        4,
+        best=min,
+        meaning="Calibration error of the most probable token at the mean: the distance between promise and result. "
+        "Smaller is better.",
+    ),
+    Column("ece_mc", "averaged", 4, best=min, meaning="The same, averaged."),
+    SECONDS,
+)
+"""What there is to say of a language model."""
+
 DETAILS: dict[str, tuple[Column, ...]] = {
     "calibration": (
         COLUMNS[2],

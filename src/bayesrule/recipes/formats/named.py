@@ -72,21 +72,37 @@ class Text:
     test: Tensor
 
 
-def stdlib() -> Text:
-    """The source of Python's standard library, without its tests.
-
-    The hash of a file's name decides its part: some 80 % train, 10 % validation, 10 % test.
+def stdlib_files() -> list[Path]:
+    """The source of Python's standard library, without its tests, in the order of names.
 
     Raises:
         FileNotFoundError: If the library has no source here.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = _library()
+    inner = [path.relative_to(root) for path in root.rglob("*.py") if path.is_file()]
+    kept = sorted(path.as_posix() for path in inner if not SKIPPED.intersection(path.parts))
+    if not kept:
+        raise FileNotFoundError(f"{root} holds no Python files to learn from; install the source of the standard library")
+    return [root / name for name in kept]
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def stdlib() -> Text:
+    """The same as bytes in three parts.
+
+    The hash of a file's name decides its part: some 80 % train, 10 % validation, 10 % test.
+
+    Raises:
+        FileNotFoundError: If the library has no source here, or too little.
+    """
+    root = _library()
     contents: tuple[list[bytes], ...] = ([], [], [])
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        inner = path.relative_to(root)
-        if not SKIPPED.intersection(inner.parts) and path.is_file():
-            digit = hashlib.blake2b(inner.as_posix().encode(), digest_size=8).digest()[0] % 10
-            contents[max(digit - 7, 0)].append(path.read_bytes())
+    for path in stdlib_files():
+        digit = hashlib.blake2b(path.relative_to(root).as_posix().encode(), digest_size=8).digest()[0] % 10
+        contents[max(digit - 7, 0)].append(path.read_bytes())
     if not all(contents):
         raise FileNotFoundError(f"{root} holds no Python files to learn from; install the source of the standard library")
     parts = [torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in contents]
