@@ -119,7 +119,15 @@ def test_the_command_that_goes_on_can_be_typed_whatever_the_path(settings, tmp_p
     assert shlex.split(str(stop.value).partition("go on with: ")[2])[-1] == str(out)
 
 
-def test_a_second_interrupt_stops_at_once_and_the_last_checkpoint_stays(settings, tmp_path, each_step):
+@pytest.fixture
+def interruptible():
+    """What starts tests in the background may have it that interrupts are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_stops_at_once_and_the_last_checkpoint_stays(settings, tmp_path, each_step, interruptible):
     def twice():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
