@@ -643,3 +643,19 @@ def test_loading_never_unpickles(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         br.Posterior.load(tmp_path / "trap.safetensors")
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+def test_autocast_around_draws_and_products_changes_none(structure):
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(16, 5), torch.randint(3, (16,))
+    post = br.Posterior.laplace(model, [(x, y)], structure=structure)
+    v = {name: torch.ones_like(m) for name, m in post.mean.items()}
+
+    def found() -> list[Tensor]:
+        vectors = [post.sample(0), post.matvec(v), post.sqrt_matvec(v), post.variance]
+        return [t for named in vectors for t in named.values()] + [post.log_prob(v), post.kl(post.rescale(ess=8.0))]
+
+    outside = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, found(), outside))

@@ -12,7 +12,7 @@ from torch.fx.proxy import TraceError
 
 from bayesrule.lowering import Scratch
 from bayesrule.noise import CounterNoise, Where
-from bayesrule.program import Program, Runner
+from bayesrule.program import Program, Runner, uncast
 from bayesrule.vector import axpy, convert, head, lerp, rsqrt, whole_blocks
 
 SIZES = [512, 777, 40_000, 1]
@@ -470,3 +470,12 @@ class TestCompiler:
         for seed, (size, numbers) in enumerate([(600, NUMBERS), (600, NUMBERS_AFTER), (4096, NUMBERS)]):
             flats = positive(names, size, seed=seed)
             same(after(program.run_compiled, flats, numbers), wanted(function, flats, numbers), 1e-12)
+
+
+def test_uncast_is_without_autocast_and_gives_it_back():
+    a = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with uncast():
+            assert (a @ a).dtype == torch.float32
+        assert uncast()(lambda: a @ a)().dtype == torch.float32
+        assert (a @ a).dtype == torch.bfloat16

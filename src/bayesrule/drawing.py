@@ -14,7 +14,7 @@ from torch import Tensor
 from .noise import DITHER, POSTERIOR, TOGETHER, CounterNoise, Where, addresses
 from .parts import Part
 from .plots import Plot, plots
-from .program import Program, Runner
+from .program import Program, Runner, uncast
 from .rounding import stochastic
 from .vector import BUCKET
 
@@ -73,6 +73,7 @@ class Draws:
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    @uncast()
     def write(self, draw: int) -> None:
         """Write draw number ``draw``."""
         numbers: dict[str, Any] = {"seed": self.seed, "draw": whole_number("draw", draw)}

@@ -18,6 +18,7 @@ from .drawing import Draws, kept, whole_number
 from .joints import law_of
 from .parts import Law, OneOf, Part
 from .posthoc.makers import Makers
+from .program import uncast
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Posterior(Makers):
     noise_variance: tuple[float, ...] | None = None
     method_hint: str | None = None
 
+    @uncast()
     def __post_init__(self) -> None:
         if self.parts:
             for block in ("mean", "precision"):
@@ -229,6 +231,7 @@ class Posterior(Makers):
     # The distribution
 
     @property
+    @uncast()
     def variance(self) -> dict[str, Tensor]:
         """The diagonal of S^-1, name -> tensor."""
         return self._law.variance
@@ -239,18 +242,22 @@ class Posterior(Makers):
         Draws(self, drawn, seed).write(draw)
         return drawn
 
+    @uncast()
     def matvec(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """S^-1 v, by name."""
         return self._law.solve(v)
 
+    @uncast()
     def sqrt_matvec(self, eps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """S^-1/2 eps, by name: unit normals become offsets from the mean."""
         return self._law.root_solve(eps)
 
+    @uncast()
     def log_prob(self, theta: Mapping[str, Tensor]) -> Tensor:
         """Log density at theta in nats, shape ()."""
         return self._law.log_prob(theta)
 
+    @uncast()
     def kl(self, other: Posterior) -> Tensor:
         """KL(self || other) in nats, shape ()."""
         if odd := set(self.mean) ^ set(other.mean):

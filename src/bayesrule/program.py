@@ -14,8 +14,8 @@ algorithm may branch on is fixed in the recording; a branch on a number raises.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +25,16 @@ from torch.fx.proxy import GraphAppendingTracer, Proxy
 from .lowering import Compiled, Line, Plan, Scratch, planned
 
 Named = Mapping[str, Any]
+
+
+@contextmanager
+def uncast() -> Iterator[None]:
+    """Autocast, which is for forward passes, is off inside: what is done to weights is done in their own precision."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class Program:
@@ -139,9 +149,8 @@ class Runner:
         if not self.compiled or once:
             program.run(flats, numbers, self.scratch)
             return
-        kind = flats[program.flats[0]].device.type
         try:
-            with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            with uncast():
                 program.run_compiled(flats, numbers)
         except Exception as error:
             if program.is_compiled and not type(error).__module__.startswith("torch._dynamo"):  # that is of compiling anew

@@ -315,3 +315,25 @@ class TestMisuse:
         saved["state"][0]["basis"] = [torch.eye(2), torch.eye(4)]
         with pytest.raises(ValueError, match="basis of parameter 0"):
             br.EVON(wider.parameters(), **HYPER).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("way", ["context", "attached", "step"])
+def test_autocast_around_a_draw_or_a_step_changes_no_weight(way):
+    """Products with bases are not of a forward pass."""
+
+    def trained(way: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model, x = torch.nn.Linear(6, 4), torch.randn(8, 6)
+        optimizer = br.EVON(model.parameters(), lr=0.1, ess=100.0, hess_init=0.5, precondition_frequency=2)
+        cast, plain = torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False)
+        if way == "attached":
+            optimizer.attach(model)
+        for _ in range(5):
+            with cast if way == "context" else plain, optimizer.sampled_params(train=True) if way != "attached" else plain, cast:
+                loss = model(x).square().mean()
+            loss.backward()
+            with cast if way == "step" else plain:
+                optimizer.step()
+        return [*model.parameters(), *(state["hess"] for state in optimizer.state.values())]
+
+    assert all(map(torch.equal, trained(way), trained("outside")))

@@ -326,6 +326,12 @@ class TestCommand:
         code, _, err = call("train image --resume --out {new}")
         assert code == 2 and len([line for line in err.splitlines() if line.startswith("bayesrule:")]) == 1
 
+    @pytest.mark.parametrize("optimizer", ["ivon", "evon"])
+    def test_autocast_is_for_all_figures(self, optimizer, call):
+        code, out, err = call(f"train gpt --data {{text}} --optimizer {optimizer} --precision bf16 --out {{new}} SMALL --json")
+        found = json.loads(out)
+        assert code == 0 and found["perplexity_mc"] == pytest.approx(found["perplexity"], rel=0.2), err
+
     def test_without_a_posterior_there_is_no_average(self, call, tmp_path):
         (tmp_path / "run.toml").write_text("steps = 2\nlr = 0.01\nset = {beta1 = 0.8}\n")
         code, out, _ = call(f"train gpt --data {{text}} --optimizer adamw --out {{new}} SMALL --json --config {tmp_path}/run.toml")

@@ -98,7 +98,10 @@ class TestParts:
     @pytest.mark.parametrize(
         ("contents", "train"),
         [
-            (["ab\ncd\nef\ngh\nij\n"], 15),  # 13.5 bytes, and to the end of the line: nothing is left
+            (["ab\ncd\nef\ngh\nij\n"], 13),  # the line ends where nothing is left
+            (["a" * 99 + "\n"], 90),
+            (["a" * 93 + "\n" + "b" * 6], 94),
+            (["a" * 95 + "\n" + "b" * 4], 90),  # more than half of what is left
             (["ab\ncd\nef\ngh\nij\nkl\nmn\n"], 18),
             (["a" * 100], 90),
             (["é" * 50], 90),

@@ -27,7 +27,7 @@ from ..estimators.oracle import Seen
 from ..family import Gaussian
 from ..lowering import Scratch
 from ..noise import REMEMBER, CounterNoise, Noise, Where
-from ..program import Named, Program, Runner
+from ..program import Named, Program, Runner, uncast
 from ..rounding import stochastic
 from ..rule import BayesRule, Look, Rates
 from ..vector import BUCKET
@@ -130,6 +130,7 @@ class Execution:
             self.runner.compiled = ready
         self.limit = COMPILED_BUCKET if self.runner.compiled else BUCKET
 
+    @uncast()
     def write(self, cell: Cell, flats: Flats, noise: Noise, method: str, draw: int) -> None:
         """Write a sample that is made of given noise, and keep the mean aside; ``method`` is "offset" or "sample"."""
         q, _ = self.author.belief(cell.group, flats)
@@ -198,6 +199,7 @@ class Unrecorded(Execution):
     def advance(self, params: Callable[[], int]) -> None:
         self.steps += 1
 
+    @uncast()
     def run(self, kind: str, cell: Cell, flats: Flats, numbers: Named, drawn: Cell | None = None) -> tuple[str, ...]:
         return tuple(getattr(self, f"_{kind}")(cell, flats, numbers))
 

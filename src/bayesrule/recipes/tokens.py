@@ -106,8 +106,8 @@ def parts(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     Raises:
         ValueError: If a file holds a zero byte, as no text does.
     """
-    sizes = [path.stat().st_size for path in files]
-    cut, place = int(SHARE * sum(sizes)), 0
+    total = sum(path.stat().st_size for path in files)
+    cut, place = int(SHARE * total), 0
     part = PARTS[0]
     for path in files:
         with path.open("rb") as file:
@@ -117,7 +117,7 @@ def parts(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                         f"{shown(path)} is binary (a zero byte near {file.tell() - len(piece) + odd:,}); name files of text"
                     )
                 if part == PARTS[0] and place + len(piece) > cut:
-                    here = _line_after(piece, max(cut - place, 0))
+                    here = _line_after(piece, max(cut - place, 0), (total - cut) // 2)
                     yield part, piece[:here]
                     part, piece, place = PARTS[1], piece[here:], place + here
                 place += len(piece)
@@ -125,9 +125,9 @@ def parts(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                     yield part, piece
 
 
-def _line_after(piece: bytes, place: int) -> int:
-    """The first beginning of a line from a place on, or if there is none, of a character."""
-    line = piece.find(b"\n", max(place - 1, 0)) + 1
+def _line_after(piece: bytes, place: int, most: int) -> int:
+    """The first beginning of a line from a place on, or if there is none at most so much further on, of a character."""
+    line = piece.find(b"\n", max(place - 1, 0), place + most) + 1
     if line:
         return line
     while place < len(piece) and piece[place] & 0xC0 == 0x80:
