@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 import bayesrule as br
 from bayesrule.recipes.folder import claim, digest, locked, read_lines, read_record, write_record
 from bayesrule.recipes.gpt import GPT, GPTSettings, built, write
 from bayesrule.recipes.optimizers import TEXT_OPTIMIZERS, settle
-from bayesrule.recipes.results import going_on, place
+from bayesrule.recipes.results import going_on, load_learned, place
 from bayesrule.recipes.settings import settings_within
 from bayesrule.recipes.tokens import TOKENIZER, TOKENS, Tokens, find, opened, spaced, windows, written
 from bayesrule.storage import write_text
@@ -146,18 +144,7 @@ def read(folder: Path, unfinished: bool = False) -> TextRun:
         raise ValueError(f"{folder} is not finished: {record.failed or f'go on with: {record.command}'}")
     tokens = _kept(record)
     model = built(settings, tokens.codec.vocabulary, place(settings.device))
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (SafetensorError, RuntimeError) as error:
-        why = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged or of another model: {why}") from error
-    posterior = None
-    if TEXT_OPTIMIZERS[settings.optimizer].variational:
-        posterior = br.Posterior.load(folder / "posterior.safetensors")
-        try:
-            posterior.bind(model)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{folder / 'posterior.safetensors'} is of another model: {error.args[0]}") from error
+    posterior = load_learned(folder, model, TEXT_OPTIMIZERS[settings.optimizer].variational)
     return TextRun(record, tokens, model.eval(), posterior, read_lines(folder / "metrics.jsonl"))
 
 

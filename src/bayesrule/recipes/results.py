@@ -273,17 +273,28 @@ def read(folder: Path, memo: dict[Any, Data] | None = None) -> Run:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'run.json'} is damaged: {error}") from error
     model.to(place(settings.device))
+    posterior = load_learned(folder, model, variational)
+    return Run(folder, settings, data, model.eval(), posterior, history, record)
+
+
+def load_learned(folder: Path, model: nn.Module, variational: bool) -> br.Posterior | None:
+    """Put the weights of a run into its model; the posterior beside them, if there is to be one.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one is damaged, or of another model.
+    """
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:
         why = str(error).splitlines()[-1].strip()
         raise ValueError(f"{folder / 'model.safetensors'} is damaged or of another model: {why}") from error
-    posterior = None
-    if variational:
-        path = folder / "posterior.safetensors"
-        posterior = br.Posterior.load(path)
-        try:
-            posterior.bind(model)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} is of another model: {error.args[0]}") from error
-    return Run(folder, settings, data, model.eval(), posterior, history, record)
+    if not variational:
+        return None
+    path = folder / "posterior.safetensors"
+    posterior = br.Posterior.load(path)
+    try:
+        posterior.bind(model)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is of another model: {error.args[0]}") from error
+    return posterior
