@@ -38,6 +38,10 @@ def test_inputs_and_labels_of_each_form(batch):
     assert torch.equal(again["x"] if isinstance(again, dict) else again, X)
 
 
+def test_what_has_no_length_says_nothing_of_how_many_there_are():
+    assert examples_in({"scale": torch.ones(()), "x": X}) == 6
+
+
 def test_labels_of_a_causal_language_model_are_the_tokens_that_follow():
     text = torch.tensor([[1, 2, 3], [4, 5, -100]])
     _, labels = inputs_and_labels({"x": text, "labels": text}, Named("ForCausalLM"))

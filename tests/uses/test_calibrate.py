@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 import bayesrule as br
-from bayesrule.uses import calibration
+from bayesrule.uses import calibration, linear_prediction
 from bayesrule.uses.calibration import calibrate, fit_temperature, valley
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -126,6 +126,15 @@ class TestLinearized:
             handle.remove()
             counts.append(len(seen))
         assert counts[0] == counts[1] <= 2 * len(CLASSES) + 1
+
+    def test_draws_that_are_not_kept_have_one_width_and_temperature(self, monkeypatch):
+        model, post = fixture(hot=3.0)
+        how = {"method": "glm", "variance": "sampled", "link_approx": "mc", "num_samples": 8}
+        kept = br.predict(model, post, X, **how, tau=2.0)
+        monkeypatch.setattr(linear_prediction, "HELD", 100)
+        torch.testing.assert_close(br.predict(model, post, X, **how, tau=2.0).probs, kept.probs)
+        with pytest.raises(RuntimeError, match="draws of 600 outputs were not kept"):
+            calibrate(model, post, CLASSES, **how)
 
     def test_numbers_too(self):
         model, post = fixture(2)

@@ -55,8 +55,8 @@ def pairs(batches: Iterable[Any], model: nn.Module) -> Iterator[tuple[Any, Tenso
 
 
 def examples_in(inputs: Any) -> int:
-    """How many examples there are: the length of the inputs, or of the first that are named."""
-    return next(len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor))
+    """How many examples there are: the length of the inputs, or of the first with a name that have one."""
+    return next(len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim())
 
 
 def on_device(model: nn.Module, inputs: Any) -> Any:

@@ -46,8 +46,8 @@ class Moments(NamedTuple):
     """The covariance of the K outputs at each position, shape (N, ..., K, K), where draws gave it."""
     offsets: Tensor | None = None
     """What draws of the weights add to the outputs, shape (S, N, ..., K), where they are kept."""
-    averaged: Prediction | None = None
-    """Where they are not kept: what they predict on average, for the tau and the temperature that were asked for first."""
+    averaged: tuple[Prediction, float, float] | None = None
+    """Where they are not kept: what they predict on average, for which tau and which temperature."""
 
     def narrowed(self, tau: float) -> Moments:
         """For another tau."""
@@ -248,7 +248,7 @@ def _by_draws(model: nn.Module, posterior: Posterior, batches: Sequence[Any], ho
         squares / how.num_samples,
         by_position=None if outer is None else outer / how.num_samples,
         offsets=torch.stack(kept) if keep else None,
-        averaged=averages.prediction() if averages.count else None,
+        averaged=(averages.prediction(), how.tau, how.temperature) if averages.count else None,
     )
 
 
@@ -257,6 +257,11 @@ def _by_draws(model: nn.Module, posterior: Posterior, batches: Sequence[Any], ho
 
 def _through_link(f: Moments, how: Linear) -> Prediction:
     """What follows from the moments."""
+    if f.averaged is not None and f.averaged[1:] != (how.tau, how.temperature):
+        raise RuntimeError(
+            f"draws of {f.mean.numel()} outputs were not kept ({how.num_samples} of them take more than {_bytes(HELD)}), so that "
+            "there is no other tau or temperature; take fewer num_samples, or variance='layerwise'"
+        )
     f = f.narrowed(how.tau)
     _refuse_infinite(f.variance)
     more: dict[str, Any] = dict(covariance=f.covariance, samples=None if f.offsets is None else f.mean + f.offsets)
@@ -269,7 +274,7 @@ def _through_link(f: Moments, how: Linear) -> Prediction:
         "bridge_norm": lambda: _bridge(f, how, True),
     }
     if how.link_approx == "mc":
-        found = f.averaged or _averaged(f, how)
+        found = f.averaged[0] if f.averaged is not None else _averaged(f, how)
         found = found._replace(mean=f.mean, variance=f.variance)
     else:
         log_probs, aleatoric = approximations[how.link_approx]()
