@@ -283,6 +283,22 @@ ALGORITHMS = [
         scales=OF_POSTERIOR,
         floor=half,
     ),
+    Algorithm(
+        "evon-squares",
+        br.EVON,
+        dict(SMALL_EVON, hess_approx="gradsq", gradsq_scale=8.0, clip_radius=0.5),
+        "basis",
+        scales=dict(OF_POSTERIOR, gradsq_scale=-1),
+        floor=half,
+    ),
+    Algorithm(
+        "evon-squares-phasing",
+        br.EVON,
+        dict(SMALL_EVON, hess_approx="gradsq", gradsq_scale=8.0, phasing=True),
+        "basis",
+        scales=dict(OF_POSTERIOR, gradsq_scale=-1),
+        floor=half,
+    ),
     Algorithm("evon-whitened", br.EVON, dict(SMALL_EVON, whiten=True), "basis", scales=OF_POSTERIOR, floor=half),
     Algorithm(
         "evon-frozen-cold",

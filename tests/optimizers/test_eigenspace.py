@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -337,3 +338,86 @@ def test_autocast_around_a_draw_or_a_step_changes_no_weight(way):
         return [*model.parameters(), *(state["hess"] for state in optimizer.state.values())]
 
     assert all(map(torch.equal, trained(way), trained("outside")))
+
+
+REST = dict(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+
+
+class TestGroupsOfAdamW:
+    """Embeddings and the rest move as in AdamW, in the same optimizer."""
+
+    def model(self) -> torch.nn.Sequential:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 7)).double()
+
+    def optimizer(self, model: torch.nn.Module, **more: object) -> br.EVON:
+        groups = br.split_matrices(model, exclude=["2"], **REST)
+        return br.EVON(groups, **{**HYPER, "ess": 1e30, "lr": 0.0, **more})
+
+    def step(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, place: int) -> None:
+        x = torch.arange(7) if place else torch.arange(3)
+        optimizer.zero_grad()
+        with optimizer.sampled_params(train=True) if isinstance(optimizer, br.EVON) else contextlib.nullcontext():
+            torch.nn.functional.cross_entropy(model(x), (x + 1) % 7).backward()
+        optimizer.step()
+
+    @pytest.mark.parametrize("more", [{}, {"phasing": True}, {"compat": True}, {"max_precond_dim": 0}], ids=str)
+    def test_they_move_as_adamw_moves_them(self, more):
+        ours, theirs = self.model(), self.model()
+        optimizer = self.optimizer(ours, **more)
+        decays, plain = [theirs[0].weight, theirs[2].weight], [theirs[1].bias, theirs[2].bias]
+        twin = torch.optim.AdamW([{"params": decays}, {"params": plain, "weight_decay": 0.0}], **REST)
+        for place in range(5):
+            self.step(ours, optimizer, place)
+            self.step(theirs, twin, place)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            close(p, q)
+
+    def test_they_have_no_spread(self):
+        model = self.model()
+        optimizer = self.optimizer(model)
+        self.step(model, optimizer, 1)
+        known = {name: bool(s.isinf().all()) for name, s in optimizer.posterior(model).precision.items()}
+        assert known == {"0.weight": True, "1.weight": False, "1.bias": True, "2.weight": True, "2.bias": True}
+
+    def test_state_goes_on(self):
+        one, two = self.model(), self.model()
+        first, second = self.optimizer(one, lr=0.1), self.optimizer(two, lr=0.1)
+        for place in range(3):
+            self.step(one, first, place)
+        two.load_state_dict(one.state_dict())
+        second.load_state_dict(first.state_dict())
+        for model, optimizer in ((one, first), (two, second)):
+            self.step(model, optimizer, 3)
+        assert all(map(torch.equal, one.parameters(), two.parameters()))
+
+    @pytest.mark.parametrize("group", [{}, {"lr": 0.1, "noise_scale": 1}], ids=str)
+    def test_they_need_a_rate_and_draw_nothing(self, group):
+        params = list(self.model().parameters())
+        with pytest.raises(ValueError, match="needs an lr of its own and draws nothing"):
+            br.EVON([{"params": params, "adamw": True, **group}], **HYPER)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("size", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_one_curvature_for_all_in_the_coordinates_as_they_are_is_muon(size, shape):
+    """Without Nesterov's step; both whiten in bfloat16, which has two to three digits."""
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    one = dict(hess_init=1.0, weight_decay=0.0, betas=(0.9, 1.0), ess=1e30, max_precond_dim=0, eps=0.0, correct_bias=False)
+    optimizer = br.EVON([ours], lr=0.1, adjust_lr_fn=size, **one)
+    twin = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.9, nesterov=False, adjust_lr_fn=size or "original")
+    scale = max(1, shape[0] / shape[1]) ** 0.5 if size is None else 1.0  # what "original" is in units of None
+    for step in range(4):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        ours.grad = None
+        with optimizer.sampled_params(train=True):
+            (ours * gradient).sum().backward()
+        theirs.grad = gradient.clone()
+        before = ours.detach().clone(), theirs.detach().clone()
+        optimizer.step()
+        twin.step()
+        mine, muons = (ours.detach() - before[0]) * scale, theirs.detach() - before[1]
+        assert (mine - muons).norm() < 0.06 * muons.norm()  # rounding, which five rounds amplify

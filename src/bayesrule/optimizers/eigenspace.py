@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..family import Gaussian
 from ..joints import Joint
 from ..momentum import Momentum
 from ..parts import Part
-from ..retractions import Additive, Riemannian
+from ..retractions import Additive, Riemannian, SquareRoot
 from ..rule import BayesRule, Curvature, Rates
 from ..vector import Vector
 from .cells import Cell, Names, Unit
@@ -31,6 +31,10 @@ from .workers import Sync
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
+
+
+ADAMW: dict[str, Any] = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, noise_scale=0)
+"""What a group with ``adamw=True`` has where it sets nothing else."""
 
 
 class EVON(BayesOptimizer):
@@ -54,8 +58,9 @@ class EVON(BayesOptimizer):
     As an instance of the rule: IVON over a Gaussian that is diagonal in a basis of each axis. h stays when the basis moves.
 
     Args:
-        params: Parameters or groups; a group may set any hyper-parameter, and ``noise_scale=0`` for no noise. Embeddings, heads and
-            norms are usually left to Adam.
+        params: Parameters or groups; a group may set any hyper-parameter, and ``noise_scale=0`` for no noise. One with
+            ``adamw=True`` and an ``lr`` of its own moves as :class:`bayesrule.AdamW` does and has no spread, as is usual for
+            embeddings, heads and norms: see :func:`bayesrule.split_matrices`.
         lr: Learning rate alpha, >= 0; with ``whiten`` the size of a step in spectral norm.
         ess: Effective sample size, > 0, in examples. inf: no noise, and the curvature is the squared gradient in the basis.
         hess_init: h at the start, > 0.
@@ -63,6 +68,9 @@ class EVON(BayesOptimizer):
         shampoo_beta: Of the averages that give the bases, in [0, 1); None is beta2. 0.995 in published runs.
         eps: Added to h + delta where it divides.
         weight_decay: delta, >= 0: the prior's precision is ess * delta.
+        hess_approx: "price" (above) or "gradsq": f = ``gradsq_scale`` :math:`G'^2`, also in steps without a draw.
+        gradsq_scale: None is ess; a number n is the examples that one mean loss averages over.
+        clip_radius: Bound on each element of the preconditioned gradient in the basis.
         precondition_frequency: Steps from one basis to the next.
         max_precond_dim: Longer axes keep their coordinates; 0 is IVON.
         merge_dims: Merge neighbouring axes as long as none is longer than that.
@@ -70,6 +78,8 @@ class EVON(BayesOptimizer):
         phasing: Every other step, the first among them, is taken at the mean: it moves the bases, the others the curvature.
         price_clip_ratio: Bound on f in units of h; None is none.
         whiten: The W above; of a vector, its length 1.
+        adjust_lr_fn: The size of a whitened step: None is ``lr`` in spectral norm; "original" is that times
+            sqrt(max(1, rows / columns)), "match_rms_adamw" times 0.2 sqrt(max(rows, columns)), both as in torch.optim.Muon.
         correct_bias: Undo the start of the momentum at zero.
         debias_beta2: Divide the step by 1 - beta2^t, as the published code does; for comparisons.
         mc_samples: Draws that ``step(closure)`` takes.
@@ -111,6 +121,9 @@ class EVON(BayesOptimizer):
         "shampoo_beta": OrNone(FRACTION),
         "eps": AT_LEAST_ZERO,
         "weight_decay": AT_LEAST_ZERO,
+        "hess_approx": OneOf(("price", "gradsq")),
+        "gradsq_scale": OrNone(POSITIVE),
+        "clip_radius": Range("(0, inf]"),
         "precondition_frequency": Count(1),
         "max_precond_dim": Count(0),
         "merge_dims": SWITCH,
@@ -118,12 +131,14 @@ class EVON(BayesOptimizer):
         "phasing": SWITCH,
         "price_clip_ratio": OrNone(POSITIVE),
         "whiten": SWITCH,
+        "adjust_lr_fn": OneOf((None, "original", "match_rms_adamw")),
         "correct_bias": SWITCH,
         "debias_beta2": SWITCH,
         "mc_samples": Count(1),
         "compat": SWITCH,
         "seed": WHOLE,
         "noise_scale": OneOf((0, 1, 0.0, 1.0)),
+        "adamw": SWITCH,
     }
 
     def __init__(
@@ -137,6 +152,9 @@ class EVON(BayesOptimizer):
         shampoo_beta: float | None = None,
         eps: float = 1e-10,
         weight_decay: float = 1e-6,
+        hess_approx: Literal["price", "gradsq"] = "price",
+        gradsq_scale: float | None = None,
+        clip_radius: float = math.inf,
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
         merge_dims: bool = False,
@@ -144,6 +162,7 @@ class EVON(BayesOptimizer):
         phasing: bool = False,
         price_clip_ratio: float | None = None,
         whiten: bool = True,
+        adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
         correct_bias: bool = True,
         debias_beta2: bool = False,
         mc_samples: int = 1,
@@ -156,8 +175,12 @@ class EVON(BayesOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one warning where axes are too long for a basis."""
+        if param_group.get("adamw"):
+            if "lr" not in param_group or param_group.get("noise_scale", 0):
+                raise ValueError("EVON: a group with adamw=True needs an lr of its own and draws nothing (noise_scale=0)")
+            param_group = {**ADAMW, **param_group}
         super().add_param_group(param_group)
-        limit = self.param_groups[-1]["max_precond_dim"]
+        limit = self._limit(self.param_groups[-1])
         wide = [p for p in self.param_groups[-1]["params"] if p.dim() > 1]
         long = [(p, n) for p in wide for n in self.wide(p) if n > limit]
         if long and limit:
@@ -183,20 +206,28 @@ class EVON(BayesOptimizer):
         return cell._replace(group=group, rule=self.rule(group))
 
     def rule(self, group: Mapping[str, Any]) -> BayesRule:
+        momentum = Momentum(group["betas"][0], over="loss", debias=group["correct_bias"])
+        if group["adamw"]:
+            return BayesRule(Delta(), SquaredGradient(), SquareRoot(group["eps"], debias=True, decoupled=True), momentum)
         draws = spreads(group) and not group.get("clean", False)
-        shared: dict[str, Any] = dict(eps=group["eps"])
+        shared: dict[str, Any] = dict(clip_radius=group["clip_radius"], eps=group["eps"])
         ratio = math.inf if group["price_clip_ratio"] is None else group["price_clip_ratio"]
         return BayesRule(
             MonteCarlo(group["mc_samples"]) if draws else Delta(),
             self._curvature(group, draws),
             Riemannian(curvature_ratio=ratio, **shared) if spreads(group) else Additive(**shared),
-            Momentum(group["betas"][0], over="loss", debias=group["correct_bias"]),
+            momentum,
         )
 
     def _curvature(self, group: Mapping[str, Any], draws: bool) -> Curvature:
-        if draws:
-            return Reparameterized()
-        return Zero() if spreads(group) else SquaredGradient()
+        if not spreads(group):
+            return SquaredGradient()
+        if group["hess_approx"] == "gradsq":
+            return SquaredGradient(group["ess"] if group["gradsq_scale"] is None else group["gradsq_scale"])
+        return Reparameterized() if draws else Zero()
+
+    def start(self, group: Mapping[str, Any]) -> float:
+        return 0.0 if group["adamw"] else super().start(group)
 
     def rates(self, group: Mapping[str, Any], step: Any) -> Rates:
         moves, beta2 = self._moves(group, step), group["betas"][1]
@@ -210,7 +241,7 @@ class EVON(BayesOptimizer):
 
     def _moves(self, group: Mapping[str, Any], step: int) -> int:
         """Steps that moved the mean: all, but for the first of the published code."""
-        return max(step - 1, 0) if group["compat"] and group["max_precond_dim"] else step
+        return max(step - 1, 0) if group["compat"] and self._limit(group) else step
 
     def basis(self, cell: Cell) -> Basis:
         """The basis of the parameter of a cell; its own coordinates until one is found."""
@@ -231,13 +262,18 @@ class EVON(BayesOptimizer):
         return (Joint(tuple(turned), tuple(m.shape for m in means), Eigen(Vector(means), Bases(bases), Vector(spectra))),)
 
     def _chosen(self, cell: Cell) -> tuple[tuple[int, ...], list[bool]]:
-        group, param = cell.group, cell.plot.params[0]
-        return plain(param.shape, group["max_precond_dim"], group["merge_dims"], group["precondition_1d"])
+        return self._plain(cell.group, cell.plot.params[0])
+
+    def _plain(self, group: Mapping[str, Any], param: Tensor) -> tuple[tuple[int, ...], list[bool]]:
+        return plain(param.shape, self._limit(group), group["merge_dims"], group["precondition_1d"])
+
+    def _limit(self, group: Mapping[str, Any]) -> int:
+        """How long an axis may be that has a basis."""
+        return 0 if group["adamw"] else int(group["max_precond_dim"])
 
     def wide(self, param: Tensor) -> tuple[int, ...]:
         """The shape of a parameter with its axes merged."""
-        group = self.group_of(param)
-        return plain(param.shape, group["max_precond_dim"], group["merge_dims"], group["precondition_1d"])[0]
+        return self._plain(self.group_of(param), param)[0]
 
     def lists(self, param: Tensor, name: str) -> list[tuple[int, ...]]:
         return [(n, n) for n in self.wide(param)]
@@ -245,11 +281,19 @@ class EVON(BayesOptimizer):
     def waits(self, cell: Cell) -> bool:
         """Whether the published code would let this step pass."""
         unknown = "basis" not in self.state[cell.plot.params[0]]
-        return bool(unknown and cell.group["compat"] and cell.group["max_precond_dim"])
+        return bool(unknown and cell.group["compat"] and self._limit(cell.group))
 
     def shaped(self, cell: Cell, direction: Tensor) -> Tensor:
         """The step that is taken along a direction."""
-        return whitened(direction, cell.group["eps"]) if cell.group["whiten"] else direction
+        group = cell.group
+        if group["adamw"] or not group["whiten"]:
+            return direction
+        white = whitened(direction, group["eps"])
+        if direction.dim() < 2 or group["adjust_lr_fn"] is None:
+            return white
+        rows, columns = len(direction), direction[0].numel()
+        size = max(1, rows / columns) if group["adjust_lr_fn"] == "original" else 0.04 * max(rows, columns)
+        return white * math.sqrt(size)
 
     def settle(self, cell: Cell, gradient: Tensor) -> None:
         """After a step: what the gradient says of the basis."""

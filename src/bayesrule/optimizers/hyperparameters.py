@@ -99,7 +99,7 @@ Allowed = Range | Pair | Count | OneOf | OrNone
 HOW: dict[str, Any] = dict(prior=None, noise=None, compile="auto", memory="default", sync="auto", noise_per_rank=False)
 """Arguments that are no hyper-parameters, as they are where a constructor does not have them."""
 
-OF_GROUPS: dict[str, Any] = dict(seed=0, noise_scale=1)
+OF_GROUPS: dict[str, Any] = dict(seed=0, noise_scale=1, adamw=False)
 """Hyper-parameters that no constructor need have."""
 
 

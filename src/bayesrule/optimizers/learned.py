@@ -110,7 +110,35 @@ def prior_of(
     )
 
 
-def adopt(optimizer: Learner, prior: Posterior) -> None:
+def begin(optimizer: Learner, prior: Posterior | None, starts: Mapping[str, Tensor] | None) -> None:
+    """What a new optimizer is given by name: a prior, and curvatures to start from."""
+    if prior is not None:
+        _adopt(optimizer, prior)
+    if starts is not None:
+        _start(optimizer, starts)
+
+
+def _start(optimizer: Learner, starts: Mapping[str, Tensor]) -> None:
+    """Let every curvature start where a mapping says, by name; ``hess_init`` of a group becomes their mean."""
+    name = type(optimizer).__name__
+    if optimizer.names.hess is None:
+        raise ValueError(f"{name} keeps no curvature, so hess_init must be a number")
+    for group in optimizer.param_groups:
+        if "param_names" not in group:
+            raise ValueError(f"{name}: hess_init by name needs names: pass model.named_parameters()")
+        named = [(key, p) for key, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]
+        for key, p in named:
+            h = starts.get(key)
+            if not isinstance(h, Tensor) or h.shape != p.shape or not h.isfinite().all() or not (h >= 0).all():
+                held = f"a tensor of {tuple(h.shape)}" if isinstance(h, Tensor) else repr(h)
+                wanted = f"finite numbers >= 0, shape {tuple(p.shape)}"
+                raise ValueError(f"{name}: hess_init must hold {wanted}, for {key!r}, got {held}")
+            optimizer.layout.state(group, p)[optimizer.names.hess] = take_over(optimizer.like_state(p), h)
+        if count := sum(p.numel() for _, p in named):
+            group["hess_init"] = sum(float(starts[key].double().sum()) for key, _ in named) / count
+
+
+def _adopt(optimizer: Learner, prior: Posterior) -> None:
     """Keep a posterior's mean and precision as every parameter's prior."""
     names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
     params = [p for group in optimizer.param_groups for p in group["params"]]

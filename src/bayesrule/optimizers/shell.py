@@ -32,7 +32,7 @@ from .examples import Examples
 from .execution import Compile, Execution, Flats, recorded_by
 from .hyperparameters import HOW, OF_GROUPS, Allowed, check_arguments, check_group
 from .injection import Injected
-from .learned import adopt, learned
+from .learned import begin, learned
 from .reminders import Reminders, why_no_gradient
 from .visibility import noise_visibility
 from .workers import CHECK_EVERY, Sync, Workers
@@ -64,9 +64,9 @@ class Shell(Optimizer, ABC):
         compile = False if how["noise"] and how["compile"] == "auto" else how["compile"]
         self._prepare(how["noise"], compile, how["sync"], how["noise_per_rank"])
         defaults = {name: arguments.get(name, OF_GROUPS.get(name)) for name in self.ranges}
-        Optimizer.__init__(self, params, defaults)
-        if how["prior"] is not None:
-            adopt(self, how["prior"])
+        starts = defaults.get("hess_init")
+        Optimizer.__init__(self, params, defaults | ({"hess_init": 1.0} if isinstance(starts, Mapping) else {}))
+        begin(self, how["prior"], starts if isinstance(starts, Mapping) else None)
         if "weight_decay" in defaults:
             self.reminders.of_decay(defaults["weight_decay"], [group["weight_decay"] for group in self.param_groups])
 

@@ -1,0 +1,74 @@
+"""Where a curvature begins: in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import outputs_of, pairs
+from .output_losses import IGNORED, Callables, output_loss
+
+
+def start_curvature(model: nn.Module, loss: str | Callables, batches: Iterable[Any], *, floor: float = 0.1) -> dict[str, Tensor]:
+    r"""The curvature of the mean loss at a model's weights, weight by weight: a start for ``hess_init``.
+
+    .. math::  e = \frac1B \sum_b n_b\, g_b^2, \qquad h_0 = \max(e,\; \text{floor} \cdot \overline{e}),
+
+    with :math:`g_b` the gradient of the mean loss of batch b, over :math:`n_b` labels, and :math:`\overline e` the mean of e over
+    the tensor. Where gradients are mostly noise that is the empirical Fisher matrix's diagonal, at a forward and a backward a
+    batch. The floor is for weights that these batches do not speak of. Weights and their gradients stay as they are.
+
+    As an instance of the rule: ``EmpiricalFisher``, from whole batches, at the mean.
+
+    Args:
+        model: In the mode in which it is to be trained; parameters without a gradient are left out.
+        loss: "cross_entropy", "bce", "mse", or a function of outputs and targets that gives the loss of each example.
+        batches: Pairs (inputs, labels) or mappings with ``labels``, some eight of them.
+        floor: Least curvature, in units of its mean over the tensor, >= 0.
+
+    Returns:
+        name -> tensor, shaped as the parameter; of a tensor that no batch speaks of the mean over the others.
+
+    Raises:
+        ValueError: There are no batches, or a gradient is not finite.
+
+    Example:
+        >>> import torch, bayesrule as br
+        >>> model = torch.nn.Linear(4, 3)
+        >>> batches = [(torch.randn(32, 4), torch.randint(3, (32,))) for _ in range(8)]
+        >>> start = start_curvature(model, "cross_entropy", batches)
+        >>> opt = br.IVON(model.named_parameters(), lr=0.1, ess=1000, hess_init=start, hess_approx="gradsq", gradsq_scale=32)
+
+    Source: derived here; the batch's scale as in VOGN, Khan et al. (2018), arXiv:1806.04854.
+    """
+    if not 0 <= floor < float("inf"):
+        raise ValueError(f"start_curvature: floor must be a number >= 0, got {floor!r}")
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("start_curvature: no parameter of the model wants a gradient")
+    measure = output_loss(loss)
+    sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in params.items()}
+    number = 0
+    for inputs, labels in pairs(batches, model):
+        count = len(labels) if labels.is_floating_point() else int((labels != IGNORED).sum())
+        with torch.enable_grad():
+            outputs = outputs_of(model, inputs)
+            mean = measure.values(outputs, measure.check(outputs, labels)).sum() / count
+            gradients = torch.autograd.grad(mean, list(params.values()), allow_unused=True)
+        for total, g in zip(sums.values(), gradients, strict=True):
+            if g is not None:
+                total += count * g.to(total.dtype) ** 2
+        number += 1
+    if not number:
+        raise ValueError("start_curvature: there are no batches; give some eight")
+    found = {name: total / number for name, total in sums.items()}
+    if strange := next((name for name, e in found.items() if not e.isfinite().all()), None):
+        raise ValueError(f"start_curvature: the gradient of {strange!r} is not finite; look at the model's outputs")
+    typical = {name: e.mean() for name, e in found.items()}
+    usual = torch.stack([m for m in typical.values() if m > 0] or [torch.tensor(1.0)]).mean()
+    return {
+        name: e.clamp_min(floor * typical[name]) if typical[name] > 0 else usual.expand_as(e).clone() for name, e in found.items()
+    }

@@ -1,0 +1,130 @@
+"""A curvature that begins in the data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import bayesrule as br
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def batches(count: int = 3, size: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    return [(torch.randn(size + i, 3, generator=g).double(), torch.randint(4, (size + i,), generator=g)) for i in range(count)]
+
+
+def by_hand(net: nn.Module, data: list, loss: object, floor: float) -> dict[str, torch.Tensor]:
+    found = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for x, y in data:
+        for (name, _), g in zip(net.named_parameters(), torch.autograd.grad(loss(net(x), y), list(net.parameters())), strict=True):
+            found[name] += len(x) * g**2 / len(data)
+    return {name: torch.maximum(e, floor * e.mean()) for name, e in found.items()}
+
+
+LOSSES = {
+    "cross_entropy": F.cross_entropy,
+    "mse": lambda f, y: F.mse_loss(f, F.one_hot(y, 4).double(), reduction="none").sum(1).mean() / 2,
+    "own": lambda f, y: F.cross_entropy(f, y, label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_squares_of_the_mean_gradients_at_the_scale_of_a_batch(loss, floor):
+    net, data = model(), batches()
+    given = [(x, F.one_hot(y, 4).double()) for x, y in data] if loss == "mse" else data
+    each = (lambda f, y: F.cross_entropy(f, y, label_smoothing=0.1, reduction="none")) if loss == "own" else loss
+    found, expected = br.start_curvature(net, each, given, floor=floor), by_hand(net, data, LOSSES[loss], floor)
+    assert found.keys() == expected.keys()
+    for name, h in found.items():
+        torch.testing.assert_close(h, expected[name])
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_tokens_count_that_are_not_ignored():
+    torch.manual_seed(0)
+    net = nn.Embedding(5, 5).double()
+    x = torch.randint(5, (4, 6))
+    y = torch.where(torch.rand(4, 6) < 0.3, -100, x)
+    (g,) = torch.autograd.grad(F.cross_entropy(net(x).flatten(0, 1), y.flatten()), [net.weight])
+    torch.testing.assert_close(br.start_curvature(net, "cross_entropy", [(x, y)], floor=0.0)["weight"], (y >= 0).sum() * g**2)
+
+
+def test_weights_that_no_batch_speaks_of_begin_as_the_others():
+    net = nn.ModuleDict({"used": nn.Linear(3, 4), "unused": nn.Linear(3, 2)})
+    net.forward = net["used"].forward
+    data = [(x.float(), y) for x, y in batches()]
+    found = br.start_curvature(net, "cross_entropy", data)
+    usual = torch.stack([found[f"used.{name}"].mean() for name in ("weight", "bias")])
+    assert found["unused.weight"].shape == (2, 3) and (found["unused.weight"] > 0.5 * usual.min()).all()
+    net["unused"].requires_grad_(False)
+    assert set(br.start_curvature(net, "cross_entropy", data)) == {"used.weight", "used.bias"}
+
+
+BAD = {
+    "no batches": (dict(batches=[]), "there are no batches"),
+    "a floor below zero": (dict(floor=-1.0), "floor must be a number >= 0, got -1.0"),
+    "an unknown loss": (dict(loss="hinge"), "unknown loss 'hinge'"),
+    "infinite inputs": (dict(batches=[(torch.full((2, 3), torch.inf).double(), torch.tensor([0, 1]))]), "'0.weight' is not finite"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_refused(what):
+    change, words = BAD[what]
+    with pytest.raises(ValueError, match=words):
+        br.start_curvature(**{"model": model(), "loss": "cross_entropy", "batches": batches(), **change})
+
+
+# As what an optimizer starts from
+
+
+@pytest.mark.parametrize("kind", [br.IVON, br.EVON, br.VON, br.VOGN])
+def test_optimizers_begin_where_it_says(kind):
+    net = model()
+    start = br.start_curvature(net, "cross_entropy", batches())
+    optimizer = kind(net.named_parameters(), lr=0.1, ess=100.0, hess_init=start, weight_decay=0.5)
+    precision = optimizer.posterior(net).precision
+    for name, h in start.items():
+        torch.testing.assert_close(precision[name], 100 * (h + 0.5))
+    numbers = torch.cat([h.flatten() for h in start.values()])
+    assert optimizer.param_groups[0]["hess_init"] == pytest.approx(float(numbers.mean()))
+
+
+def test_what_was_begun_is_saved_before_the_first_step():
+    net = model()
+    start = br.start_curvature(net, "cross_entropy", batches())
+    saved = br.IVON(net.named_parameters(), lr=0.1, ess=100.0, hess_init=start).state_dict()
+    other = br.IVON(net.named_parameters(), lr=0.1, ess=100.0)
+    other.load_state_dict(saved)
+    torch.testing.assert_close(other.posterior(net).precision["0.weight"], 100 * (start["0.weight"] + 1e-4))
+
+
+STARTS = {
+    "a name is missing": lambda start: start.pop("0.bias") is None or start,
+    "another shape": lambda start: start | {"0.bias": torch.ones(3)},
+    "below zero": lambda start: start | {"0.bias": -torch.ones(5)},
+    "no number": lambda start: start | {"0.bias": torch.full((5,), torch.nan)},
+    "no tensor": lambda start: start | {"0.bias": 1.0},
+}
+
+
+@pytest.mark.parametrize("what", STARTS)
+def test_starts_that_do_not_fit_are_refused(what):
+    net = model()
+    start = STARTS[what](br.start_curvature(net, "cross_entropy", batches()))
+    with pytest.raises(ValueError, match=r"IVON: hess_init must hold finite numbers >= 0, shape \(5,\), for '0.bias', got"):
+        br.IVON(net.named_parameters(), lr=0.1, ess=100.0, hess_init=start)
+
+
+def test_they_need_names():
+    net = model()
+    with pytest.raises(ValueError, match=r"pass model.named_parameters\(\)"):
+        br.IVON(net.parameters(), lr=0.1, ess=100.0, hess_init=br.start_curvature(net, "cross_entropy", batches()))
