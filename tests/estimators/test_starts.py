@@ -98,6 +98,14 @@ def test_optimizers_begin_where_it_says(kind):
     assert optimizer.param_groups[0]["hess_init"] == pytest.approx(float(numbers.mean()))
 
 
+def test_groups_of_adamw_begin_at_zero():
+    net = model()
+    groups = br.split_matrices(net, lr=0.1, exclude=["2"])
+    optimizer = br.EVON(groups, lr=0.1, ess=100.0, hess_init=br.start_curvature(net, "cross_entropy", batches()))
+    assert not any(state["hess"].any() for p, state in optimizer.state.items() if p is not net[0].weight)
+    assert optimizer.state[net[0].weight]["hess"].all()
+
+
 def test_what_was_begun_is_saved_before_the_first_step():
     net = model()
     start = br.start_curvature(net, "cross_entropy", batches())

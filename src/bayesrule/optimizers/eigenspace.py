@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 ADAMW: dict[str, Any] = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, noise_scale=0)
 """What a group with ``adamw=True`` has where it sets nothing else."""
+STRAIGHT: dict[str, Any] = dict(max_precond_dim=0, whiten=False)
+"""And what it has in any case."""
 
 
 class EVON(BayesOptimizer):
@@ -178,9 +180,9 @@ class EVON(BayesOptimizer):
         if param_group.get("adamw"):
             if "lr" not in param_group or param_group.get("noise_scale", 0):
                 raise ValueError("EVON: a group with adamw=True needs an lr of its own and draws nothing (noise_scale=0)")
-            param_group = {**ADAMW, **param_group}
+            param_group = {**ADAMW, **param_group, **STRAIGHT}
         super().add_param_group(param_group)
-        limit = self._limit(self.param_groups[-1])
+        limit = self.param_groups[-1]["max_precond_dim"]
         wide = [p for p in self.param_groups[-1]["params"] if p.dim() > 1]
         long = [(p, n) for p in wide for n in self.wide(p) if n > limit]
         if long and limit:
@@ -193,7 +195,11 @@ class EVON(BayesOptimizer):
             )
 
     def unit(self, group: Mapping[str, Any]) -> Unit:
-        return "tensor"
+        return "tensor" if self.turns(group) else None
+
+    def turns(self, group: Mapping[str, Any]) -> bool:
+        """Whether its tensors move one by one: in bases of their own, or whitened."""
+        return bool(group["whiten"] or group["max_precond_dim"])
 
     # The slots
 
@@ -241,7 +247,7 @@ class EVON(BayesOptimizer):
 
     def _moves(self, group: Mapping[str, Any], step: int) -> int:
         """Steps that moved the mean: all, but for the first of the published code."""
-        return max(step - 1, 0) if group["compat"] and self._limit(group) else step
+        return max(step - 1, 0) if group["compat"] and group["max_precond_dim"] else step
 
     def basis(self, cell: Cell) -> Basis:
         """The basis of the parameter of a cell; its own coordinates until one is found."""
@@ -265,11 +271,7 @@ class EVON(BayesOptimizer):
         return self._plain(cell.group, cell.plot.params[0])
 
     def _plain(self, group: Mapping[str, Any], param: Tensor) -> tuple[tuple[int, ...], list[bool]]:
-        return plain(param.shape, self._limit(group), group["merge_dims"], group["precondition_1d"])
-
-    def _limit(self, group: Mapping[str, Any]) -> int:
-        """How long an axis may be that has a basis."""
-        return 0 if group["adamw"] else int(group["max_precond_dim"])
+        return plain(param.shape, group["max_precond_dim"], group["merge_dims"], group["precondition_1d"])
 
     def wide(self, param: Tensor) -> tuple[int, ...]:
         """The shape of a parameter with its axes merged."""
@@ -281,12 +283,12 @@ class EVON(BayesOptimizer):
     def waits(self, cell: Cell) -> bool:
         """Whether the published code would let this step pass."""
         unknown = "basis" not in self.state[cell.plot.params[0]]
-        return bool(unknown and cell.group["compat"] and self._limit(cell.group))
+        return bool(unknown and cell.group["compat"] and cell.group["max_precond_dim"])
 
     def shaped(self, cell: Cell, direction: Tensor) -> Tensor:
         """The step that is taken along a direction."""
         group = cell.group
-        if group["adamw"] or not group["whiten"]:
+        if not group["whiten"]:
             return direction
         white = whitened(direction, group["eps"])
         if direction.dim() < 2 or group["adjust_lr_fn"] is None:

@@ -32,6 +32,7 @@ class Learner(Protocol):
     @property
     def is_diagonal(self) -> bool: ...
     def rule(self, group: Mapping[str, Any]) -> BayesRule: ...
+    def start(self, group: Mapping[str, Any]) -> float: ...
     def like_state(self, param: Tensor) -> Tensor: ...
     def together(self, names: Mapping[Tensor, str]) -> tuple[Part, ...]: ...
 
@@ -124,6 +125,8 @@ def _start(optimizer: Learner, starts: Mapping[str, Tensor]) -> None:
     if optimizer.names.hess is None:
         raise ValueError(f"{name} keeps no curvature, so hess_init must be a number")
     for group in optimizer.param_groups:
+        if not optimizer.start(group):  # a curvature that begins at zero
+            continue
         if "param_names" not in group:
             raise ValueError(f"{name}: hess_init by name needs names: pass model.named_parameters()")
         named = [(key, p) for key, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]

@@ -1,22 +1,25 @@
 """Steps in coordinates of their own: each parameter is turned to its basis, moved there, and turned back.
 
+Groups that stay in the coordinates of their weights take steps as everywhere, all parameters of a group together.
+
 The rule is the same, and so is what calls it: what is kept is flat as ever, gradients and means as they stand in the
 parameters, curvature, momentum and offsets in the basis.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..bases import Basis
 from ..estimators.oracle import Seen
-from ..program import Named
+from ..program import Named, Program
 from ..rule import Look
 from .cells import Cell
-from .execution import Author, Flats, Recording, Unrecorded
+from .execution import Author, Compile, Execution, Flats, Recording, Unrecorded
 
 TURNED = "turned"
 """The block of an offset in the basis, while the sample is open."""
@@ -25,6 +28,7 @@ TURNED = "turned"
 class Turner(Author, Protocol):
     """What is asked of an optimizer."""
 
+    def turns(self, group: Mapping[str, Any]) -> bool: ...
     def basis(self, cell: Cell) -> Basis: ...
     def waits(self, cell: Cell) -> bool: ...
     def settle(self, cell: Cell, gradient: Tensor) -> None: ...
@@ -32,11 +36,21 @@ class Turner(Author, Protocol):
 
 
 class Turning(Unrecorded):
-    """Runs what :class:`~bayesrule.optimizers.execution.Execution` runs, for plots of one parameter each."""
+    """Runs what :class:`~bayesrule.optimizers.execution.Execution` runs, for plots of one parameter each where groups turn."""
 
     author: Turner
 
+    def __init__(self, author: Author, name: str, shared: dict[Any, Program], compile: Compile) -> None:
+        super().__init__(author, name, shared, compile)
+        self.straight = Execution(author, name, shared, compile)
+
+    def run(self, kind: str, cell: Cell, flats: Flats, numbers: Named, drawn: Cell | None = None) -> tuple[str, ...]:
+        way = super() if self.author.turns(cell.group) else self.straight
+        return way.run(kind, cell, flats, numbers, drawn)
+
     def shift(self, cell: Cell, flats: Flats, offset: Tensor) -> None:
+        if not self.author.turns(cell.group):
+            return super().shift(cell, flats, offset)
         (mean,), (turned,) = cell.plot.views(flats["mean"]), cell.plot.views(offset)
         cell.plot.flat(TURNED).copy_(offset)
         flats["offset"].copy_(flats["mean"])
