@@ -31,6 +31,8 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "sensitivity": "sensitivity",
     "leaving_out": "leaving_out",
     "linearized": "linearized",
+    "language": "language",
+    "perplexity": "perplexity",
 }
 
 

@@ -25,8 +25,10 @@ SHAPES = {"12 layers of 256": [shape for _ in range(12) for shape in ((768, 256)
 class SOAP(torch.optim.Optimizer):
     """Adam in Shampoo's eigenbasis, by the torch calls that EVON makes, one matrix at a time."""
 
-    def __init__(self, params: Any, lr: float, beta1: float = 0.95, beta2: float = 0.99, eps: float = 1e-8) -> None:
-        super().__init__(params, dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps))
+    def __init__(
+        self, params: Any, lr: float, beta1: float = 0.95, beta2: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -39,16 +41,18 @@ class SOAP(torch.optim.Optimizer):
         if not state:
             state["L"], state["R"] = (1 - beta2) * g @ g.T, (1 - beta2) * g.T @ g
             state["QL"], state["QR"] = torch.linalg.eigh(state["L"])[1], torch.linalg.eigh(state["R"])[1]
-            state["m"], state["v"], state["t"] = torch.zeros_like(g), torch.zeros_like(g), 0
+            state["m"], state["v"], state["t"] = torch.zeros_like(g), torch.zeros_like(g), torch.tensor(0.0)
         turned = self._contract(g, state, 0)
         state["t"] += 1
+        t = int(state["t"])
+        p.mul_(1 - group["lr"] * group["weight_decay"])
         state["m"].lerp_(turned, 1 - beta1)
         state["v"].lerp_(turned.square(), 1 - beta2)
-        root = (state["v"] / (1 - beta2 ** state["t"])).sqrt_().add_(group["eps"])
-        p.sub_(self._contract(state["m"] / root, state, 1), alpha=group["lr"] / (1 - beta1 ** state["t"]))
+        root = (state["v"] / (1 - beta2**t)).sqrt_().add_(group["eps"])
+        p.sub_(self._contract(state["m"] / root, state, 1), alpha=group["lr"] / (1 - beta1**t))
         state["L"].lerp_(g @ g.T, 1 - beta2)
         state["R"].lerp_(g.T @ g, 1 - beta2)
-        if state["t"] % EVERY == 0:
+        if t % EVERY == 0:
             raw = self._contract(state["m"], state, 1)
             state["QL"], state["QR"] = (torch.linalg.qr(state[s] @ state[q])[0].contiguous() for s, q in (("L", "QL"), ("R", "QR")))
             state["m"] = self._contract(raw, state, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,36 @@ def draw(path: Path, *, title: str, x: str, y: str, lines: Mapping[str, Line]) -
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     _names(figure, lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def curves(path: Path, *, title: str, x: str, y: str, lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> None:
+    """Write a PNG: for each name runs of (step, NLL) in nats, drawn as perplexities, thin, and their mean."""
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    ends = {}
+    for (name, runs), color in zip(lines.items(), (*(color for color, _ in LOOKS), "#56B4E9", "#999999"), strict=False):
+        for run in runs:
+            axes.plot([step for step, _ in run], [math.exp(nll) for _, nll in run], color=color, linewidth=0.7, alpha=0.5)
+        steps = [step for step, _ in runs[0]]
+        middle = [math.exp(sum(run[i][1] for run in runs) / len(runs)) for i in range(len(steps))]
+        (ends[name],) = axes.plot(steps, middle, color=color, linewidth=2, label=f"{name}  {middle[-1]:.2f}")
+    axes.set_yscale("log")
+    last = {name: line.get_ydata()[-1] for name, line in ends.items()}
+    axes.set_ylim(0.95 * min(last.values()), 2.5 * max(last.values()))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(x, color=INK, fontsize=12)
+    axes.set_ylabel(y, color=INK, fontsize=12)
+    axes.set_title(title, color=INK, fontsize=13, loc="left")
+    axes.tick_params(colors=INK, labelsize=11)
+    axes.grid(True, which="major", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    order = sorted(ends, key=lambda name: -last[name])
+    axes.legend(handles=[ends[name] for name in order], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
 

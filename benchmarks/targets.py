@@ -116,6 +116,20 @@ TARGETS: tuple[Target, ...] = (
     Target("leaving out: 1 - rank correlation", "1 - rank correlation of leave-one-out losses, estimated and true", 0.1),
     Target("leaving out: off cross-validation", "LOO NLL off that of 10-fold cross-validation, digits", 0.1),
     Target("leaving out: grid steps", "grid steps from the best weight decay, by LOO NLL", 1.0),
+    *(
+        target
+        for corpus in ("Shakespeare", "standard library")
+        for target in (
+            Target(f"perplexity, {corpus}: diagonal", f"perplexity, best diagonal variational / tuned AdamW: {corpus}", 0.97),
+            Target(f"perplexity, {corpus}: structured", f"perplexity, best structured / better of SOAP and Muon: {corpus}", 1.0),
+            Target(f"perplexity, {corpus}: diagonal, averaged", f"averaged perplexity / at the mean, diagonal: {corpus}", 1.005),
+            Target(
+                f"perplexity, {corpus}: structured, averaged", f"averaged perplexity / at the mean, structured: {corpus}", 1.005
+            ),
+        )
+    ),
+    Target("language: our loop / nanoGPT's", "seconds a step, our loop / nanoGPT's, both AdamW: GPT of 0.37 million", 1.03),
+    Target("language: averaged / forwards", "averaged perplexity over 8 draws / one forward: GPT of 0.37 million", 8.5),
     Target("VOGN, ResNet-20, 128 examples: time", "VOGN / SGD step: ResNet-20, batch 128", 2.5),
     Target("VOGN, ResNet-20, 128 examples: memory", "peak memory, VOGN / SGD step: ResNet-20, batch 128", 2.0),
 )

@@ -48,6 +48,14 @@ def test_squares_of_the_mean_gradients_at_the_scale_of_a_batch(loss, floor):
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_gradients_of_the_loop_stay():
+    net, ones = model(), {}
+    for name, p in net.named_parameters():
+        ones[name] = p.grad = torch.ones_like(p)
+    br.start_curvature(net, "cross_entropy", batches())
+    assert all(p.grad is ones[name] for name, p in net.named_parameters())
+
+
 def test_tokens_count_that_are_not_ignored():
     torch.manual_seed(0)
     net = nn.Embedding(5, 5).double()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import bayesrule as br
 from bayesrule.recipes.gpt import GPT, SIZES, GPTSettings, Shape, Training, built, write
 from bayesrule.recipes.language_runs import begin
-from bayesrule.recipes.optimizers import TEXT_OPTIMIZERS, settle
+from bayesrule.recipes.optimizers import TEXT_OPTIMIZERS
 from bayesrule.recipes.tokens import Bytes, Tokens, spaced, windows
 from bayesrule.recipes.training import Diverged
 from bayesrule.recipes.workers import Workers
@@ -170,10 +170,12 @@ class TestTraining:
             training.epoch()
         model = GPT(256, TINY)
         if optimizer == "ivon":
-            hyper = {
-                name: value for name, value in settle("ivon", {}, 5000, TEXT_OPTIMIZERS).items() if name not in ("lr", "beta2")
-            }
-            plain = br.IVON(model.parameters(), lr=0.01, betas=(0.9, 0.99999), **hyper)
+            g = torch.Generator().manual_seed(settings.seed)
+            first = (windows(tokens.train, torch.randint(4988, (4,), generator=g).tolist(), 12) for _ in range(8))
+            start = br.start_curvature(model, "cross_entropy", first)
+            hyper = dict(ess=50_000, weight_decay=1e-6, clip_radius=1.0, rescale_lr=False, hess_approx="gradsq")
+            squares = dict(gradsq_scale=48 if settings.fresh_draws else 96, hess_init=start, betas=(0.9, 0.99))
+            plain = br.IVON(model.named_parameters(), lr=0.01, **hyper, **squares)
         else:
             params = [
                 {"params": [p for p in model.parameters() if (p.ndim > 1) is big], "weight_decay": 0.1 * big}

@@ -11,8 +11,8 @@ from bayesrule.recipes.optimizers import hidden
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_muon_and_adamw_are_torchs_own_side_by_side():
     pair, apart = GPT(20, Shape(layers=2, heads=2, width=16, context=12)), GPT(20, Shape(layers=2, heads=2, width=16, context=12))
-    one = MuonAdamW(hidden(pair), lr=0.02, adamw_lr=0.01)
-    inner, *rest = hidden(apart)
+    one = MuonAdamW(hidden(pair, {}), lr=0.02, adamw_lr=0.01)
+    inner, *rest = hidden(apart, {})
     assert len(inner["params"]) == 8 and all(p.ndim == 2 for p in inner["params"])
     two = [
         torch.optim.Muon(inner["params"], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
@@ -27,7 +27,7 @@ def test_muon_and_adamw_are_torchs_own_side_by_side():
                 optimizer.step()
         if step == 2:
             state = one.state_dict()
-            one = MuonAdamW(hidden(pair), lr=9.0)
+            one = MuonAdamW(hidden(pair, {}), lr=9.0)
             one.load_state_dict(state)
     assert torch.equal(*(torch.cat([p.flatten() for p in model.parameters()]) for model in (pair, apart)))
     assert [len(group["params"]) for group in one.param_groups] == [8, 2, 18]
@@ -36,7 +36,7 @@ def test_muon_and_adamw_are_torchs_own_side_by_side():
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_a_closure_is_called_once_and_its_loss_returned():
     model, calls = torch.nn.Sequential(torch.nn.Linear(3, 3)), []
-    optimizer = MuonAdamW(hidden(model))
+    optimizer = MuonAdamW(hidden(model, {}))
 
     def closure():
         calls.append(torch.is_grad_enabled())

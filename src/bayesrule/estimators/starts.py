@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..shards import whole
 from .batches import outputs_of, pairs
 from .output_losses import IGNORED, Callables, output_loss
 
@@ -19,7 +22,8 @@ def start_curvature(model: nn.Module, loss: str | Callables, batches: Iterable[A
 
     with :math:`g_b` the gradient of the mean loss of batch b, over :math:`n_b` labels, and :math:`\overline e` the mean of e over
     the tensor. Where gradients are mostly noise that is the empirical Fisher matrix's diagonal, at a forward and a backward a
-    batch. The floor is for weights that these batches do not speak of. Weights and their gradients stay as they are.
+    batch. The floor is for weights that these batches do not speak of. Weights and their gradients stay as they are. Under
+    FSDP2 all processes give the same batches; the tensors are shared out as the parameters are.
 
     As an instance of the rule: ``EmpiricalFisher``, from whole batches, at the mean.
 
@@ -52,23 +56,37 @@ def start_curvature(model: nn.Module, loss: str | Callables, batches: Iterable[A
     measure = output_loss(loss)
     sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in params.items()}
     number = 0
-    for inputs, labels in pairs(batches, model):
-        count = len(labels) if labels.is_floating_point() else int((labels != IGNORED).sum())
-        with torch.enable_grad():
+    with _apart(params.values()):
+        for inputs, labels in pairs(batches, model):
+            count = len(labels) if labels.is_floating_point() else int((labels != IGNORED).sum())
             outputs = outputs_of(model, inputs)
-            mean = measure.values(outputs, measure.check(outputs, labels)).sum() / count
-            gradients = torch.autograd.grad(mean, list(params.values()), allow_unused=True)
-        for total, g in zip(sums.values(), gradients, strict=True):
-            if g is not None:
-                total += count * g.to(total.dtype) ** 2
-        number += 1
+            (measure.values(outputs, measure.check(outputs, labels)).sum() / count).backward()
+            for name, p in params.items():
+                if p.grad is not None:
+                    sums[name] += count * p.grad.to(sums[name].dtype) ** 2
+                p.grad = None
+            number += 1
     if not number:
         raise ValueError("start_curvature: there are no batches; give some eight")
-    found = {name: total / number for name, total in sums.items()}
-    if strange := next((name for name, e in found.items() if not e.isfinite().all()), None):
+    typical = {name: float(whole(e.mean())) / number for name, e in sums.items()}
+    if strange := next((name for name, e in typical.items() if not math.isfinite(e)), None):
         raise ValueError(f"start_curvature: the gradient of {strange!r} is not finite; look at the model's outputs")
-    typical = {name: e.mean() for name, e in found.items()}
-    usual = torch.stack([m for m in typical.values() if m > 0] or [torch.tensor(1.0)]).mean()
+    heard = [e for e in typical.values() if e > 0] or [1.0]
     return {
-        name: e.clamp_min(floor * typical[name]) if typical[name] > 0 else usual.expand_as(e).clone() for name, e in found.items()
+        name: (e / number).clamp_min(floor * typical[name]) if typical[name] else torch.full_like(e, sum(heard) / len(heard))
+        for name, e in sums.items()
     }
+
+
+@contextmanager
+def _apart(params: Iterable[Tensor]) -> Iterator[None]:
+    """Gradients of one's own inside."""
+    held = [(p, p.grad) for p in params]
+    for p, _ in held:
+        p.grad = None
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, g in held:
+            p.grad = g

@@ -13,7 +13,7 @@ from ..parts import Part
 from ..posterior import Posterior
 from ..rounding import followed
 from ..rule import BayesRule
-from ..shards import gather_anew, take_over, whole
+from ..shards import gather_anew, here, take_over, whole
 from ..vector import equal
 from .cells import Layout, Names
 
@@ -132,13 +132,13 @@ def _start(optimizer: Learner, starts: Mapping[str, Tensor]) -> None:
         named = [(key, p) for key, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]
         for key, p in named:
             h = starts.get(key)
-            if not isinstance(h, Tensor) or h.shape != p.shape or not h.isfinite().all() or not (h >= 0).all():
+            if not isinstance(h, Tensor) or h.shape != p.shape or not (here(h).isfinite() & (here(h) >= 0)).all():
                 held = f"a tensor of {tuple(h.shape)}" if isinstance(h, Tensor) else repr(h)
                 wanted = f"finite numbers >= 0, shape {tuple(p.shape)}"
                 raise ValueError(f"{name}: hess_init must hold {wanted}, for {key!r}, got {held}")
             optimizer.layout.state(group, p)[optimizer.names.hess] = take_over(optimizer.like_state(p), h)
         if count := sum(p.numel() for _, p in named):
-            group["hess_init"] = sum(float(starts[key].double().sum()) for key, _ in named) / count
+            group["hess_init"] = sum(float(whole(starts[key].double().sum())) for key, _ in named) / count
 
 
 def _adopt(optimizer: Learner, prior: Posterior) -> None:

@@ -45,8 +45,9 @@ class Turning(Unrecorded):
         self.straight = Execution(author, name, shared, compile)
 
     def run(self, kind: str, cell: Cell, flats: Flats, numbers: Named, drawn: Cell | None = None) -> tuple[str, ...]:
-        way = super() if self.author.turns(cell.group) else self.straight
-        return way.run(kind, cell, flats, numbers, drawn)
+        if self.author.turns(cell.group):
+            return super().run(kind, cell, flats, numbers, drawn)
+        return self.straight.run(kind, cell, flats, numbers, drawn)
 
     def shift(self, cell: Cell, flats: Flats, offset: Tensor) -> None:
         if not self.author.turns(cell.group):

@@ -95,8 +95,18 @@ def put_tokens(settings: GPTSettings, out: Path, record: TextRecord | None, proc
                 raise ValueError(f"the text of {out} is no longer the one that it began with; bring it back")
             return
         tokens.check(settings.shape.context)
-        hyperparameters = settle(settings.optimizer, settings.hyperparameters, len(tokens.train), TEXT_OPTIMIZERS)
-        write_record(out / "run.json", describe(replace(settings, hyperparameters=hyperparameters), tokens, processes))
+        write_record(out / "run.json", describe(complete(settings, tokens, processes), tokens, processes))
+
+
+def complete(settings: GPTSettings, tokens: Tokens, processes: int) -> GPTSettings:
+    """The settings with those of the optimizer filled in.
+
+    Raises:
+        ValueError: If the optimizer is unknown or has no such setting.
+    """
+    averaged = settings.tokens_a_draw(processes)
+    hyperparameters = settle(settings.optimizer, settings.hyperparameters, len(tokens.train), TEXT_OPTIMIZERS, averaged)
+    return replace(settings, hyperparameters=hyperparameters)
 
 
 def take_back(out: Path) -> None:

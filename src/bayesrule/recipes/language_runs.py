@@ -3,23 +3,23 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import bayesrule as br
 from bayesrule.recipes.data import Bars, quiet
 from bayesrule.recipes.folder import claim, locked, write_lines, write_record
 from bayesrule.recipes.gpt import GPTSettings, Training, built
-from bayesrule.recipes.language import KIND, TextRecord, describe, measure, put_tokens, read, record_of, take_back
-from bayesrule.recipes.optimizers import TEXT_OPTIMIZERS, settle
+from bayesrule.recipes.language import KIND, TextRecord, complete, describe, measure, put_tokens, read, record_of, take_back
+from bayesrule.recipes.optimizers import DATA, TEXT_OPTIMIZERS, settle
 from bayesrule.recipes.results import going_on, place
 from bayesrule.recipes.runs import CHECKPOINT, Paused, go_on, learn
-from bayesrule.recipes.tokens import Tokens, opened
+from bayesrule.recipes.tokens import Tokens, opened, windows
 from bayesrule.recipes.workers import ALONE, Elsewhere, Workers
 from bayesrule.storage import write_tensors
 
@@ -31,7 +31,8 @@ def check(settings: GPTSettings, workers: Workers = ALONE) -> None:
         ValueError: If so; the message says what.
     """
     hyperparameters = settle(settings.optimizer, settings.hyperparameters, 1, TEXT_OPTIMIZERS)
-    TEXT_OPTIMIZERS[settings.optimizer].make(nn.Sequential(nn.Linear(2, 2)), hyperparameters)
+    anywhere = {"hess_init": 1.0} if hyperparameters.get("hess_init") == DATA else {}
+    TEXT_OPTIMIZERS[settings.optimizer].make(nn.Sequential(nn.Linear(2, 2)), hyperparameters | anywhere)
     workers.check(place(settings.device))
     if settings.fresh_draws and not TEXT_OPTIMIZERS[settings.optimizer].variational:
         raise ValueError(f"fresh_draws is for optimizers that draw weights, and {settings.optimizer} draws none; leave it out")
@@ -44,11 +45,21 @@ def begin(settings: GPTSettings, tokens: Tokens, workers: Workers = ALONE) -> tu
         ValueError: If a value of the settings is wrong.
     """
     choice, shard = TEXT_OPTIMIZERS[settings.optimizer], settings.shard and workers.size > 1
-    hyperparameters = settle(settings.optimizer, settings.hyperparameters, len(tokens.train), TEXT_OPTIMIZERS)
-    model = built(settings, tokens.codec.vocabulary, place(settings.device), shard)
+    settings = complete(settings, tokens, workers.size)
+    model, start = built(settings, tokens.codec.vocabulary, place(settings.device), shard), dict[str, Any]()
+    if settings.hyperparameters.get("hess_init") == DATA:
+        start = {"hess_init": br.start_curvature(model.eval(), "cross_entropy", beginning(settings, tokens))}
     each = {"noise_per_rank": True} if settings.fresh_draws and workers.size > 1 and not shard else {}  # shards see one sample
-    optimizer = choice.make(model, hyperparameters, settings.seed, **each)
-    return replace(settings, hyperparameters=hyperparameters), Training(model, optimizer, tokens, settings, workers)
+    optimizer = choice.make(model, {**settings.hyperparameters, **start}, settings.seed, **each)
+    return settings, Training(model, optimizer, tokens, settings, workers)
+
+
+def beginning(settings: GPTSettings, tokens: Tokens) -> Iterator[tuple[Tensor, Tensor]]:
+    """Eight batches, the same on every process, of which a curvature begins."""
+    context, generator = settings.shape.context, torch.Generator().manual_seed(settings.seed)
+    for _ in range(8):
+        starts = torch.randint(len(tokens.train) - context, (settings.batch_size,), generator=generator)
+        yield windows(tokens.train, starts.tolist(), context)
 
 
 def train(
@@ -94,15 +105,15 @@ def train(
         if workers.first(enter):
             tokens = workers.together(lambda: opened(out, settings.tokenizer))
             try:
-                complete, training = workers.together(lambda: begin(settings, tokens, workers))
+                settled, training = workers.together(lambda: begin(settings, tokens, workers))
             except (ValueError, Elsewhere):
                 if record is None and workers.is_first:
                     take_back(out)
                 raise
-            whose = identity(complete, tokens)
+            whose = identity(settled, tokens)
             if workers.first(lambda: (out / CHECKPOINT).exists()):
                 workers.together(lambda: go_on(out, training, whose))
-            about = describe(complete, tokens, workers.size)
+            about = describe(settled, tokens, workers.size)
             try:
                 learn(
                     training,
@@ -113,7 +124,7 @@ def train(
                     bars(TEXT_OPTIMIZERS[settings.optimizer].title, settings.steps),
                     lambda line: watch(settings.seed, line) if watch else None,
                 )
-                _finish(complete, training, out, about)
+                _finish(settled, training, out, about)
             except OSError as error:
                 if error.errno is None:
                     raise

@@ -29,11 +29,13 @@ class Choice:
     Args:
         title: The name in print.
         kind: The class.
-        settings: Defaults where they differ from the class's own; ``ess`` counts in training sets.
+        settings: Defaults where they differ from the class's own; ``ess`` counts in training sets, ``gradsq_scale`` in the examples
+            of a draw, and a ``hess_init`` of "data" is :func:`bayesrule.start_curvature`.
         variational: Whether it leaves a posterior behind.
         binary: Whether weights become -1 and 1: those of layers, while what has less than two dimensions stays as it is.
         fixed: Arguments that are no settings.
-        groups: Parameters or groups of them that the class is called with.
+        groups: Parameters or groups of them that the class is called with, of a model and the settings.
+        of_groups: Settings that are of these alone.
     """
 
     title: str
@@ -42,13 +44,14 @@ class Choice:
     variational: bool = False
     binary: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    groups: Callable[[nn.Module], list[Any]] = lambda model: list(model.parameters())
+    groups: Callable[[nn.Module, Mapping[str, Any]], list[Any]] = lambda model, _: list(model.named_parameters())
+    of_groups: tuple[str, ...] = ()
 
     @property
     def options(self) -> list[str]:
         """The names of all settings; ``betas`` is the two settings beta1 and beta2."""
         betas = ["beta1", "beta2"] if "betas" in self.arguments else []
-        return [*(name for name in self.arguments if name not in RESERVED), *betas]
+        return [*(name for name in self.arguments if name not in RESERVED), *betas, *self.of_groups]
 
     @property
     def arguments(self) -> dict[str, inspect.Parameter]:
@@ -67,17 +70,17 @@ class Choice:
         Raises:
             ValueError: If a setting has no such value.
         """
-        given: dict[str, Any] = {name: value for name, value in settings.items() if name not in ("beta1", "beta2")}
+        given: dict[str, Any] = {name: value for name, value in settings.items() if name not in ("beta1", "beta2", *self.of_groups)}
         if "beta1" in self.options:
             default = self.arguments["betas"].default
             given["betas"] = (settings.get("beta1", default[0]), settings.get("beta2", default[1]))
         if "seed" in self.arguments:
             given["seed"] = seed
-        params = self.groups(model)
+        params = self.groups(model, settings)
         if self.binary:
-            for p in params:
+            for _, p in params:
                 p.requires_grad_(p.dim() > 1)
-            params = [p for p in params if p.requires_grad]
+            params = [(name, p) for name, p in params if p.requires_grad]
         kind: Any = self.kind
         try:
             return kind(params, **given, **self.fixed, **more)
@@ -131,37 +134,56 @@ OPTIMIZERS: dict[str, Choice] = {
 
 # Of text
 
+DATA = "data"
+"""As a ``hess_init``: where the data are."""
 
-def decaying(model: nn.Module) -> list[dict[str, Any]]:
+
+def decaying(model: nn.Module, _: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Matrices, whose weights decay, and all else, which does not, as GPT-2 and nanoGPT have it."""
     params = list(model.parameters())
     return [{"params": [p for p in params if p.ndim > 1]}, {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
 
 
-def hidden(model: nn.Module) -> list[dict[str, Any]]:
+def hidden(model: nn.Module, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The matrices of linear layers, then all else that decays and what does not."""
     inner = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
-    rest = [group | {"params": [p for p in group["params"] if p not in inner]} for group in decaying(model)]
+    rest = [group | {"params": [p for p in group["params"] if p not in inner]} for group in decaying(model, settings)]
     return [{"params": [p for p in model.parameters() if p in inner], "hidden": True}, *rest]
 
 
+def matrices(model: nn.Module, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The matrices inside of a model, and all else for AdamW, at the same rate if no other is given."""
+    rate = settings.get("adamw_lr", settings["lr"])
+    return br.split_matrices(model, lr=rate, betas=(0.9, TEXT_ADAMW["beta2"]), weight_decay=TEXT_ADAMW["weight_decay"])
+
+
 TEXT_ADAMW = {"lr": 0.003, "weight_decay": 0.1, "beta2": 0.99}
-TEXT_IVON = {"lr": 1.0, "ess": 10.0, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.99999}
-TEXT_IVON |= {"clip_radius": 1e-3, "rescale_lr": False}
-TEXT_EVON = {"lr": 0.1, "ess": 10.0, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.999}
+SQUARES = {"hess_approx": "gradsq", "gradsq_scale": 1.0, "hess_init": DATA, "weight_decay": 1e-6, "clip_radius": 1.0}
+TEXT_IVON = {"lr": 0.01, "ess": 10.0, **SQUARES, "beta2": 0.99, "rescale_lr": False}
+TEXT_EVON = {
+    "lr": 0.01,
+    "ess": 10.0,
+    **SQUARES,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "max_precond_dim": 0,
+    "adjust_lr_fn": "match_rms_adamw",
+}
 TEXT_MUON = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "adamw_lr": 0.003, "beta2": 0.99}
 
 TEXT_OPTIMIZERS: dict[str, Choice] = {
     "adamw": replace(OPTIMIZERS["adamw"], settings=TEXT_ADAMW, groups=decaying),
     "ivon": replace(OPTIMIZERS["ivon"], settings=TEXT_IVON),
-    "evon": replace(OPTIMIZERS["evon"], settings=TEXT_EVON),
+    "evon": replace(OPTIMIZERS["evon"], settings=TEXT_EVON, groups=matrices, of_groups=("adamw_lr",)),
     "torch-adamw": replace(OPTIMIZERS["torch-adamw"], settings=TEXT_ADAMW, groups=decaying),
 }
 if hasattr(torch.optim, "Muon"):
     TEXT_OPTIMIZERS["torch-muon"] = Choice("Muon", MuonAdamW, TEXT_MUON, groups=hidden)
 
 
-def settle(name: str, given: Mapping[str, Any], num_data: int, offered: Mapping[str, Choice] = OPTIMIZERS) -> dict[str, Any]:
+def settle(
+    name: str, given: Mapping[str, Any], num_data: int, offered: Mapping[str, Choice] = OPTIMIZERS, averaged: int = 1
+) -> dict[str, Any]:
     """The settings of an optimizer: its defaults, overridden by what was given (None: not given).
 
     Args:
@@ -169,6 +191,7 @@ def settle(name: str, given: Mapping[str, Any], num_data: int, offered: Mapping[
         given: What was given.
         num_data: The size of the training set.
         offered: The table of a recipe.
+        averaged: How many examples the gradient of a draw averages over.
 
     Raises:
         ValueError: If the optimizer is unknown or has no such setting.
@@ -184,8 +207,9 @@ def settle(name: str, given: Mapping[str, Any], num_data: int, offered: Mapping[
             near = nearest(setting, choice.options) or ";"
             raise ValueError(f"{name} has no setting {setting} (got {value!r}){near} its settings are {', '.join(choice.options)}")
     settings = dict(choice.settings)
-    if "ess" in settings:
-        settings["ess"] *= num_data
+    for setting, unit in {"ess": num_data, "gradsq_scale": averaged}.items():
+        if setting in settings:
+            settings[setting] *= unit
     return settings | chosen
 
 
