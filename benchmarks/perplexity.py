@@ -214,11 +214,11 @@ def _table(corpus: str, entries: Mapping[str, Entry], steps: int, seeds: tuple[i
         key[f"{title}: {kind}, averaged"] = spread(offs, mean(offs))
         rows.append([f"best {kind} / {words}", "", f"{mean(ratios):.3f}", f"{mean(offs):.4f}", *[""] * 5])
     head = ("optimizer", "settings", "mean", "averaged", "/ AdamW", "/ rival", "bits/byte", "ECE", "ECE, averaged")
-    rest = ", ".join(map(str, seeds))
+    first, rest = seeds[0], ", ".join(map(str, seeds))
     note = (
-        f"GPT of 0.37 million weights, {steps:,} steps of 1,024 bytes; as many settings of each on seed {seeds[0]}, then the best of them "
-        f"on seeds {rest}: mean ± standard deviation. Averaged: over 8 draws. Settings were chosen by the perplexity of seed {seeds[0]}, "
-        f"which is in the table. Rival: the better of SOAP and Muon."
+        f"GPT of 0.37 million weights, {steps:,} steps of 1,024 bytes; as many settings of each on seed {first}, then the best of "
+        f"them on seeds {rest}: mean ± standard deviation. Averaged: over 8 draws. Settings were chosen by the perplexity of "
+        f"seed {first}, which is in the table. Rival: the better of SOAP and Muon."
     )
     return Table(title, head, rows, key, note)
 
