@@ -181,7 +181,8 @@ def tables(settings: Settings) -> list[Table]:
     found = []
     for corpus in CORPORA:
         with ThreadPoolExecutor(settings.threads) as pool, ThreadPoolExecutor(len(METHODS)) as each:
-            entries = dict(zip(METHODS, each.map(lambda m: entry(m, corpus, steps, seeds, pool), METHODS.values()), strict=True))
+            jobs = [(method, corpus, steps, seeds, pool) for method in METHODS.values()]
+            entries = dict(zip(METHODS, each.map(lambda job: entry(*job), jobs), strict=True))
         found += [_table(corpus, entries, steps, seeds), _grid(corpus, entries)]
         lines = {name: [run["curve"] for run in e.runs if "curve" in run] for name, e in entries.items()}
         path = settings.plots / f"perplexity_{CORPORA[corpus]}.png"

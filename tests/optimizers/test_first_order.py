@@ -209,3 +209,21 @@ def test_sparse_parameters_are_refused(make):
     }
     with pytest.raises(TypeError, match=f"{make.__name__}: parameter group 0 has sparse parameters"):
         make([w], **arguments)
+
+
+@pytest.mark.parametrize("kind", [br.AdamW, br.Adam, br.RMSprop], ids=lambda kind: kind.__name__)
+def test_contexts_of_a_step_are_accumulated_as_torchs_gradients(kind):
+    """The squares are of their mean, weighted, and not the mean of their squares."""
+    torch.manual_seed(0)
+    start, batches = torch.randn(5, 3), torch.randn(4, 3, 5, 3)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizer, twin = kind([ours], lr=0.1), getattr(torch.optim, kind.__name__)([theirs], lr=0.1)
+    for step in batches:
+        for g, weight in zip(step, (1.0, 2.0, 1.0), strict=True):
+            with optimizer.sampled_params(train=True, weight=weight):
+                optimizer.zero_grad()
+                (ours * g).sum().backward()
+        optimizer.step()
+        theirs.grad = (step[0] + 2 * step[1] + step[2]) / 4
+        twin.step()
+        torch.testing.assert_close(ours, theirs)

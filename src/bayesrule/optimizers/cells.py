@@ -48,6 +48,12 @@ class Cell(NamedTuple):
         return self.rule.expectation.climbs
 
     @property
+    def squares_mean(self) -> bool:
+        """Whether a curvature is the square of a gradient at the mean: then of the whole step's, however many contexts it has."""
+        curvature = self.rule.curvature
+        return not self.draws and curvature.degree == 2 and not curvature.squares_examples
+
+    @property
     def params(self) -> list[Tensor]:
         """The parameters that belong to the cell."""
         return [p for i, p in enumerate(self.plot.params) if self.only is None or i in self.only]

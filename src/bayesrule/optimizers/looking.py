@@ -148,7 +148,8 @@ class Looks:
             flats, numbers, drawn = self._at_hand(cell)
             flats = {**flats, "mean_gradient": gradient, "mean_curvature": curvature}
             numbers = {**numbers, "weight": self._weight / self._total}
-            if "mean_curvature" in self.host.execution.run(kind, cell, flats, numbers, drawn):
+            how = "average_blindly" if cell.squares_mean else kind
+            if "mean_curvature" in self.host.execution.run(how, cell, flats, numbers, drawn):
                 self._curved.add(id(cell.plot))
 
     def _means(self, plot: Plot) -> tuple[Tensor, Tensor]:
@@ -324,9 +325,12 @@ class Looks:
     def _on_average(self, cell: Cell) -> Flats:
         """Move by the mean over the draws that were read."""
         gradient, curvature = self._means(cell.plot)
-        seen = {"mean_curvature": curvature} if id(cell.plot) in self._curved else {}
-        flats = {"mean": cell.plot.mean(), **cell.kept, "mean_gradient": gradient, **seen}
-        self.host.execution.run("move_on_average", cell, flats, cell.inputs)
+        flats = {"mean": cell.plot.mean(), **cell.kept}
+        if cell.squares_mean:
+            flats |= {"gradient": gradient}
+        else:
+            flats |= {"mean_gradient": gradient, **({"mean_curvature": curvature} if id(cell.plot) in self._curved else {})}
+        self.host.execution.run("move" if cell.squares_mean else "move_on_average", cell, flats, cell.inputs)
         return flats
 
     def _by_gradient(self, cell: Cell) -> Flats:
