@@ -57,7 +57,8 @@ class EVON(BayesOptimizer):
     The bases are the eigenvectors of averages of :math:`G G^T` and :math:`G^T G`, followed by one orthogonal iteration every
     few steps. W brings singular values near to 1 (``whiten``), as Muon does; without it this is the rule to the letter.
 
-    As an instance of the rule: IVON over a Gaussian that is diagonal in a basis of each axis. h stays when the basis moves.
+    As an instance of the rule: IVON over a Gaussian that is diagonal in a basis of each axis. A ``hess_init`` by element is turned
+    to the first basis; after that h stays when the basis moves.
 
     Args:
         params: Parameters or groups; a group may set any hyper-parameter, and ``noise_scale=0`` for no noise. One with
@@ -315,6 +316,7 @@ class EVON(BayesOptimizer):
         if new:
             state["statistics"] = [None if m is None else (1 - keep) * m for m in of_axes]
             state["basis"] = [None if s is None else eigenvectors(_lifted(s)) for s in state["statistics"]]
+            state["hess"].copy_(self.basis(cell).squared().turn(state["hess"]))  # the diagonal of what it was, there
         else:
             for s, m in zip(state["statistics"], of_axes, strict=True):
                 if s is not None and m is not None:
