@@ -78,8 +78,8 @@ METHODS = {
     ),
     "EVON": Method(
         "evon",
-        {"lr": 0.01, "beta2": 0.99},
-        ({"lr": 0.006}, {"lr": 0.015}, {"beta1": 0.95}),
+        {"lr": 0.005, "whiten": False},
+        ({"lr": 0.003}, {"lr": 0.007}, {"lr": 0.01, "whiten": True, "adjust_lr_fn": "match_rms_adamw"}),
         "structured",
     ),
     "EVON, published": Method(
@@ -89,8 +89,8 @@ METHODS = {
         "structured",
         {
             **PRICE,
-            "max_precond_dim": 10000,
             "hess_init": 0.5,
+            "whiten": True,
             "clip_radius": math.inf,
             "adjust_lr_fn": None,
             "beta1": 0.95,

@@ -154,21 +154,14 @@ def hidden(model: nn.Module, settings: Mapping[str, Any]) -> list[dict[str, Any]
 def matrices(model: nn.Module, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The matrices inside of a model, and all else for AdamW, at the same rate if no other is given."""
     rate = settings.get("adamw_lr", settings["lr"])
-    return br.split_matrices(model, lr=rate, betas=(0.9, TEXT_ADAMW["beta2"]), weight_decay=TEXT_ADAMW["weight_decay"])
+    return br.split_matrices(model, lr=rate, betas=(0.9, 0.99), weight_decay=0.1)
 
 
 TEXT_ADAMW = {"lr": 0.003, "weight_decay": 0.1, "beta2": 0.99}
 SQUARES = {"hess_approx": "gradsq", "gradsq_scale": 1.0, "hess_init": DATA, "weight_decay": 1e-6, "clip_radius": 1.0}
 TEXT_IVON = {"lr": 0.01, "ess": 10.0, **SQUARES, "beta2": 0.99, "rescale_lr": False}
-TEXT_EVON = {
-    "lr": 0.01,
-    "ess": 10.0,
-    **SQUARES,
-    "beta1": 0.9,
-    "beta2": 0.99,
-    "max_precond_dim": 0,
-    "adjust_lr_fn": "match_rms_adamw",
-}
+TEXT_EVON = {"lr": 0.005, "ess": 10.0, **SQUARES, "beta1": 0.95, "beta2": 0.99, "shampoo_beta": 0.95, "whiten": False}
+TEXT_EVON |= {"adamw_lr": 0.01}
 TEXT_MUON = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "adamw_lr": 0.003, "beta2": 0.99}
 
 TEXT_OPTIMIZERS: dict[str, Choice] = {
