@@ -222,10 +222,12 @@ class GPTSettings:
         given = {name: getattr(self, name) for name in ("layers", "heads", "width", "context")}
         return Shape(**{**asdict(SIZES[self.size]), **{name: value for name, value in given.items() if value is not None}})
 
-    def tokens_a_draw(self, processes: int) -> int:
-        """Over how many tokens the gradient of a draw is averaged."""
-        drawn_apart = self.fresh_draws * (self.accumulate if self.shard else self.accumulate * processes)
-        return self.batch_size * self.shape.context * self.accumulate * processes // (drawn_apart or 1)
+    def tokens_a_draw(self, processes: int, apart: bool) -> int:
+        """Over how many tokens the gradient of a draw is averaged; ``apart``: whether processes can have draws of their own."""
+        micro = self.batch_size * self.shape.context
+        if not self.fresh_draws:
+            return micro * self.accumulate * processes
+        return micro if apart and not self.shard else micro * processes
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""

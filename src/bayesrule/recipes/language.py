@@ -15,6 +15,7 @@ import torch
 import bayesrule as br
 from bayesrule.recipes.folder import claim, digest, locked, read_lines, read_record, write_record
 from bayesrule.recipes.gpt import GPT, GPTSettings, built, write
+from bayesrule.recipes.names import lookup
 from bayesrule.recipes.optimizers import TEXT_OPTIMIZERS, settle
 from bayesrule.recipes.results import going_on, load_learned, place
 from bayesrule.recipes.settings import settings_within
@@ -104,7 +105,8 @@ def complete(settings: GPTSettings, tokens: Tokens, processes: int) -> GPTSettin
     Raises:
         ValueError: If the optimizer is unknown or has no such setting.
     """
-    averaged = settings.tokens_a_draw(processes)
+    choice = lookup("optimizer", settings.optimizer, TEXT_OPTIMIZERS)
+    averaged = settings.tokens_a_draw(processes, choice.draws_apart)
     hyperparameters = settle(settings.optimizer, settings.hyperparameters, len(tokens.train), TEXT_OPTIMIZERS, averaged)
     return replace(settings, hyperparameters=hyperparameters)
 

@@ -37,7 +37,7 @@ class TrainGPT(GPTSettings):
         weight_decay: Strength of the prior, or of the decay.
         beta2: Decay of the average of squares or curvatures.
         ess: Effective sample size, in tokens.
-        hess_init: Curvature at the start.
+        hess_init: Curvature at the start: a number, or data for that of eight batches.
         sample: Tokens of text that the model writes at the end.
         prompt: What it begins with.
         temperature: Of what it writes; 0 is always the most probable token.
@@ -57,7 +57,7 @@ class TrainGPT(GPTSettings):
     weight_decay: float | None = None
     beta2: float | None = None
     ess: float | None = None
-    hess_init: float | None = None
+    hess_init: float | str | None = None
     sample: int = 0
     prompt: str = "\n"
     temperature: float = 0.8

@@ -49,7 +49,8 @@ def begin(settings: GPTSettings, tokens: Tokens, workers: Workers = ALONE) -> tu
     model, start = built(settings, tokens.codec.vocabulary, place(settings.device), shard), dict[str, Any]()
     if settings.hyperparameters.get("hess_init") == DATA:
         start = {"hess_init": br.start_curvature(model.eval(), "cross_entropy", beginning(settings, tokens))}
-    each = {"noise_per_rank": True} if settings.fresh_draws and workers.size > 1 and not shard else {}  # shards see one sample
+    apart = settings.fresh_draws and workers.size > 1 and choice.draws_apart and not shard  # shards see one sample
+    each = {"noise_per_rank": True} if apart else {}
     optimizer = choice.make(model, {**settings.hyperparameters, **start}, settings.seed, **each)
     return settings, Training(model, optimizer, tokens, settings, workers)
 

@@ -54,6 +54,11 @@ class Choice:
         return [*(name for name in self.arguments if name not in RESERVED), *betas, *self.of_groups]
 
     @property
+    def draws_apart(self) -> bool:
+        """Whether each process can have draws of its own."""
+        return "noise_per_rank" in self.arguments
+
+    @property
     def arguments(self) -> dict[str, inspect.Parameter]:
         """Of the constructor, and of those that it hands its other arguments on to."""
         found: dict[str, inspect.Parameter] = {}
