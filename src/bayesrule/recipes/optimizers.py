@@ -29,7 +29,7 @@ class Choice:
     Args:
         title: The name in print.
         kind: The class.
-        settings: Defaults where they differ from the class's own; ``ess`` counts in training sets.
+        settings: Defaults where they differ from the class's own; ``ess`` counts in training sets, or is a function of their size.
         variational: Whether it leaves a posterior behind.
         binary: Whether weights become -1 and 1: those of layers, while what has less than two dimensions stays as it is.
         fixed: Arguments that are no settings.
@@ -185,7 +185,7 @@ def settle(name: str, given: Mapping[str, Any], num_data: int, offered: Mapping[
             raise ValueError(f"{name} has no setting {setting} (got {value!r}){near} its settings are {', '.join(choice.options)}")
     settings = dict(choice.settings)
     if "ess" in settings:
-        settings["ess"] *= num_data
+        settings["ess"] = settings["ess"](num_data) if callable(settings["ess"]) else settings["ess"] * num_data
     return settings | chosen
 
 
