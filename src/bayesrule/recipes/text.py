@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from bayesrule.recipes.data import Bars, Data, Padding, Part, Scale, arrange, check, quiet, survey
+from bayesrule.recipes.data import Bars, Data, Part, Scale, arrange, check, quiet, survey
 from bayesrule.recipes.formats import documents
 from bayesrule.recipes.optimizers import OPTIMIZERS, Choice
+from bayesrule.recipes.scaling import Padding
 from bayesrule.recipes.settings import RunSettings
 
 MANY = 1_000_000_000  # parameters that nobody trains all of by intent
