@@ -103,7 +103,6 @@ def classifier(name: str, classes: Sequence[str], seed: int) -> nn.Module:
         ValueError: If it cannot be loaded.
     """
     checkpoint = find(name)
-    filler, _ = tokenizer(name, 1)
     how: dict[str, Any] = {} if checkpoint.how else {"use_safetensors": True}
     with asking(checkpoint), torch.random.fork_rng([]):
         torch.manual_seed(seed)
@@ -118,7 +117,7 @@ def classifier(name: str, classes: Sequence[str], seed: int) -> nn.Module:
             **how,
         )
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = filler.pad_token_id
+        model.config.pad_token_id = tokenizer(name, 1)[0].pad_token_id
     if checkpoint.how:  # the numbers are plain by now
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
