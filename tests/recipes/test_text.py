@@ -35,7 +35,7 @@ def test_settings_that_are_none(setting, words):
 
 def test_the_prior_and_ess_that_are_advised():
     chosen = settle("ivon", {}, 10_000, LORA_OPTIMIZERS)
-    assert chosen["ess"] == 5000 * 100 and chosen["weight_decay"] > 0 and not chosen["rescale_lr"]
+    assert chosen["ess"] == 1e7 and chosen["weight_decay"] > 0 and not chosen["rescale_lr"]
     assert settle("ivon", {"ess": 7.0}, 10_000, LORA_OPTIMIZERS)["ess"] == 7.0
     assert TextSettings("a").optimizers is LORA_OPTIMIZERS and TextSettings("a", full=True).optimizers is FULL_OPTIMIZERS
 

@@ -119,10 +119,11 @@ class TrainTabular(Command, Settings):
 class TrainText(Command, TextSettings):
     """Fine-tune a checkpoint of Hugging Face on a CSV of texts and labels, by LoRA or all of it.
 
-    The prior of IVON is a Gaussian around zero, of precision ess * weight_decay; weight_decay must be above 0, or the posterior
-    has no floor where the data say nothing. ess is 5,000 times the root of the number of documents if it is not given: a cold
-    posterior, as fine-tuning wants it (1e6 to 1e8 in the papers). Too small an ess shows as a training loss that does not fall;
-    a larger one is nearer to AdamW. What the choice costs and gains stands in docs/text_classification.md.
+    The prior of IVON is a Gaussian around zero, of precision ess * weight_decay; weight_decay must be above 0, or nothing bounds
+    the posterior where the data say nothing. ess is 1e7 unless it is given: far above the number of documents, since fine-tuning
+    wants a cold posterior (1e6 to 1e8 in the papers); weights are drawn with deviation 1 / sqrt(ess * (hess_init + weight_decay)).
+    Too small an ess shows as a training loss that stays high; a larger one is nearer to a single model. A step moves a weight by
+    up to lr * clip_radius: longer runs take a smaller lr (0.03 for 10,000 steps). See docs/text_classification.md.
 
     Args:
         lora: Train adapters and the head alone: the default, said aloud.

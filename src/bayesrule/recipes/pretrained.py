@@ -119,7 +119,7 @@ def classifier(name: str, classes: Sequence[str], seed: int) -> nn.Module:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer(name, 1)[0].pad_token_id
     if checkpoint.how:  # the numbers are plain by now
-        model.hf_quantizer = None
+        model.is_quantized, model.hf_quantizer = False, None
         model.config.__dict__.pop("quantization_config", None)
     return model
 

@@ -5,7 +5,6 @@ new head, and with LoRA (Hu et al., 2021) only small matrices beside its layers 
 """
 
 import importlib
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -43,18 +42,15 @@ def learned(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def effective(num_data: int) -> float:
-    """The effective sample size that suits adapters: 5,000 times the root of the number of examples.
-
-    Source: the default of the later paper on IVON with LoRA (Cong et al., 2025, arXiv:2506.14280).
-    """
-    return 5000 * math.sqrt(num_data)
+def cold(num_data: int) -> float:
+    """The effective sample size for fine-tuning, whatever the number of documents: see ``docs/text_classification.md``."""
+    return 1e7
 
 
-LORA_IVON = {"lr": 0.03, "ess": effective, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.99999}
+LORA_IVON = {"lr": 0.3, "ess": cold, "hess_init": 1e-3, "weight_decay": 1e-6, "beta2": 0.99999}
 LORA_IVON |= {"clip_radius": 1e-3, "rescale_lr": False}
 LORA_ADAMW = {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999}
-FULL_IVON = {**LORA_IVON}
+FULL_IVON = {**LORA_IVON, "lr": 0.05}
 FULL_ADAMW = {"lr": 5e-5, "weight_decay": 0.01, "beta2": 0.999}
 
 
