@@ -191,6 +191,12 @@ class TestCommands:
         assert json.loads((tmp_path / "run" / "seed-0" / "run.json").read_text())["settings"]["hyperparameters"]["lr"] == 1
         assert cli.main(["train", "text", "--resume", "--out", str(tmp_path / "run")]) == 0
 
+    def test_hugging_face_says_nothing(self, world, tmp_path, capfd):
+        asked = ["--data", str(world / "a.csv"), "--model", str(world / "bert"), "--epochs", "1", "--full"]
+        assert cli.main(["train", "text", *asked, "--out", str(tmp_path / "run")]) == 0
+        lines = capfd.readouterr().err.splitlines()
+        assert lines and {line.split()[0] for line in lines} <= {"bayesrule:", "look", "IVON", "predict"}
+
     def test_evaluate_and_report(self, run, world, tmp_path, capsys):
         table(tmp_path / "other.csv", [("a day", ""), ("wrong wrong film", "")])
         assert cli.main(["evaluate", str(run), "--ood", str(tmp_path / "other.csv"), "--json"]) == 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import bayesrule as br
 from bayesrule.recipes.data import DOCUMENT, FORWARD, Bars, Data, Part, fitting, quiet
+from bayesrule.recipes.formats.documents import SHOWN
 from bayesrule.recipes.results import Run, read
 from bayesrule.recipes.runs import Paused
 from bayesrule.storage import replacing
@@ -221,7 +222,8 @@ def _dependence(
         return [(name, f"{value:.4g}") for name, value in zip(names, train[i].tolist(), strict=True)]
 
     def text(i: int) -> str:
-        return str(train.source.texts[int(train.indices[i])])  # type: ignore[attr-defined]
+        whole = str(train.source.texts[int(train.indices[i])])  # type: ignore[attr-defined]
+        return whole if len(whole) > SHOWN else ""  # else its name has it
 
     return Dependence(
         title=f"What {run.title} learned {data.name} from",

@@ -60,20 +60,29 @@ def find(name: str) -> Checkpoint:
 
 
 @contextmanager
-def asking(checkpoint: Checkpoint) -> Iterator[None]:
-    """Hugging Face says nothing, and what goes wrong is one line."""
-    loud = logging.get_verbosity()
+def silence() -> Iterator[None]:
+    """Hugging Face says nothing of its own affairs."""
+    loud, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own affairs
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(loud)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def asking(checkpoint: Checkpoint) -> Iterator[None]:
+    """What goes wrong with a checkpoint is one line."""
+    try:
+        with silence():
             yield
     except Exception as error:
         raise ValueError(f"cannot load the checkpoint {shown(checkpoint.folder)}: {reason(error)[:300]}") from error
-    finally:
-        logging.set_verbosity(loud)
-        logging.enable_progress_bar()
 
 
 def tokenizer(name: str, length: int) -> tuple[Any, int]:
@@ -128,8 +137,7 @@ def adapted(model: nn.Module, rank: int, alpha: float, dropout: float, seed: int
     """With LoRA in all linear layers: they and the head learn, all else stays as it is."""
     scale: Any = alpha  # PEFT says whole numbers and takes any
     config = peft.LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules="all-linear", task_type="SEQ_CLS")
-    with torch.random.fork_rng([]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.random.fork_rng([]), silence():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config)
 
@@ -140,8 +148,7 @@ def write(model: Any, folder: Path, name: str) -> None:
     draft = folder / f".model.{uuid.uuid4().hex}"
     try:
         draft.mkdir()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silence():
             if isinstance(model, peft.PeftModel):
                 model.save_pretrained(str(draft), save_embedding_layers=False)
             else:
