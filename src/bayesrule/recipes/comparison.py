@@ -10,9 +10,8 @@ from torch import Tensor
 
 from bayesrule.recipes.data import Bars, Data, Part, quiet
 from bayesrule.recipes.repeats import members
-from bayesrule.recipes.results import SAMPLES, Run, read
-from bayesrule.recipes.settings import Settings
-from bayesrule.recipes.strangers import strangers
+from bayesrule.recipes.results import Run, read
+from bayesrule.recipes.settings import RunSettings
 from bayesrule.uses.calibration import fit_temperature
 from bayesrule.uses.report import Method, Report, Trial
 
@@ -37,7 +36,7 @@ class Group:
 
 def compare(
     folders: Sequence[Path],
-    num_samples: int = SAMPLES,
+    num_samples: int | None = None,
     ood: str | None = None,
     *,
     again: bool = False,
@@ -50,7 +49,7 @@ def compare(
 
     Args:
         folders: Of runs, of several seeds of a run, or of the demo.
-        num_samples: Networks that are averaged.
+        num_samples: Networks that are averaged; None is what suits the runs.
         ood: Data of another kind, which a method should be unsure of; in the place of held-out classes.
         again: Predict anew, even where the predictions of these weights were kept.
         bars: Progress.
@@ -70,7 +69,8 @@ def compare(
                     f"{first.folder} and {run.folder} were tested on different data ({data.name} and {run.data.name}, or other "
                     "splits or held-out classes); compare runs of the same"
                 )
-    unknown = None if ood is None else strangers(ood, data, first.settings.target)
+    num_samples = first.settings.draws if num_samples is None else num_samples
+    unknown = None if ood is None else first.settings.strangers(ood, data)
     titles = Counter(group.title for group in groups)
     names = [group.title if titles[group.title] == 1 else f"{group.title} ({group.origin})" for group in groups]
     methods = [
@@ -136,8 +136,9 @@ def costs(run: Run) -> dict[str, str]:
     """What training took, in numbers that do not depend on the machine."""
     steps = -(-len(run.data.train) // run.settings.batch_size)
     draws = int(run.settings.hyperparameters.get("mc_samples", 1))
+    weights, learned = (sum(p.numel() for p in run.model.parameters() if p.requires_grad or every) for every in (True, False))
     return {
-        "weights": f"{sum(p.numel() for p in run.model.parameters()):,}",
+        "weights": f"{weights:,}" if learned == weights else f"{weights:,}, of which {learned:,} learn",
         "epochs": f"{len(run.history)}",
         "gradients": f"{steps * len(run.history) * draws:,}",
     }
@@ -170,7 +171,7 @@ def summary(groups: Sequence[Group], num_samples: int, methods: Sequence[Method]
     return said
 
 
-def describe(settings: Settings) -> dict[str, Any]:
+def describe(settings: RunSettings) -> dict[str, Any]:
     """The settings as one flat table, in words."""
     flat = {**asdict(settings), **settings.hyperparameters}
     del flat["hyperparameters"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bayesrule.recipes.formats.pieces import nearest
 from bayesrule.recipes.formats.reading import read
+from bayesrule.recipes.scaling import Scale as Scale
 from bayesrule.recipes.sources import ANY, TEST, TRAIN, VALIDATION, Collection, Source
 
 PARTS = {TRAIN: "training", VALIDATION: "validation", TEST: "test"}
@@ -22,7 +23,9 @@ TAKEN = {VALIDATION: 0.1, TEST: 0.15}  # of the given training part, where only 
 CHUNK = 1024  # examples looked through at once
 NUMBERS = 1 << 25  # of examples that are held at once, at most, whatever their size: bounds memory
 FORWARD = 1 << 23  # of examples that a model sees at once, which makes many times as many of them
+DOCUMENT, TOKEN = "document", 2048  # the kind, and numbers that count for a token
 READERS = min(8, cpu_count() or 1)  # threads that decode files; decoding frees the interpreter
+GROUP = 16  # batches that are sorted by length together
 UNEVEN = 10  # times as many examples of one class as of another are worth a word
 
 
@@ -61,6 +64,24 @@ class Part:
         """Where one example comes from."""
         return self.source.name(int(self.indices[position]))
 
+    def by_length(self) -> Tensor:
+        """Positions, the shortest example first, or as they are where all are of one length."""
+        lengths = self.source.lengths(self.indices)
+        return torch.arange(len(self)) if lengths is None else lengths.argsort(stable=True)
+
+    def batches(self, order: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
+        """Positions in a random order, batch by batch.
+
+        Where examples differ in length, those of a batch are about as long as one another, and little of it is padding: every
+        ``GROUP`` batches are sorted by length, then batches are shuffled.
+        """
+        lengths = self.source.lengths(self.indices[order])
+        if lengths is None:
+            return list(order.split(size))
+        groups = zip(order.split(GROUP * size), lengths.split(GROUP * size), strict=True)
+        found = [batch for group, its in groups for batch in group[its.argsort(stable=True)].split(size)]
+        return [found[i] for i in torch.randperm(len(found), generator=generator)]
+
     def stream(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """The examples at the positions of each batch, as stored. Files are decoded ahead of time, in threads."""
         chosen = (self.indices[batch] for batch in batches)
@@ -82,26 +103,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What inputs are shifted by and divided by, per channel of an image or column of a table."""
-
-    center: tuple[float, ...]
-    spread: tuple[float, ...]
-
-    def __call__(self, stored: Tensor) -> Tensor:
-        """Examples as they are stored, shape (examples, channels, ...), as float32 inputs of a model."""
-        shape = (1, -1, *(1,) * (stored.dim() - 2))
-        center, spread = (torch.tensor(side, device=stored.device).view(shape) for side in (self.center, self.spread))
-        return (stored.float() - center).div_(spread)
-
-
-@dataclass(frozen=True)
 class Data:
     """What a run learns from, chooses with and is tested on, and examples of classes that it never learns.
 
     Args:
         name: The data set's name.
-        kind: "image" or "row".
+        kind: "image", "row" or "document".
         form: How it is stored, in words.
         classes: Names of the classes; label k means ``classes[k]``.
         train, validation, test: Disjoint parts.
@@ -131,6 +138,11 @@ class Data:
     def shape(self) -> tuple[int, ...]:
         """Of one input: (channels, height, width) or (columns,)."""
         return self.train.source.shape
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """Of what a model makes of one input, for :func:`fitting`: each token of a document becomes many numbers at once."""
+        return (*self.shape, TOKEN) if self.kind == DOCUMENT else self.shape
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -280,7 +292,7 @@ def survey(data: Data, bars: Bars = quiet) -> Data:
     Raises:
         ValueError: If an example cannot be read, or nothing differs between training examples.
     """
-    channels = data.shape[0]
+    channels = 1 if data.kind == DOCUMENT else data.shape[0]
     seen: dict[bytes, tuple[str, int]] = {}
     twice: dict[str, list[tuple[int, str, int]]] = {name: [] for name in data.parts}
     blank: list[str] = []
@@ -305,14 +317,15 @@ def survey(data: Data, bars: Bars = quiet) -> Data:
     count = len(data.train) * (data.train[0].numel() // channels)
     center = total / count
     spread = ((squares - count * center.square()).clamp_min(0) / max(count - 1, 1)).sqrt()
-    flat = spread <= 1e-6 * center.abs().clamp_min(1e-30)
+    flat = (spread <= 1e-6 * center.abs().clamp_min(1e-30)) & (data.kind != DOCUMENT)
     copies = sum(origin == "training" for _, origin, _ in twice["training"])
     if flat.all() or copies == len(data.train) - 1:
         raise ValueError(f"all training {data.kind}s of {data.name} are the same; there is nothing to learn")
     as_is = binary if data.kind == "row" else torch.zeros_like(binary)  # yes or no stays 1 or 0
     center, spread = center.masked_fill(as_is, 0.0), spread.masked_fill(as_is | flat, 1.0)
     notes = [*data.notes, *_repeats(data, twice), *_oddities(data, blank)]
-    return replace(data, scale=Scale(tuple(center.tolist()), tuple(spread.tolist())), notes=tuple(notes))
+    scale = data.scale if data.kind == DOCUMENT else Scale(tuple(center.tolist()), tuple(spread.tolist()))
+    return replace(data, scale=scale, notes=tuple(notes))
 
 
 def _repeats(data: Data, twice: dict[str, list[tuple[int, str, int]]]) -> Iterator[str]:

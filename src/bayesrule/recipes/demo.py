@@ -13,7 +13,6 @@ from bayesrule.recipes.comparison import compare, listing
 from bayesrule.recipes.data import Bars, quiet
 from bayesrule.recipes.folder import appearing, read_record, write_record
 from bayesrule.recipes.optimizers import OPTIMIZERS
-from bayesrule.recipes.results import SAMPLES, load_for
 from bayesrule.recipes.runs import begin, finish
 from bayesrule.recipes.settings import Settings
 from bayesrule.storage import write_text
@@ -73,7 +72,7 @@ def demo(out: Path, settings: Settings = DEMO, bars: Bars = quiet) -> None:
         ValueError: If training diverges.
     """
     with appearing(out) as folder, one_thread():
-        data = load_for(settings)
+        data = settings.load()
         runs = {
             name: begin(replace(settings, optimizer=optimizer, hyperparameters=hyperparameters), data)
             for name, (optimizer, hyperparameters) in CONTESTANTS.items()
@@ -99,7 +98,7 @@ def demo(out: Path, settings: Settings = DEMO, bars: Bars = quiet) -> None:
         write_text(folder / "report.html", render(report))
 
 
-def summarize(folder: Path, num_samples: int = SAMPLES, bars: Bars = quiet, *, again: bool = False) -> Report:
+def summarize(folder: Path, num_samples: int | None = None, bars: Bars = quiet, *, again: bool = False) -> Report:
     """The predictions of all runs of the demo, ready to be tabled or rendered.
 
     Raises:

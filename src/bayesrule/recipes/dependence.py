@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import bayesrule as br
-from bayesrule.recipes.data import FORWARD, Bars, Data, Part, fitting, quiet
+from bayesrule.recipes.data import DOCUMENT, FORWARD, Bars, Data, Part, fitting, quiet
+from bayesrule.recipes.formats.documents import SHOWN
 from bayesrule.recipes.results import Run, read
 from bayesrule.recipes.runs import Paused
 from bayesrule.storage import replacing
@@ -49,9 +50,9 @@ class Ordered:
     @property
     def batches(self) -> tuple[Tensor, ...]:
         """The places, batch by batch."""
-        return self.order.split(fitting(self.data.shape, BATCH, FORWARD))
+        return self.order.split(fitting(self.data.extent, BATCH, FORWARD))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         tick = self.bars("score", len(self.batches))
         for batch, stored in zip(self.batches, self.data.train.stream(self.batches), strict=True):
             try:
@@ -220,6 +221,10 @@ def _dependence(
         names = data.columns or [f"column {k + 1}" for k in range(data.shape[0])]
         return [(name, f"{value:.4g}") for name, value in zip(names, train[i].tolist(), strict=True)]
 
+    def text(i: int) -> str:
+        whole = str(train.source.texts[int(train.indices[i])])  # type: ignore[attr-defined]
+        return whole if len(whole) > SHOWN else ""  # else its name has it
+
     return Dependence(
         title=f"What {run.title} learned {data.name} from",
         scores=scores,
@@ -235,7 +240,7 @@ def _dependence(
         thing=data.kind,
         names=train.name,
         images=train if data.kind == "image" else None,
-        words=row if data.kind == "row" else None,
+        words=row if data.kind == "row" else text if data.kind == DOCUMENT else None,
         history=run.history,
         class_losses=losses,
         warnings=notes,

@@ -29,8 +29,9 @@ class Choice:
     Args:
         title: The name in print.
         kind: The class.
-        settings: Defaults where they differ from the class's own; ``ess`` counts in training sets, ``gradsq_scale`` in the examples
-            of a draw, and a ``hess_init`` of "data" is :func:`bayesrule.start_curvature`.
+        settings: Defaults where they differ from the class's own; ``ess`` counts in training sets, or is a function of their size,
+            ``gradsq_scale`` counts in the examples of a draw, and a ``hess_init`` of "data" is
+            :func:`bayesrule.start_curvature`.
         variational: Whether it leaves a posterior behind.
         binary: Whether weights become -1 and 1: those of layers, while what has less than two dimensions stays as it is.
         fixed: Arguments that are no settings.
@@ -206,8 +207,8 @@ def settle(
             raise ValueError(f"{name} has no setting {setting} (got {value!r}){near} its settings are {', '.join(choice.options)}")
     settings = dict(choice.settings)
     for setting, unit in {"ess": num_data, "gradsq_scale": averaged}.items():
-        if setting in settings:
-            settings[setting] *= unit
+        if (own := settings.get(setting)) is not None:
+            settings[setting] = own(unit) if callable(own) else own * unit
     return settings | chosen
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from bayesrule.recipes.data import Bars, Data, quiet
 from bayesrule.recipes.folder import claim, read_record, write_record
 from bayesrule.recipes.runs import Paused, Watch, train
-from bayesrule.recipes.settings import Settings, settings_within
+from bayesrule.recipes.settings import RunSettings, settings_within
 from bayesrule.recipes.workers import ALONE, Workers
 
 MANY = "seeds"  # the kind of a folder of such runs
 
 
 def train_seeds(
-    settings: Settings,
+    settings: RunSettings,
     out: Path,
     count: int,
     *,
@@ -42,7 +42,7 @@ def train_seeds(
     def look() -> None:
         if resume and (out / "run.json").exists():
             began = read_record(out)
-            theirs = settings_within(out, began)
+            theirs = settings_within(out, began, type(settings))
             if began["kind"] != MANY or began.get("runs") != names:
                 raise ValueError(f"{out} began with other seeds; give the same, or --resume and --out alone")
             if other := [

@@ -14,17 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import bayesrule as br
-from bayesrule.recipes.data import FORWARD, Bars, Data, Part, Scale, fitting, load, quiet
+from bayesrule.recipes.data import FORWARD, Bars, Data, Part, Scale, fitting, quiet
 from bayesrule.recipes.folder import digest, read_lines, read_record, restore, save
-from bayesrule.recipes.models import build
-from bayesrule.recipes.optimizers import OPTIMIZERS
-from bayesrule.recipes.settings import Settings, settings_within
+from bayesrule.recipes.settings import RunSettings, Settings, settings_within
+from bayesrule.recipes.text import TextSettings
 from bayesrule.recipes.training import anchor
 
 PREDICTIONS = "predictions.safetensors"
-COMMANDS = {"image": "image", "row": "tabular", "text": "gpt"}  # for each kind of data
+COMMANDS = {"image": "image", "row": "tabular", "document": "text", "text": "gpt"}  # for each kind of data
+SETTINGS: Mapping[str, type[RunSettings]] = {"image": Settings, "row": Settings, "document": TextSettings}
 AT_ONCE = 4096  # examples predicted at once, at most
-SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Record:
 
     Args:
         folder: Where it is.
-        kind: Of the data, "image" or "row".
+        kind: Of the data, "image", "row" or "document".
         settings: What decided it.
         scale: Of the data.
         fingerprint: Of the data.
@@ -48,7 +47,7 @@ class Record:
 
     folder: Path
     kind: str
-    settings: Settings
+    settings: RunSettings
     scale: Scale
     fingerprint: str
     notes: tuple[str, ...]
@@ -69,14 +68,13 @@ class Record:
             OSError: If they are gone.
             ValueError: If they have changed.
         """
-        names = ("data", "held_out", "split_seed", "split", "size", "target")
-        key, memo = tuple(getattr(self.settings, name) for name in names), {} if memo is None else memo
+        key, memo = tuple(getattr(self.settings, name) for name in self.settings.of_data), {} if memo is None else memo
         if key not in memo:
-            memo[key] = load_for(self.settings, self.scale)
-        data = replace(memo[key], scale=self.scale, notes=self.notes)
+            memo[key] = self.settings.load(self.scale)
+        data = replace(memo[key], scale=memo[key].scale.kept(self.scale), notes=self.notes)
         if self.fingerprint != data.fingerprint:
             raise ValueError(f"the data of {self.folder} are no longer those that it began with ({data.name}); bring them back")
-        if len(self.scale.center) != data.shape[0]:
+        if not data.scale.fits(data.shape):
             raise ValueError(f"{self.folder / 'run.json'} is damaged: the scale is not that of its data")
         return data
 
@@ -111,7 +109,7 @@ def record_of(folder: Path) -> Record:
         return Record(
             folder,
             found["kind"],
-            settings_within(folder, found),
+            settings_within(folder, found, SETTINGS[found["kind"]]),
             Scale(center, spread),
             str(data.get("fingerprint")),
             tuple(map(str, data.get("notes", ()))),
@@ -126,7 +124,7 @@ def record_of(folder: Path) -> Record:
         raise ValueError(f"{folder / 'run.json'} is damaged: {type(error).__name__}: {error}") from error
 
 
-def describe(settings: Settings, data: Data, processes: int = 1) -> dict[str, Any]:
+def describe(settings: RunSettings, data: Data, processes: int = 1) -> dict[str, Any]:
     """What ``run.json`` says of a run that begins."""
     found = {
         "name": data.name,
@@ -158,14 +156,6 @@ def place(device: str) -> torch.device:
     return found
 
 
-def load_for(settings: Settings, scale: Scale | None = None, bars: Bars = quiet) -> Data:
-    """The data of a run."""
-    held_out, seed, split = settings.held_out, settings.split_seed, settings.split
-    return load(
-        settings.data, held_out, seed, split=split, size=settings.height_width, target=settings.target, scale=scale, bars=bars
-    )
-
-
 @dataclass(frozen=True)
 class Run:
     """A run read back from its folder.
@@ -181,7 +171,7 @@ class Run:
     """
 
     folder: Path
-    settings: Settings
+    settings: RunSettings
     data: Data
     model: nn.Module
     posterior: br.Posterior | None
@@ -191,7 +181,7 @@ class Run:
     @property
     def title(self) -> str:
         """The optimizer's name in print."""
-        return OPTIMIZERS[self.settings.optimizer].title
+        return self.settings.optimizers[self.settings.optimizer].title
 
     @property
     def seconds(self) -> float:
@@ -201,14 +191,15 @@ class Run:
     @property
     def at_once(self) -> int:
         """How many examples are predicted at once."""
-        return fitting(self.data.shape, AT_ONCE)
+        return fitting(self.data.extent, AT_ONCE)
 
     def probabilities(self, part: Part, num_samples: int | None, tick: Callable[[], object] = lambda: None) -> Tensor:
         """Class probabilities averaged over so many draws from the posterior, at the mean if None; shape (examples, classes)."""
         device = next(self.model.parameters()).device
         found = []
-        batches = torch.arange(len(part)).split(self.at_once)
-        how: dict[str, Any] = {"batch_size": fitting(self.data.shape, 512, FORWARD)}
+        order = part.by_length()
+        batches = order.split(self.at_once)
+        how: dict[str, Any] = {"batch_size": fitting(self.data.extent, 512, FORWARD)}
         if num_samples is not None:
             how |= {"num_samples": num_samples, "batch_norm": anchor(self.data, device)}
         posterior = None if num_samples is None else self.posterior
@@ -221,15 +212,16 @@ class Run:
             assert probs is not None
             found.append(probs.float().cpu())
             tick()
-        return torch.cat(found)
+        return torch.cat(found)[order.argsort()]
 
-    def predictions(self, num_samples: int = SAMPLES, *, again: bool = False, bars: Bars = quiet) -> dict[str, Tensor]:
+    def predictions(self, num_samples: int | None = None, *, again: bool = False, bars: Bars = quiet) -> dict[str, Tensor]:
         """Probabilities by what was asked: "validation", "test", "unknown", and "averaged test", "averaged unknown".
 
-        Those that were kept beside these weights are read, unless ``again``; else they are computed and kept.
+        Averages are over ``num_samples`` draws, by default what suits the settings. Those that were kept beside these weights are
+        read, unless ``again``; else they are computed and kept.
         """
-        path = self.folder / PREDICTIONS
-        weights = digest(self.folder / "model.safetensors", self.folder / "posterior.safetensors")
+        path, num_samples = self.folder / PREDICTIONS, self.settings.draws if num_samples is None else num_samples
+        weights = digest(self.folder / self.settings.weights_file, self.folder / "posterior.safetensors")
         about = {"weights": weights, "num_samples": num_samples, "fingerprint": self.data.fingerprint}
         with contextlib.suppress(ValueError, OSError):
             kept, known = restore(path)
@@ -268,27 +260,31 @@ def read(folder: Path, memo: dict[Any, Data] | None = None) -> Run:
         raise ValueError(f"{folder / 'run.json'} is damaged: it has seconds of {len(record.seconds)} epochs, not {len(history)}")
     data = record.load(memo)
     try:
-        model = build(settings.model, data.shape, len(data.classes), settings.seed, settings.norm)
-        variational = OPTIMIZERS[settings.optimizer].variational
+        model = settings.build(data)
+        variational = settings.optimizers[settings.optimizer].variational
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'run.json'} is damaged: {error}") from error
     model.to(place(settings.device))
-    posterior = load_learned(folder, model, variational)
+    posterior = load_learned(folder, model, variational, settings)
     return Run(folder, settings, data, model.eval(), posterior, history, record)
 
 
-def load_learned(folder: Path, model: nn.Module, variational: bool) -> br.Posterior | None:
+def load_learned(folder: Path, model: nn.Module, variational: bool, settings: RunSettings | None = None) -> br.Posterior | None:
     """Put the weights of a run into its model; the posterior beside them, if there is to be one.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If one is damaged, or of another model.
     """
+    file = "model.safetensors" if settings is None else settings.weights_file
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        if settings is None:
+            model.load_state_dict(load_file(folder / file))
+        else:
+            settings.read_weights(model, folder)
     except (SafetensorError, RuntimeError) as error:
         why = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged or of another model: {why}") from error
+        raise ValueError(f"{folder / file} is damaged or of another model: {why}") from error
     if not variational:
         return None
     path = folder / "posterior.safetensors"

@@ -18,15 +18,11 @@ from torch import Tensor
 
 from bayesrule.recipes.data import Bars, Data, Scale, quiet
 from bayesrule.recipes.folder import claim, locked, restore, save, write_lines, write_record
-from bayesrule.recipes.models import MODELS, build
-from bayesrule.recipes.names import lookup
-from bayesrule.recipes.optimizers import OPTIMIZERS, settle
-from bayesrule.recipes.residual import NORMS
-from bayesrule.recipes.results import COMMANDS, Record, Run, describe, going_on, load_for, place, record_of
-from bayesrule.recipes.settings import Settings
+from bayesrule.recipes.optimizers import settle
+from bayesrule.recipes.results import COMMANDS, Record, Run, describe, going_on, place, record_of
+from bayesrule.recipes.settings import RunSettings
 from bayesrule.recipes.training import Diverged, Training
 from bayesrule.recipes.workers import ALONE, Elsewhere, Workers, is_loss
-from bayesrule.storage import write_tensors
 
 EVERY = 2.0  # seconds between checkpoints, at least
 EFFORT = 0.02  # of the time, at most, for checkpoints
@@ -39,49 +35,46 @@ class Paused(Exception):
     """A run was stopped and saved; the message says how to go on."""
 
 
-def begin(settings: Settings, data: Data, workers: Workers = ALONE) -> tuple[Settings, Training]:
+def begin(settings: RunSettings, data: Data, workers: Workers = ALONE) -> tuple[RunSettings, Training]:
     """Model and optimizer, ready for the first epoch, and the settings with all defaults filled in.
 
     Raises:
         ValueError: If a name or value of the settings is wrong.
     """
     device = place(settings.device)
-    hyperparameters = settle(settings.optimizer, settings.hyperparameters, len(data.train))
-    if data.kind != "image" and settings.augment:
-        raise ValueError(f"augment {' '.join(settings.augment)} changes images, and the data are {data.kind}s; leave it out")
-    model = build(settings.model, data.shape, len(data.classes), settings.seed, settings.norm).to(device)
+    hyperparameters = settle(settings.optimizer, settings.hyperparameters, len(data.train), settings.optimizers)
+    model = settings.build(data).to(device)
     training = Training(
         model,
-        OPTIMIZERS[settings.optimizer].make(model, hyperparameters, settings.seed),
+        settings.optimizers[settings.optimizer].make(model, hyperparameters, settings.seed),
         data,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         seed=settings.seed,
         schedule=settings.schedule,
-        augment=settings.augment,
+        augment=getattr(settings, "augment", ()),
         bf16=settings.precision == "bf16",
         patience=settings.patience,
         loo=settings.loo,
+        frozen=settings.frozen_weights,
         workers=workers,
     )
     return replace(settings, hyperparameters=hyperparameters), training
 
 
-def check(settings: Settings) -> None:
+def check(settings: RunSettings) -> None:
     """Refuse what is wrong whatever the data are, before they are read.
 
     Raises:
         ValueError: If a name is unknown, or an optimizer has no such setting.
     """
-    settle(settings.optimizer, settings.hyperparameters, 1)
+    settle(settings.optimizer, settings.hyperparameters, 1, settings.optimizers)
     place(settings.device)
-    lookup("norm", settings.norm, NORMS)
-    if ":" not in settings.model:
-        lookup("model", settings.model, MODELS)
+    settings.check()
 
 
 def train(
-    settings: Settings,
+    settings: RunSettings,
     out: Path,
     *,
     resume: bool = False,
@@ -100,7 +93,7 @@ def train(
         settings: What to do.
         out: The folder.
         resume: Go on where a run of these settings was stopped; begin if there is none.
-        kind: "image" or "row": which data are wanted; None takes both.
+        kind: "image", "row" or "document": which data are wanted; None takes both.
         started: Called with the data when nothing is wrong with them or the settings, and the folder is ours.
         bars: Progress.
         watch: Told every line of the metrics.
@@ -146,7 +139,7 @@ def train(
         workers.first(lambda: (out / CHECKPOINT).unlink(missing_ok=True))
 
 
-def _look(settings: Settings, out: Path, there: bool, workers: Workers) -> Record | None:
+def _look(settings: RunSettings, out: Path, there: bool, workers: Workers) -> Record | None:
     """What is in the folder to go on with; refuse what is wrong before the data are read."""
     if not there:
         check(settings)
@@ -176,7 +169,7 @@ def _look(settings: Settings, out: Path, there: bool, workers: Workers) -> Recor
     return record
 
 
-def _data(settings: Settings, record: Record | None, bars: Bars, workers: Workers) -> Data:
+def _data(settings: RunSettings, record: Record | None, bars: Bars, workers: Workers) -> Data:
     """The data; of several processes the first one looks through them."""
     if record is not None:
         moved = replace(record, settings=replace(record.settings, data=settings.data))
@@ -184,13 +177,13 @@ def _data(settings: Settings, record: Record | None, bars: Bars, workers: Worker
     loaded: list[Data] = []
 
     def survey() -> tuple[str, Any, Any]:
-        loaded.append(load_for(settings, bars=bars))
+        loaded.append(settings.load(bars=bars))
         return loaded[0].fingerprint, loaded[0].scale.center, loaded[0].scale.spread
 
     fingerprint, center, spread = workers.first(survey)
 
     def same() -> Data:
-        data = loaded[0] if loaded else load_for(settings, Scale(tuple(center), tuple(spread)))
+        data = loaded[0] if loaded else settings.load(Scale(tuple(center), tuple(spread)))
         if data.fingerprint != fingerprint:
             raise ValueError(f"process {workers.rank} finds other data in {data.name} than the first; give all processes the same")
         return data
@@ -198,7 +191,9 @@ def _data(settings: Settings, record: Record | None, bars: Bars, workers: Worker
     return workers.together(same)
 
 
-def _ready(settings: Settings, record: Record | None, data: Data, kind: str | None, workers: Workers) -> tuple[Settings, Training]:
+def _ready(
+    settings: RunSettings, record: Record | None, data: Data, kind: str | None, workers: Workers
+) -> tuple[RunSettings, Training]:
     """All that is needed to begin, unless it does not fit the data or what was begun."""
     if kind not in (None, data.kind):
         raise ValueError(f"{data.name} holds {data.kind}s, not {kind}s; take: bayesrule train {COMMANDS[data.kind]}")
@@ -220,7 +215,7 @@ def _other(record: Record, name: str, mine: Any, theirs: Any) -> ValueError:
     )
 
 
-def identity(settings: Settings, data: Data) -> str:
+def identity(settings: RunSettings, data: Data) -> str:
     """Of all that decides a run."""
     words = json.dumps({**settings.plain(), "data": data.fingerprint}, sort_keys=True)  # wherever the data are
     return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
@@ -342,7 +337,7 @@ def learn(
             raise
 
 
-def _learn(settings: Settings, training: Training, out: Path, bars: Bars, watch: Watch | None) -> None:
+def _learn(settings: RunSettings, training: Training, out: Path, bars: Bars, watch: Watch | None) -> None:
     """All epochs that are left; a model of the user's own that fails is said to."""
 
     def fail(why: str) -> None:
@@ -355,7 +350,7 @@ def _learn(settings: Settings, training: Training, out: Path, bars: Bars, watch:
             identity(settings, training.data),
             lambda: record_of(out).command,
             fail,
-            bars(OPTIMIZERS[settings.optimizer].title, training.total),
+            bars(settings.optimizers[settings.optimizer].title, training.total),
             lambda line: watch(settings.seed, line) if watch else None,
         )
     except Exception as error:
@@ -399,12 +394,12 @@ def saying(out: Path, kind: str) -> Iterator[None]:
         raise Paused(f"interrupted; what was saved is kept; go on with: {going_on(kind, out)}") from None
 
 
-def finish(settings: Settings, training: Training, out: Path, bars: Bars = quiet) -> None:
+def finish(settings: RunSettings, training: Training, out: Path, bars: Bars = quiet) -> None:
     """Write what a finished run leaves; ``run.json`` says last that it is finished."""
     training.keep_best()
     model, posterior = training.model.eval(), None
-    write_tensors(out / "model.safetensors", model.state_dict(), {})
-    if OPTIMIZERS[settings.optimizer].variational:
+    settings.write_weights(model, out)
+    if settings.optimizers[settings.optimizer].variational:
         posterior = training.posterior()
         posterior.save(out / "posterior.safetensors")
     write_lines(out / "metrics.jsonl", training.history)

@@ -9,6 +9,11 @@ def cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
+def linear(done: float) -> float:
+    """From 1 to 0 along a line."""
+    return 1.0 - done
+
+
 def step(done: float) -> float:
     """A tenth from half of the training on, a hundredth from three quarters on (He et al., 2016)."""
     return 0.01 if done >= 0.75 else 0.1 if done >= 0.5 else 1.0
@@ -19,7 +24,7 @@ def constant(done: float) -> float:
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "step": step, "constant": constant}
+SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "linear": linear, "step": step, "constant": constant}
 
 
 def warmed(step: int, steps: int, warmup: int | None, floor: float) -> float:

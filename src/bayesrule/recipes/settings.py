@@ -1,26 +1,39 @@
 """All that decides a run, and the TOML files that hold it."""
 
 import tomllib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+
+from safetensors.torch import load_file
+from torch import nn
 
 from bayesrule.recipes.augmentation import augmentation
+from bayesrule.recipes.data import Bars, Data, Part, Scale, load, quiet
 from bayesrule.recipes.formats.pieces import nearest
+from bayesrule.recipes.models import MODELS, build
 from bayesrule.recipes.names import lookup
+from bayesrule.recipes.optimizers import OPTIMIZERS, Choice
+from bayesrule.recipes.residual import NORMS
 from bayesrule.recipes.schedules import SCHEDULES
+from bayesrule.recipes.strangers import strangers
+from bayesrule.storage import write_tensors
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that decides a run; kept in its ``run.json``.
+class RunSettings(ABC):
+    """All that decides a run of a classifier, whatever it classifies; kept in its ``run.json``.
+
+    They know where their data, their model and its files come from, and which optimizers there are, so that one training, one
+    folder, one report and one list of suspicious labels serve images, rows and documents.
 
     Args:
         data: A name, or the path of data.
-        optimizer: sgd, rmsprop, adam, adamw, ivon; torch-sgd, torch-adamw for torch's own.
-        model: mlp, lenet, resnet20, resnet18, resnet50, or package.module:function for your own.
+        optimizer: One of the recipe's.
+        model: One of the recipe's.
         hyperparameters: The optimizer's settings: those given, or in a run.json all of them.
         epochs: Passes through the training data.
         batch_size: Examples a step.
@@ -28,20 +41,24 @@ class Settings:
         split_seed: Seed of the split, where the data are not split.
         split: Shares of training and validation examples, where the data are not split.
         held_out: Classes that are not learned, but kept to see how the model takes the unknown.
-        size: Height and width that image files are resized to, or one number for both; none as they are.
-        target: The column of a table that holds the class; none is the last.
-        norm: Normalization in residual networks: frn (filter response) or batch.
-        schedule: How the learning rate goes on: cosine, step or constant.
-        augment: Changes of training images: shift, flip.
+        schedule: How the learning rate goes on: cosine, linear, step or constant.
         precision: "float32", or "bf16" for autocast in training.
         patience: Stop after so many epochs without a smaller validation NLL, and keep the best; none never stops early.
         device: "auto", "cpu", "cuda".
         loo: How many training examples give a leave-one-out estimate after each epoch; 0 is none.
     """
 
+    of_data: ClassVar[tuple[str, ...]] = ("data", "held_out", "split_seed", "split")
+    """The settings that decide what the data are."""
+    frozen_weights: ClassVar[bool] = True
+    """Whether a checkpoint keeps weights that do not learn; else they come back when the model is built again."""
+
+    draws: ClassVar[int] = 32
+    """Networks that are averaged unless another number is asked for."""
+
     data: str
     optimizer: str
-    model: str = "lenet"
+    model: str = ""
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 30
     batch_size: int = 50
@@ -49,11 +66,7 @@ class Settings:
     split_seed: int = 0
     split: tuple[float, float] | None = None
     held_out: tuple[str, ...] = ()
-    size: tuple[int, ...] = ()
-    target: str | None = None
-    norm: str = "frn"
     schedule: str = "cosine"
-    augment: tuple[str, ...] = ()
     precision: str = "float32"
     patience: int | None = None
     device: str = "auto"
@@ -63,14 +76,93 @@ class Settings:
         for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size), ("patience", self.patience)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if len(self.size) > 2:
-            raise ValueError(f"size must be one number of pixels, or height and width; got {' '.join(map(str, self.size))}")
         for name, most in {"seed": 2**62, "split_seed": 2**62, "batch_size": 2**31, "epochs": 2**31, "loo": 2**31}.items():
             value = getattr(self, name)
             if not 0 <= value < most:
                 raise ValueError(f"{name} must be a whole number from 0 to below {most}, got {value}")
         lookup("schedule", self.schedule, SCHEDULES)
         lookup("precision", self.precision, {"float32": None, "bf16": None})
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON and TOML have it."""
+        return asdict(self)
+
+    def differ(self, other: "RunSettings") -> list[str]:
+        """The names of the settings that are not the other's.
+
+        Those of the optimizer are left out, since their defaults depend on the data, and the place of the data, which may move.
+        """
+        mine, theirs = self.plain(), other.plain()
+        return [name for name in mine if name not in ("hyperparameters", "data") and mine[name] != theirs[name]]
+
+    @property
+    @abstractmethod
+    def optimizers(self) -> Mapping[str, Choice]:
+        """Those that can be chosen."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse what is wrong whatever the data are, before they are read.
+
+        Raises:
+            ValueError: If so.
+        """
+
+    @abstractmethod
+    def load(self, scale: Scale | None = None, bars: Bars = quiet) -> Data:
+        """The data; with a scale that was measured before, nothing is read but what must be."""
+
+    @abstractmethod
+    def strangers(self, spec: str, like: Data) -> Part:
+        """Data of another kind, as unknown to a model of ``like``."""
+
+    @abstractmethod
+    def build(self, data: Data) -> nn.Module:
+        """The model at its first weights, which depend on the seed alone.
+
+        Raises:
+            ValueError: If there is no such model, or it does not take such data.
+        """
+
+    def write_weights(self, model: nn.Module, folder: Path) -> None:
+        """Leave a trained model in a folder."""
+        write_tensors(folder / "model.safetensors", model.state_dict(), {})
+
+    def read_weights(self, model: nn.Module, folder: Path) -> None:
+        """Put the weights of a folder into a model that was built."""
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+
+    @property
+    def weights_file(self) -> str:
+        """The file of a run folder that holds what was learned."""
+        return "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """All that decides a run on images or rows of a table; kept in its ``run.json``.
+
+    Args:
+        optimizer: sgd, rmsprop, adam, adamw, ivon; torch-sgd, torch-adamw for torch's own.
+        model: mlp, lenet, resnet20, resnet18, resnet50, or package.module:function for your own.
+        size: Height and width that image files are resized to, or one number for both; none as they are.
+        target: The column of a table that holds the class; none is the last.
+        norm: Normalization in residual networks: frn (filter response) or batch.
+        augment: Changes of training images: shift, flip.
+    """
+
+    of_data: ClassVar[tuple[str, ...]] = (*RunSettings.of_data, "size", "target")
+
+    model: str = "lenet"
+    size: tuple[int, ...] = ()
+    target: str | None = None
+    norm: str = "frn"
+    augment: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.size) > 2:
+            raise ValueError(f"size must be one number of pixels, or height and width; got {' '.join(map(str, self.size))}")
         augmentation(self.augment)
 
     @property
@@ -78,17 +170,26 @@ class Settings:
         """The size of images, if it is given."""
         return (self.size[0], self.size[-1]) if self.size else None
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON and TOML have it."""
-        return asdict(self)
+    @property
+    def optimizers(self) -> Mapping[str, Choice]:
+        return OPTIMIZERS
 
-    def differ(self, other: "Settings") -> list[str]:
-        """The names of the settings that are not the other's.
+    def check(self) -> None:
+        lookup("norm", self.norm, NORMS)
+        if ":" not in self.model:
+            lookup("model", self.model, MODELS)
 
-        Those of the optimizer are left out, since their defaults depend on the data, and the place of the data, which may move.
-        """
-        mine, theirs = self.plain(), other.plain()
-        return [name for name in mine if name not in ("hyperparameters", "data") and mine[name] != theirs[name]]
+    def load(self, scale: Scale | None = None, bars: Bars = quiet) -> Data:
+        how: Any = {"split": self.split, "size": self.height_width, "target": self.target, "scale": scale, "bars": bars}
+        return load(self.data, self.held_out, self.split_seed, **how)
+
+    def strangers(self, spec: str, like: Data) -> Part:
+        return strangers(spec, like, self.target)
+
+    def build(self, data: Data) -> nn.Module:
+        if data.kind != "image" and self.augment:
+            raise ValueError(f"augment {' '.join(self.augment)} changes images, and the data are {data.kind}s; leave it out")
+        return build(self.model, data.shape, len(data.classes), self.seed, self.norm)
 
 
 def from_plain(plain: Mapping[str, Any], kind: Any = Settings) -> Any:

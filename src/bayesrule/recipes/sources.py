@@ -80,6 +80,10 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """Changes when the data change; cheap."""
 
+    def lengths(self, indices: Tensor) -> Tensor | None:
+        """How long examples are, shape (indices,), where they are not all of one length."""
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class Stored(Source):
@@ -312,7 +316,7 @@ class Collection:
 
     Args:
         name: Of the data set.
-        kind: "image" or "row".
+        kind: "image", "row" or "document".
         source: The examples.
         labels: Their classes, shape (examples,), int64; -1 where there is none.
         classes: Names of the classes; label k means ``classes[k]``.

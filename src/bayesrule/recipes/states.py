@@ -9,16 +9,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 
-def states(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Of the model and the optimizer, by name. Of shared-out weights all processes must ask at once."""
+def states(model: nn.Module, optimizer: Optimizer, frozen: bool = True) -> dict[str, Tensor]:
+    """Of the model and the optimizer, by name, without weights that do not learn unless ``frozen``.
+
+    Of shared-out weights all processes must ask at once.
+    """
+    still = set() if frozen else {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     kept = {
         f"optimizer.{i}.{name}": whole(t) for i, state in optimizer.state_dict()["state"].items() for name, t in _unfolded(state)
     }
-    return {f"model.{name}": whole(t) for name, t in model.state_dict().items()} | kept
+    return {f"model.{name}": whole(t) for name, t in model.state_dict().items() if name not in still} | kept
 
 
 def load_states(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`states` found; other names are left alone.
+    """Put back what :func:`states` found; other names are left alone, and weights that do not learn may be missing.
 
     Raises:
         KeyError, RuntimeError, TypeError, ValueError: If it is of another model or optimizer.
@@ -37,7 +41,8 @@ def load_states(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Te
                 state.setdefault(name, []).append(tensor if tensor.numel() else None)
             else:
                 state[name] = _like(params[int(number)], tensor)
-    model.load_state_dict(weights)
+    still = {name: p for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    model.load_state_dict({**still, **weights})
     optimizer.load_state_dict({**optimizer.state_dict(), "state": found})
 
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
+from torch.utils._pytree import tree_map
 
 import bayesrule as br
+from bayesrule.estimators.batches import outputs_of
 from bayesrule.recipes.augmentation import augmentation
 from bayesrule.recipes.data import FORWARD, Data, Part, fitting
 from bayesrule.recipes.models import has_batch_norm
@@ -52,6 +54,8 @@ class Training:
         augment: Names of changes of training images.
         bf16: Compute forward passes of training in bfloat16 where autocast does.
         patience: Keep the epoch with the smallest validation NLL and stop after so many without a smaller one; None keeps the last.
+        loo: How many training examples give a leave-one-out estimate after each epoch.
+        frozen: Whether a checkpoint holds weights that do not learn, too.
         workers: The processes that train together.
     """
 
@@ -69,13 +73,14 @@ class Training:
         bf16: bool = False,
         patience: int | None = None,
         loo: int = 0,
+        frozen: bool = True,
         workers: Workers = ALONE,
     ) -> None:
         self.model, self.optimizer, self.data = model, optimizer, data
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
         self.steps = -(-len(data.train) // batch_size)  # an epoch
         self.schedule, self.augment = SCHEDULES[schedule], augmentation(augment)
-        self.bf16, self.patience, self.workers = bf16, patience, workers
+        self.bf16, self.patience, self.frozen, self.workers = bf16, patience, frozen, workers
         self.tracker = br.TrackSensitivity(_First(self), subset=loo) if loo else None
         self.device = next(model.parameters()).device
         self.variational = "ess" in optimizer.defaults
@@ -124,8 +129,9 @@ class Training:
             Diverged: If the line holds what is no number.
         """
         number = len(self.history)
-        order = torch.randperm(len(self.data.train), generator=self._generator(number, 0))
-        batches = order.split(self.batch_size)[self.done - number * self.steps :]
+        generator = self._generator(number, 0)
+        order = torch.randperm(len(self.data.train), generator=generator)
+        batches = self.data.train.batches(order, self.batch_size, generator)[self.done - number * self.steps :]
         rate = self.rates[0] * self.schedule(number / self.epochs)
         self.model.train()
         with self._randomness():
@@ -158,9 +164,9 @@ class Training:
 
         def closure(part: int = 0) -> Tensor:
             self.optimizer.zero_grad()
-            x, y = inputs.tensor_split(parts)[part], labels.tensor_split(parts)[part]
+            x, y = tree_map(lambda whole: whole.tensor_split(parts)[part], (inputs, labels))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = F.cross_entropy(self.model(x), y, reduction="none" if self.by_example else "mean")
+                loss = F.cross_entropy(outputs_of(self.model, x), y, reduction="none" if self.by_example else "mean")
             if self.by_example:
                 return loss
             loss = loss if weight == 1 else loss * weight
@@ -188,7 +194,7 @@ class Training:
         self.seconds.append(self._elapsed)
         self._total, self._elapsed = 0.0, 0.0
         if self.patience is not None and self.best_epoch == len(self.history):
-            self.best = {BEST + name: t.detach().clone() for name, t in states(self.model, self.optimizer).items()}
+            self.best = {BEST + name: t.detach().clone() for name, t in states(self.model, self.optimizer, self.frozen).items()}
         tick()
         return self.history[-1]
 
@@ -240,7 +246,7 @@ class Training:
         nll = right = 0.0
         part = self.data.validation
         for inputs, labels in batches_of(part, self.data, self.device, self.workers):
-            logits = self.model(inputs).float()
+            logits = outputs_of(self.model, inputs).float()
             nll += F.cross_entropy(logits, labels, reduction="sum").item()
             right += (logits.argmax(1) == labels).sum().item()
         nll, right = self.workers.total(nll, right)
@@ -251,7 +257,11 @@ class Training:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a run goes on from, between steps: tensors, and numbers."""
         numbers = {"done": self.done, "history": self.history, "seconds": self.seconds}
-        tensors = states(self.model, self.optimizer) | {f"random.{i}": t for i, t in enumerate(self._random)} | (self.best or {})
+        tensors = (
+            states(self.model, self.optimizer, self.frozen)
+            | {f"random.{i}": t for i, t in enumerate(self._random)}
+            | (self.best or {})
+        )
         return tensors, {**numbers, "total": self._total, "elapsed": self._elapsed}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -300,18 +310,18 @@ class _First:
     def __init__(self, training: Training) -> None:
         self.training, self.dataset = training, training.data.train
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         return batches_of(self.training.data.train, self.training.data, self.training.device)
 
 
-def batches_of(part: Part, data: Data, device: torch.device, workers: Workers = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_of(part: Part, data: Data, device: torch.device, workers: Workers = ALONE) -> Iterator[tuple[Any, Tensor]]:
     """A part in its order, as inputs of a model and their labels; of several processes each has its share of the batches."""
-    batches = torch.arange(len(part)).split(fitting(data.shape, BATCH, FORWARD))[workers.rank :: workers.size]
+    batches = part.by_length().split(fitting(data.extent, BATCH, FORWARD))[workers.rank :: workers.size]
     for batch, stored in zip(batches, part.stream(batches), strict=True):
         yield data.scale(stored.to(device)), part.labels[batch].to(device)
 
 
 def anchor(data: Data, device: torch.device) -> list[Tensor]:
     """Training inputs from which the running statistics of batch norm are estimated: the same ones every time."""
-    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: fitting(data.shape, ANCHOR)]
-    return [data.scale(stored.to(device)) for stored in data.train.stream(chosen.split(fitting(data.shape, BATCH // 4, FORWARD)))]
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: fitting(data.extent, ANCHOR)]
+    return [data.scale(stored.to(device)) for stored in data.train.stream(chosen.split(fitting(data.extent, BATCH // 4, FORWARD)))]

@@ -102,9 +102,9 @@ def read(files: Sequence[tuple[Path, int]], name: str, target: str | None = None
     lines: list[np.ndarray] = []
     for path, _ in files:
         with stream(path) as (source, _):
-            rows = _Rows(path, io.TextIOWrapper(source, "utf-8-sig", newline=""))
+            rows = Rows(path, io.TextIOWrapper(source, "utf-8-sig", newline=""))
             if not columns:
-                label = _target(path, rows.header, target)
+                label = column_of(path, rows.header, target)
                 columns = {
                     each: Column(shown(path), each, math.inf if each == label else CATEGORIES) for each in rows.header if each
                 }
@@ -117,11 +117,11 @@ def read(files: Sequence[tuple[Path, int]], name: str, target: str | None = None
             nameless |= "" in rows.header
     starts = [0, *np.cumsum([len(each) for each in lines]).tolist()]
     origins = tuple("" if len(files) == 1 else f"{shown(path.name)} " for path, _ in files)
-    naming = partial(_row, origins, tuple(starts[:-1]), np.concatenate(lines))
+    naming = partial(row_of, origins, tuple(starts[:-1]), np.concatenate(lines))
     part = part_of([part for _, part in files], [len(each) for each in lines])
 
     place = files[0][0] if len(files) == 1 else files[0][0].parent
-    labels = _labels(columns.pop(label), place, naming)
+    labels = classes_of(columns.pop(label), place, naming)
     values, names, notes = _matrix(list(columns.values()), (part == TRAIN).numpy() | (part == ANY).numpy(), naming, place)
     if nameless:
         notes.insert(0, "dropped the first column, which has no name")
@@ -130,11 +130,12 @@ def read(files: Sequence[tuple[Path, int]], name: str, target: str | None = None
     )
 
 
-def _row(origins: tuple[str, ...], starts: tuple[int, ...], lines: np.ndarray, index: int) -> str:
+def row_of(origins: tuple[str, ...], starts: tuple[int, ...], lines: np.ndarray, index: int) -> str:
+    """The name of a row by its place: the line of the file at which it begins."""
     return f"{origins[bisect_right(starts, index) - 1]}row {lines[index]}"
 
 
-class _Rows:
+class Rows:
     """The records of a table, with the line at which each begins; each is as long as the header."""
 
     def __init__(self, path: Path, text: io.TextIOWrapper) -> None:
@@ -222,7 +223,12 @@ def _numeric(cell: str) -> bool:
         return False
 
 
-def _target(path: Path, header: Sequence[str], target: str | None) -> str:
+def column_of(path: Path, header: Sequence[str], target: str | None) -> str:
+    """The column of a name, by default the last.
+
+    Raises:
+        ValueError: If there is none; the message has the nearest one and all of them.
+    """
     if target is None:
         return header[-1]
     if target not in header or not target:
@@ -240,7 +246,12 @@ def _same(path: Path, header: Sequence[str], first: Path, columns: Iterable[str]
             raise Refusal(f"{shown(path)} {what}{other} the columns {few(sorted(some))}; {do} them")
 
 
-def _labels(column: Column, path: Path, naming: partial[str]) -> tuple[torch.Tensor, tuple[str, ...]]:
+def classes_of(column: Column, path: Path, naming: partial[str]) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """The class of each row, and the names of all: texts in their order, or numbers in theirs.
+
+    Raises:
+        ValueError: If one has none, or there are so many that the column holds something else.
+    """
     codes = np.concatenate(column.codes or [])
     name = shown(column.name)
     if (missing := codes == column.texts.get("", -1)).any():
