@@ -223,8 +223,9 @@ def _table(corpus: str, entries: Mapping[str, Entry], steps: int, seeds: tuple[i
     head = ("optimizer", "settings", "mean", "averaged", "/ AdamW", "/ rival", "bits/byte", "ECE", "ECE, averaged")
     first, rest, other = seeds[0], ", ".join(map(str, seeds)), next(iter(CORPORA))
     tuned = f"as many settings of each on seed {first}, then the best of them, whose perplexity is in the table,"
+    how = tuned if corpus == other else f"settings chosen on {other},"
     note = (
-        f"GPT of 0.37 million weights, {steps:,} steps of 1,024 bytes; {tuned if corpus == other else f'settings chosen on {other},'} "
+        f"GPT of 0.37 million weights, {steps:,} steps of 1,024 bytes; {how} "
         f"on seeds {rest}: mean ± standard deviation. Averaged: over 8 draws. Rival: the better of SOAP and Muon."
     )
     return Table(title, head, rows, key, note)

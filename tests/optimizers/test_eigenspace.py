@@ -423,3 +423,25 @@ def test_one_curvature_for_all_in_the_coordinates_as_they_are_is_muon(size, shap
         twin.step()
         mine, muons = (ours.detach() - before[0]) * scale, theirs.detach() - before[1]
         assert (mine - muons).norm() < 0.06 * muons.norm()  # rounding, which five rounds amplify
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_start_by_element_is_turned_to_the_first_basis(merge):
+    """As the diagonal of the precision there; a number stays what it is."""
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(3, 4).double())
+    starts = {"by element": {"w": torch.rand(3, 4).double()}, "a number": 0.7}
+    for start in starts.values():
+        one = dict(HYPER, merge_dims=merge, betas=(0.9, 1.0), hess_init=start, lr=0.0)
+        optimizer = br.EVON([("w", w)], **one)
+        with optimizer.sampled_params(train=True):
+            (w * torch.randn(3, 4).double()).sum().backward()
+        optimizer.step()
+        basis, turned = optimizer.basis(next(iter(optimizer.layout.cells([w])))), []
+        before = start["w"] if isinstance(start, dict) else torch.full((3, 4), start, dtype=torch.float64)
+        for i in range(12):  # q^T diag(h) q of every direction of the basis
+            unit = torch.zeros(12).double()
+            unit[i] = 1
+            direction = basis.back(unit.view(3, 4))
+            turned.append((direction**2 * before).sum())
+        close(optimizer.state[w]["hess"], torch.stack(turned).view(3, 4))

@@ -277,3 +277,18 @@ class TestTraining:
 def test_a_model_is_built_at_its_first_weights():
     model = built(chosen(dropout=0.2, seed=3), 30, torch.device("cpu"))
     assert torch.equal(weights(model), weights(GPT(30, TINY, seed=3))) and model.drop.p == 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "apart", "count"),
+    [
+        ({}, 1, True, 48),
+        ({"accumulate": 3}, 2, True, 288),
+        ({"accumulate": 3, "fresh_draws": True}, 2, True, 48),
+        ({"accumulate": 3, "fresh_draws": True}, 2, False, 96),
+        ({"accumulate": 3, "fresh_draws": True, "shard": True}, 2, True, 96),
+    ],
+    ids=str,
+)
+def test_squares_are_scaled_by_the_tokens_of_a_draw(changes, processes, apart, count):
+    assert chosen("ivon", **changes).tokens_a_draw(processes, apart) == count

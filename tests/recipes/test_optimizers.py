@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bayesrule.recipes.optimizers import OPTIMIZERS, RESERVED, assignments, settle
+from bayesrule.recipes.gpt import GPT, Shape
+from bayesrule.recipes.optimizers import OPTIMIZERS, RESERVED, TEXT_OPTIMIZERS, assignments, settle
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -157,3 +158,32 @@ def test_what_is_no_assignment_is_refused(texts, message):
 def test_an_assignment_is_never_run(tmp_path):
     assert assignments([f"x=open({str(tmp_path / 'a')!r}, 'w')"])["x"].startswith("open(")
     assert assignments(["x=" + "(" * 500])["x"].startswith("((") and not list(tmp_path.iterdir())
+
+
+# Of text
+
+
+@pytest.mark.parametrize("name", TEXT_OPTIMIZERS)
+def test_defaults_for_text_are_settings_and_arrive(name):
+    choice = TEXT_OPTIMIZERS[name]
+    settings = settle(name, {}, 100, TEXT_OPTIMIZERS, averaged=8)
+    assert set(settings) <= set(choice.options)
+    assert settings.get("ess", 1000.0) == 1000.0 and settings.get("gradsq_scale", 8.0) == 8.0
+    model = GPT(20, Shape(layers=1, heads=2, width=8, context=6))
+    first = {"hess_init": {name: torch.ones_like(p) for name, p in model.named_parameters()}}
+    optimizer = choice.make(model, settings | (first if settings.get("hess_init") == "data" else {}))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert optimizer.param_groups[0]["lr"] == settings["lr"]
+
+
+@pytest.mark.parametrize(("given", "rate"), [({}, 0.01), ({"adamw_lr": 0.5}, 0.5)], ids=str)
+def test_of_evon_the_matrices_inside_and_the_rest_have_rates_of_their_own(given, rate):
+    settings = settle("evon", given, 100, TEXT_OPTIMIZERS)
+    inner, *rest = TEXT_OPTIMIZERS["evon"].groups(GPT(20, Shape(layers=2, heads=2, width=8, context=6)), settings)
+    assert [name.split(".", 2)[-1] for name, _ in inner["params"][:4]] == [
+        "attention.inward.weight",
+        "attention.outward.weight",
+        "widen.weight",
+        "outward.weight",
+    ]
+    assert [(group["adamw"], group["lr"], group["weight_decay"]) for group in rest] == [(True, rate, 0.1), (True, rate, 0.0)]
