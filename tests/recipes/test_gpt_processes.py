@@ -77,6 +77,7 @@ def call(tmp_path_factory):
 WAYS = {
     "one draw": ["--optimizer", "ivon"],
     "fresh draws": ["--optimizer", "ivon", "--fresh-draws", "--accumulate", "2"],
+    "matrices": ["--optimizer", "evon", "--fresh-draws", "--accumulate", "2"],
     "shards": ["--optimizer", "ivon", "--shard"],
     "shards of AdamW": ["--optimizer", "torch-adamw", "--shard"],
 }
@@ -102,7 +103,7 @@ def test_killed_at_any_process_a_run_goes_on_and_ends_bit_equal(way, call, tmp_p
 
 @pytest.mark.slow
 def test_shards_do_what_copies_do_and_other_numbers_of_processes_are_refused(call, tmp_path):
-    for name, more in {"copies": [], "shards": ["--shard"]}.items():
+    for name, more in {"copies": ["--optimizer", "ivon"], "shards": ["--optimizer", "ivon", "--shard"]}.items():
         code, err = call("--data", "{text}", *TINY[:-2], *more, "--out", tmp_path / name)
         assert code == 0, err
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("copies", "shards"))

