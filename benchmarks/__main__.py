@@ -34,11 +34,15 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "language": "language",
     "perplexity": "perplexity",
 }
+LONG = ("leaving_out", "perplexity")
+"""Those of an hour or so, which must be asked for."""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"which of {', '.join(BENCHMARKS)}; all by default")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"which of {', '.join(BENCHMARKS)}; by default all but {' and '.join(LONG)}"
+    )
     parser.add_argument("--rounds", type=int, help="rounds a table, instead of its own number")
     parser.add_argument("--quick", action="store_true", help="a few minutes: to see that everything runs; never appended")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
@@ -53,7 +57,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     asked = arguments()
-    names = asked.names or list(BENCHMARKS)
+    names = asked.names or [name for name in BENCHMARKS if name not in LONG]
     keep = not (asked.quick or asked.no_append)
     plots = LEDGER.parent if keep else Path("runs") / "benchmarks"
     settings = Settings(asked.threads, asked.quick, asked.rounds, plots)
