@@ -247,4 +247,4 @@ def _words(settings: Mapping[str, Any]) -> str:
 def _spread(values: list[float]) -> str:
     if not values:
         return ""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 and math.isfinite(sum(values)) else "")

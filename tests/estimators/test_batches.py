@@ -76,3 +76,32 @@ def test_what_was_made_in_inference_mode_can_go_backward_again():
     with torch.inference_mode():
         x = X.clone()
     assert not on_device(Named(), {"x": x})["x"].is_inference()
+
+
+class TinyLMHeadModel(torch.nn.Module):
+    """As transformers has GPT-2, whose kind of loss is not said."""
+
+    def __init__(self, loss_type: str | None = None) -> None:
+        super().__init__()
+        self.loss_type = loss_type
+
+
+class TinyForCausalLM(TinyLMHeadModel):
+    pass
+
+
+CAUSAL = {
+    "GPT-2": (TinyLMHeadModel, True),
+    "by its kind": (lambda: TinyForCausalLM("ForCausalLM"), True),
+    "in DataParallel": (lambda: torch.nn.DataParallel(TinyForCausalLM("ForCausalLM")), True),
+    "another kind": (lambda: TinyForCausalLM("ForMaskedLM"), False),
+    "a model of one's own": (torch.nn.Module, False),
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_labels_of_causal_language_models_are_those_of_the_token_that_follows(name):
+    make, follows = CAUSAL[name]
+    text = torch.arange(6).view(2, 3)
+    _, labels = inputs_and_labels({"input_ids": text, "labels": text}, make())
+    assert torch.equal(labels, torch.tensor([[1, 2, -100], [4, 5, -100]]) if follows else text)

@@ -65,6 +65,40 @@ def test_tokens_count_that_are_not_ignored():
     torch.testing.assert_close(br.start_curvature(net, "cross_entropy", [(x, y)], floor=0.0)["weight"], (y >= 0).sum() * g**2)
 
 
+def test_a_loss_of_ones_own_is_averaged_over_examples_whatever_labels_are():
+    torch.manual_seed(0)
+    net, x, y = nn.Embedding(5, 5).double(), torch.randint(5, (4, 6)), torch.randint(5, (4, 6))
+
+    def each(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(4, 6).mean(1)
+
+    (g,) = torch.autograd.grad(each(net(x), y).mean(), [net.weight])
+    torch.testing.assert_close(br.start_curvature(net, each, [(x, y)], floor=0.0)["weight"], 4 * g**2)
+
+
+def test_a_batch_without_labels_does_not_count():
+    torch.manual_seed(0)
+    net, x = nn.Embedding(5, 5).double(), torch.randint(5, (4, 6))
+    silent = (x, torch.full_like(x, -100))
+    expected = br.start_curvature(net, "cross_entropy", [(x, x)])
+    torch.testing.assert_close(br.start_curvature(net, "cross_entropy", [(x, x), silent]), expected)
+
+
+def test_nothing_of_the_model_changes_and_an_attached_optimizer_draws_nothing():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 4))
+    net[3].eval()
+    kept, data = {name: t.clone() for name, t in net.state_dict().items()}, [(x.float(), y) for x, y in batches()]
+    alone = br.start_curvature(net, "cross_entropy", data)
+    optimizer = br.IVON(net.parameters(), lr=0.1, ess=10.0)
+    hooks, state = optimizer.attach(net), torch.get_rng_state()
+    torch.testing.assert_close(br.start_curvature(net, "cross_entropy", data), alone)
+    assert torch.equal(state, torch.get_rng_state()) and not optimizer.draws.is_open
+    hooks.remove()
+    assert all(torch.equal(t, kept[name]) for name, t in net.state_dict().items())
+    assert net[1].training and net[2].training and not net[3].training
+
+
 def test_weights_that_no_batch_speaks_of_begin_as_the_others():
     net = nn.ModuleDict({"used": nn.Linear(3, 4), "unused": nn.Linear(3, 2)})
     net.forward = net["used"].forward

@@ -363,7 +363,19 @@ class TestGroupsOfAdamW:
             torch.nn.functional.cross_entropy(model(x), (x + 1) % 7).backward()
         optimizer.step()
 
-    @pytest.mark.parametrize("more", [{}, {"phasing": True}, {"compat": True}, {"max_precond_dim": 0}], ids=str)
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {},
+            {"phasing": True},
+            {"compat": True},
+            {"max_precond_dim": 0},
+            {"debias_beta2": True, "correct_bias": False},
+            {"whiten": True, "adjust_lr_fn": "original"},
+            {"hess_approx": "gradsq", "clip_radius": 1e-3},
+        ],
+        ids=str,
+    )
     def test_they_move_as_adamw_moves_them(self, more):
         ours, theirs = self.model(), self.model()
         optimizer = self.optimizer(ours, **more)
@@ -445,3 +457,30 @@ def test_a_start_by_element_is_turned_to_the_first_basis(merge):
             direction = basis.back(unit.view(3, 4))
             turned.append((direction**2 * before).sum())
         close(optimizer.state[w]["hess"], torch.stack(turned).view(3, 4))
+
+
+@pytest.mark.parametrize("how", [{}, dict(hess_approx="gradsq", gradsq_scale=8.0)], ids=str)
+def test_a_group_without_noise_has_the_curvature_of_ivon_without_noise(how):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 3).double(), torch.randn(6, 4, 3).double()
+    shared = dict(lr=0.1, ess=50.0, hess_init=0.5, betas=(0.9, 0.9), weight_decay=0.01, **how)
+    mine, ivons = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    one = br.EVON([{"params": [mine], "noise_scale": 0}], max_precond_dim=0, whiten=False, eps=0.0, **shared)
+    two = br.IVON([{"params": [ivons], "noise_scale": 0}], rescale_lr=False, **shared)
+    for g in gradients:
+        for w, optimizer in ((mine, one), (ivons, two)):
+            with optimizer.sampled_params(train=True):
+                (w * g).sum().backward()
+            optimizer.step()
+    close(mine, ivons)
+    close(one.state[mine]["hess"], two.state[ivons]["hess"])
+
+
+def test_a_size_of_whitened_steps_without_whitening_is_refused():
+    with pytest.raises(ValueError, match="adjust_lr_fn is of whitened steps"):
+        br.EVON([torch.nn.Parameter(torch.zeros(2, 2))], **HYPER, adjust_lr_fn="original")
+
+
+def test_other_optimizers_have_no_groups_of_adamw():
+    with pytest.raises(ValueError, match="IVON: parameter group 0 is for AdamW, which is a group of EVON's"):
+        br.IVON([{"params": [torch.nn.Parameter(torch.zeros(2))], "adamw": True}], lr=0.1, ess=10.0)

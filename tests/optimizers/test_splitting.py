@@ -45,6 +45,11 @@ CASES = {
         [["0.weight"], ["1.weight"], ["0.bias", "1.bias"]],
     ),
     "a parameter is excluded": (lambda: nn.Linear(2, 2), ["weight"], [["weight"], ["bias"]]),
+    "a classifier of Hugging Face": (
+        lambda: nn.ModuleDict({"encoder": nn.Linear(2, 2), "classifier": nn.ModuleDict({"dense": nn.Linear(2, 3)})}),
+        (),
+        [["encoder.weight"], ["classifier.dense.weight"], ["encoder.bias", "classifier.dense.bias"]],
+    ),
     "kernels": (lambda: nn.Conv2d(2, 3, 3), (), [["weight"], ["bias"]]),
     "frozen": (frozen, (), [["tokens.weight"], ["norm.weight", "norm.bias"]]),
 }

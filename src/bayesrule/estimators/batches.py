@@ -22,13 +22,23 @@ def inputs_and_labels(batch: Any, model: nn.Module) -> tuple[Any, Tensor]:
     """
     if isinstance(batch, Mapping) and "labels" in batch:
         labels = batch["labels"]
-        if getattr(model, "loss_type", None) == "ForCausalLM":
+        if _follows(model):
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
         return {name: x for name, x in batch.items() if name != "labels"}, labels
     if isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     kind = f"a mapping of {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
     raise TypeError(f"a batch is a pair (inputs, labels) or a mapping with 'labels', got {kind}")
+
+
+def _follows(model: nn.Module) -> bool:
+    """Whether a model of Hugging Face takes the text itself as labels: a causal language model, whatever wraps it."""
+    for wrapper in ("module", "_orig_mod"):
+        model = getattr(model, wrapper, model)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not hasattr(model, "loss_type"):
+        return False
+    return model.loss_type == "ForCausalLM" or (model.loss_type is None and type(model).__name__.endswith("LMHeadModel"))
 
 
 def inputs_of(batch: Any) -> Any:

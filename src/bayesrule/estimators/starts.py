@@ -20,7 +20,7 @@ def start_curvature(model: nn.Module, loss: str | Callables, batches: Iterable[A
 
     .. math::  e = \frac1B \sum_b n_b\, g_b^2, \qquad h_0 = \max(e,\; \text{floor} \cdot \overline{e}),
 
-    with :math:`g_b` the gradient of the mean loss of batch b, over :math:`n_b` labels, and :math:`\overline e` the mean of e over
+    with :math:`g_b` the gradient of the mean loss of batch b, over :math:`n_b` losses, and :math:`\overline e` the mean of e over
     the tensor. Where gradients are mostly noise that is the empirical Fisher matrix's diagonal, at a forward and a backward a
     batch. The floor is for weights that these batches do not speak of. Weights and their gradients stay as they are. Under
     FSDP2 all processes give the same batches; the tensors are shared out as the parameters are.
@@ -28,8 +28,9 @@ def start_curvature(model: nn.Module, loss: str | Callables, batches: Iterable[A
     As an instance of the rule: ``EmpiricalFisher``, from whole batches, at the mean.
 
     Args:
-        model: In the mode in which it is to be trained; parameters without a gradient are left out.
-        loss: "cross_entropy", "bce", "mse", or a function of outputs and targets that gives the loss of each example.
+        model: Asked in eval mode, so that nothing in it changes; parameters without a gradient are left out.
+        loss: "cross_entropy" (of each label, such as a token), "bce", "mse", or a function of outputs and targets that gives the
+            loss of each example.
         batches: Pairs (inputs, labels) or mappings with ``labels``, some eight of them.
         floor: Least curvature, in units of its mean over the tensor, >= 0.
 
@@ -56,9 +57,11 @@ def start_curvature(model: nn.Module, loss: str | Callables, batches: Iterable[A
     measure = output_loss(loss)
     sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in params.items()}
     number = 0
-    with _apart(params.values()):
+    with _apart(model, params.values()):
         for inputs, labels in pairs(batches, model):
-            count = len(labels) if labels.is_floating_point() else int((labels != IGNORED).sum())
+            count = int((labels != IGNORED).sum()) if loss == "cross_entropy" else len(labels)
+            if not count:
+                continue
             outputs = outputs_of(model, inputs)
             (measure.values(outputs, measure.check(outputs, labels)).sum() / count).backward()
             for name, p in params.items():
@@ -79,8 +82,10 @@ def start_curvature(model: nn.Module, loss: str | Callables, batches: Iterable[A
 
 
 @contextmanager
-def _apart(params: Iterable[Tensor]) -> Iterator[None]:
-    """Gradients of one's own inside."""
+def _apart(model: nn.Module, params: Iterable[Tensor]) -> Iterator[None]:
+    """Eval mode and gradients of one's own inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     held = [(p, p.grad) for p in params]
     for p, _ in held:
         p.grad = None
@@ -90,3 +95,5 @@ def _apart(params: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for p, g in held:
             p.grad = g
+        for module, mode in modes:
+            module.training = mode

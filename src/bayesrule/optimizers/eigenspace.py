@@ -21,7 +21,7 @@ from ..momentum import Momentum
 from ..parts import Part
 from ..retractions import Additive, Riemannian, SquareRoot
 from ..rule import BayesRule, Curvature, Rates
-from ..vector import Vector
+from ..vector import Vector, equal
 from .cells import Cell, Names, Unit
 from .hyperparameters import AT_LEAST_ZERO, FRACTION, POSITIVE, SWITCH, WHOLE, Count, OneOf, OrNone, Pair, Range
 from .learned import marginal, spreads
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ADAMW: dict[str, Any] = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, noise_scale=0)
 """What a group with ``adamw=True`` has where it sets nothing else."""
-STRAIGHT: dict[str, Any] = dict(max_precond_dim=0, whiten=False)
+STRAIGHT: dict[str, Any] = dict(max_precond_dim=0, whiten=False, adjust_lr_fn=None, correct_bias=True, debias_beta2=False)
 """And what it has in any case."""
 
 
@@ -65,13 +65,14 @@ class EVON(BayesOptimizer):
             ``adamw=True`` and an ``lr`` of its own moves as :class:`bayesrule.AdamW` does and has no spread, as is usual for
             embeddings, heads and norms: see :func:`bayesrule.split_matrices`.
         lr: Learning rate alpha, >= 0; with ``whiten`` the size of a step in spectral norm.
-        ess: Effective sample size, > 0, in examples. inf: no noise, and the curvature is the squared gradient in the basis.
+        ess: Effective sample size, > 0, in examples. inf: no noise, and the curvature is the squared gradient in the basis. (With
+            ``noise_scale=0`` there is no noise, and a curvature by "price" stays.)
         hess_init: h at the start, > 0.
         betas: (beta1, beta2): of the momentum in [0, 1), of the curvature in [0, 1].
         shampoo_beta: Of the averages that give the bases, in [0, 1); None is beta2. 0.995 in published runs.
         eps: Added to h + delta where it divides.
         weight_decay: delta, >= 0: the prior's precision is ess * delta.
-        hess_approx: "price" (above) or "gradsq": f = ``gradsq_scale`` :math:`G'^2`, also in steps without a draw.
+        hess_approx: "price" (above) or "gradsq": f = ``gradsq_scale`` :math:`G'^2`, also in the clean steps of ``phasing``.
         gradsq_scale: None is ess; a number n is the examples that one mean loss averages over.
         clip_radius: Bound on each element of the preconditioned gradient in the basis.
         precondition_frequency: Steps from one basis to the next.
@@ -183,6 +184,9 @@ class EVON(BayesOptimizer):
                 raise ValueError("EVON: a group with adamw=True needs an lr of its own and draws nothing (noise_scale=0)")
             param_group = {**ADAMW, **param_group, **STRAIGHT}
         super().add_param_group(param_group)
+        if self.param_groups[-1]["adjust_lr_fn"] and not self.param_groups[-1]["whiten"]:
+            self.param_groups.pop()
+            raise ValueError("EVON: adjust_lr_fn is of whitened steps; leave it out, or take whiten=True")
         limit = self.param_groups[-1]["max_precond_dim"]
         wide = [p for p in self.param_groups[-1]["params"] if p.dim() > 1]
         long = [(p, n) for p in wide for n in self.wide(p) if n > limit]
@@ -216,19 +220,17 @@ class EVON(BayesOptimizer):
         momentum = Momentum(group["betas"][0], over="loss", debias=group["correct_bias"])
         if group["adamw"]:
             return BayesRule(Delta(), SquaredGradient(), SquareRoot(group["eps"], debias=True, decoupled=True), momentum)
-        draws = spreads(group) and not group.get("clean", False)
+        draws, cold = spreads(group) and not group.get("clean", False), equal(group["ess"], math.inf)
         shared: dict[str, Any] = dict(clip_radius=group["clip_radius"], eps=group["eps"])
         ratio = math.inf if group["price_clip_ratio"] is None else group["price_clip_ratio"]
         return BayesRule(
             MonteCarlo(group["mc_samples"]) if draws else Delta(),
-            self._curvature(group, draws),
-            Riemannian(curvature_ratio=ratio, **shared) if spreads(group) else Additive(**shared),
+            SquaredGradient() if cold else self._curvature(group, draws),
+            Additive(**shared) if cold else Riemannian(curvature_ratio=ratio, **shared),
             momentum,
         )
 
     def _curvature(self, group: Mapping[str, Any], draws: bool) -> Curvature:
-        if not spreads(group):
-            return SquaredGradient()
         if group["hess_approx"] == "gradsq":
             return SquaredGradient(group["ess"] if group["gradsq_scale"] is None else group["gradsq_scale"])
         return Reparameterized() if draws else Zero()

@@ -140,6 +140,8 @@ def validate(optimizer: str, number: int, group: Mapping[str, Any], ranges: Mapp
     """Raise a ValueError that names optimizer, group, hyper-parameter, value and range, if one is outside its range."""
     if "betas" in ranges and (strange := {"beta1", "beta2"} & set(group)):
         raise ValueError(f"{optimizer}: parameter group {number}: {min(strange)} is not read; write betas=(beta1, beta2)")
+    if group.get("adamw") and "adamw" not in ranges:
+        raise ValueError(f"{optimizer}: parameter group {number} is for AdamW, which is a group of EVON's; drop adamw=True")
     for name, allowed in ranges.items():
         if name not in group:
             raise ValueError(f"{optimizer}: parameter group {number} has no {name}: it belongs to another optimizer")

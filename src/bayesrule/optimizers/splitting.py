@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+HEADS = frozenset(["lm_head", "head", "classifier", "score"])
+"""Names of output layers, in models of Hugging Face and others."""
+
 
 def split_matrices(model: nn.Module, *, lr: float, exclude: Iterable[str] = (), **rest: Any) -> list[dict[str, Any]]:
     r"""Groups for :class:`bayesrule.EVON`: the matrices inside of a network to it, all else to AdamW.
@@ -16,8 +19,8 @@ def split_matrices(model: nn.Module, *, lr: float, exclude: Iterable[str] = (), 
 
     Args:
         model: Its trainable parameters are split. Matrices are parameters with two axes or more that belong to no
-            ``nn.Embedding`` and to no output layer: what ``get_output_embeddings()`` names in models of Hugging Face, and
-            ``exclude``.
+            ``nn.Embedding`` and to no output layer: what ``get_output_embeddings()`` names in models of Hugging Face, modules
+            called lm_head, head, classifier or score, and ``exclude``.
         lr: Of AdamW.
         exclude: Names of modules or parameters whose matrices go to AdamW as well, such as "head".
         **rest: More of AdamW: ``betas``, ``eps``, ``weight_decay``.
@@ -51,7 +54,7 @@ def split_matrices(model: nn.Module, *, lr: float, exclude: Iterable[str] = (), 
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        named = any(name == other or name.startswith(f"{other}.") for other in names)
+        named = not HEADS.isdisjoint(name.split(".")) or any(name == other or name.startswith(f"{other}.") for other in names)
         (plain if p.dim() < 2 else decaying if named or id(p) in apart else inner).append((name, p))
     adamw = {"adamw": True, "lr": lr, **rest}
     groups = [{"params": inner}, {"params": decaying, **adamw}, {"params": plain, **adamw, "weight_decay": 0.0}]

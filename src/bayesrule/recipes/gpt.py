@@ -286,6 +286,8 @@ class Training:
             with self._randomness():
                 self._loss += self._step()
             self.done += 1
+            if self.done == last:
+                self._loss.item()  # until all is computed
             self._elapsed += time.perf_counter() - began
             if self.done < last:  # the last belongs to the line
                 tick()

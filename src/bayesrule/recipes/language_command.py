@@ -12,7 +12,8 @@ from bayesrule.recipes.data import quiet
 from bayesrule.recipes.gpt import GPTSettings
 from bayesrule.recipes.language import KIND, SAMPLES, compare, read, sample
 from bayesrule.recipes.language_runs import train
-from bayesrule.recipes.optimizers import assignments
+from bayesrule.recipes.names import lookup
+from bayesrule.recipes.optimizers import TEXT_OPTIMIZERS, assignments
 from bayesrule.recipes.runs import saying
 from bayesrule.recipes.tensorboard import watching
 from bayesrule.recipes.terminal import print_json, print_results, print_rows, progress
@@ -79,6 +80,10 @@ class TrainGPT(GPTSettings):
         settings = GPTSettings(**{**plain, "hyperparameters": {**self.hyperparameters, **given, **more}})
         if self.sample < 0 or not self.temperature >= 0:
             raise ValueError(f"sample and temperature must be at least 0, got {self.sample} and {self.temperature}")
+        if self.sample and not self.prompt:
+            raise ValueError("prompt must not be empty; the text begins after it")
+        if self.sample and self.draw is not None and not lookup("optimizer", self.optimizer, TEXT_OPTIMIZERS).variational:
+            raise ValueError(f"{self.optimizer} leaves no posterior to draw from; leave --draw out")
         watched = watching(self.out) if self.tensorboard and workers.is_first else nullcontext()
         with watched as watch, progress() if workers.is_first else nullcontext(quiet) as bars, saying(self.out, KIND):
             train(settings, self.out, resume=self.resume, bars=bars, watch=watch, workers=workers)

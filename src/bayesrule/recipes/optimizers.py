@@ -91,7 +91,8 @@ class Choice:
         try:
             return kind(params, **given, **self.fixed, **more)
         except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{self.title} does not take {dict(settings)}: {error}") from error
+            plain = {name: value for name, value in settings.items() if not isinstance(value, Mapping)}
+            raise ValueError(f"{self.title} does not take {plain}: {error}") from error
         except ValueError as error:
             name = "" if str(error).startswith(self.kind.__name__) else f"{self.title}: "
             raise ValueError(f"{name}{error}") from error
@@ -183,7 +184,7 @@ if hasattr(torch.optim, "Muon"):
 def settle(
     name: str, given: Mapping[str, Any], num_data: int, offered: Mapping[str, Choice] = OPTIMIZERS, averaged: int = 1
 ) -> dict[str, Any]:
-    """The settings of an optimizer: its defaults, overridden by what was given (None: not given).
+    """The settings of an optimizer: its defaults, overridden by what was given (None: not given, unless None is a value of it).
 
     Args:
         name: Of the optimizer.
@@ -200,7 +201,8 @@ def settle(
         {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 0.0005}
     """
     choice = lookup("optimizer", name, offered)
-    chosen = {setting: value for setting, value in given.items() if value is not None}
+    may_be_none = {key for key, argument in choice.arguments.items() if argument.default is None}
+    chosen = {key: value for key, value in given.items() if value is not None or key in may_be_none}
     for setting, value in chosen.items():
         if setting not in choice.options:
             near = nearest(setting, choice.options) or ";"
