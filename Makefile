@@ -41,7 +41,7 @@ format: $(READY) ## rewrite the files in the house format
 	$(BIN)/ruff check --fix .
 
 doctest: $(READY) ## the examples in the docstrings
-	$(BIN)/pytest --doctest-modules src --ignore=src/bayesrule/integrations/lightning.py --ignore=src/bayesrule/integrations/transformers.py
+	$(BIN)/pytest --doctest-modules src --ignore=src/bayesrule/integrations/lightning.py --ignore=src/bayesrule/integrations/transformers.py --ignore=src/bayesrule/recipes/pretrained.py
 
 check: lint coverage doctest ## everything a change must pass
 
@@ -55,7 +55,7 @@ $(HOSTS): $(READY)
 
 integrations: $(HOSTS) ## train in every host framework and write the matrix into docs/integrations.md
 	$(BIN)/pytest -n 2 -m hosts tests/integrations tests/processes tests/test_examples.py --matrix docs/integrations.md
-	$(BIN)/pytest --doctest-modules src/bayesrule/integrations/lightning.py src/bayesrule/integrations/transformers.py
+	$(BIN)/pytest --doctest-modules src/bayesrule/integrations/lightning.py src/bayesrule/integrations/transformers.py src/bayesrule/recipes
 
 $(RIVALS): $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"
