@@ -221,8 +221,8 @@ def _table(corpus: str, entries: Mapping[str, Entry], steps: int, seeds: tuple[i
     scaled = "" if factor == 1 else f" (the rates of the other text times {factor:g})"
     note = (
         f"GPT of 0.37 million weights, {steps:,} steps of 1,024 bytes; as many settings of each{scaled} on seed {first}, then the "
-        f"best of them, whose perplexity is in the table, on seeds {rest}: mean ± standard deviation. Averaged: over 8 draws. Rival: "
-        "the better of SOAP and Muon."
+        f"best of them, whose perplexity is in the table, on seeds {rest}: mean ± standard deviation. Averaged: over 8 draws. "
+        "Rival: the better of SOAP and Muon."
     )
     return Table(title, head, rows, key, note)
 
