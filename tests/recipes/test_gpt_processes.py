@@ -101,16 +101,29 @@ def test_killed_at_any_process_a_run_goes_on_and_ends_bit_equal(way, call, tmp_p
         assert_equal(out, tmp_path / "whole")
 
 
+PUBLISHED = ["--lr", "1", "--hess-init", "1e-3", "--beta2", "0.99999", "--set", "hess_approx=price", "--set", "clip_radius=1e-3"]
+ONCE = [*TINY[:-2], "--warmup", "0"]
+ONCE[ONCE.index("--steps") + 1] = "1"
+
+
 @pytest.mark.slow
-def test_shards_do_what_copies_do_and_other_numbers_of_processes_are_refused(call, tmp_path):
-    for name, more in {"copies": ["--optimizer", "ivon"], "shards": ["--optimizer", "ivon", "--shard"]}.items():
-        code, err = call("--data", "{text}", *TINY[:-2], *more, "--out", tmp_path / name)
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        ([*TINY[:-2], *PUBLISHED], dict(atol=1e-6, rtol=1e-4)),
+        (ONCE, dict(atol=1e-4, rtol=1e-3)),  # where gradients are all but zero, their rounding is divided by their squares
+    ],
+    ids=["published", "squares, one step"],
+)
+def test_shards_do_what_copies_do_and_other_numbers_of_processes_are_refused(words, near, call, tmp_path):
+    for name, more in {"copies": [], "shards": ["--shard"]}.items():
+        code, err = call("--data", "{text}", "--optimizer", "ivon", *words, *more, "--out", tmp_path / name)
         assert code == 0, err
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("copies", "shards"))
-    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    assert all(torch.allclose(first[name], second[name], atol=near["atol"]) for name in first)
     first, second = (load_file(tmp_path / name / "posterior.safetensors") for name in ("copies", "shards"))
     assert first.keys() == second.keys() and all(
-        torch.allclose(first[name], second[name], rtol=1e-4) for name in first if "mean" not in name
+        torch.allclose(first[name], second[name], rtol=near["rtol"]) for name in first if "mean" not in name
     )
     code, err = call("--data", "{text}", *TINY, "--out", tmp_path / "new", VICTIM="0", STEPS="4", SIGNAL="2")
     code, err = call("--resume", "--out", tmp_path / "new", size=1)
