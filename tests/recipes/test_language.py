@@ -119,7 +119,7 @@ class TestRuns:
             ({"context": 8}, r"began with context 12, not 8; give the same settings, or --resume and --out alone"),
             ({"seed": 1}, "began with seed 0, not 1"),
             ({"optimizer": "evon"}, "began with optimizer ivon, not evon"),
-            ({"hyperparameters": {"lr": 0.5}}, "began with lr 0.01, not 0.5"),
+            ({"hyperparameters": {"lr": 0.5}}, "began with lr 0.005, not 0.5"),
         ],
     )
     def test_another_run_is_not_gone_on_with(self, changes, message, settings, tmp_path):
@@ -320,7 +320,7 @@ class TestCommand:
         code, out, _ = call("train gpt --resume --out {new}")
         assert code == 0 and "IVON" in out
         code, _, err = call("train gpt --resume --out {new} --lr 3")
-        assert code == 2 and "began with lr 0.01, not 3.0" in err
+        assert code == 2 and "began with lr 0.005, not 3.0" in err
         code, _, err = call("sensitivity {new}")
         assert code == 2 and err.splitlines()[-1].endswith("holds a language model, and this is for classifiers")
         code, _, err = call("train image --resume --out {new}")

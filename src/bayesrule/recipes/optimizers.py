@@ -166,7 +166,7 @@ def matrices(model: nn.Module, settings: Mapping[str, Any]) -> list[dict[str, An
 
 TEXT_ADAMW = {"lr": 0.006, "weight_decay": 0.1, "beta2": 0.99}
 SQUARES = {"hess_approx": "gradsq", "gradsq_scale": 1.0, "hess_init": DATA, "weight_decay": 1e-6, "clip_radius": 1.0}
-TEXT_IVON = {"lr": 0.01, "ess": 10.0, **SQUARES, "beta2": 0.99, "rescale_lr": False}
+TEXT_IVON = {"lr": 0.005, "ess": 10.0, **SQUARES, "beta2": 0.99, "rescale_lr": False}
 TEXT_EVON = {"lr": 0.005, "ess": 10.0, **SQUARES, "beta1": 0.95, "beta2": 0.99, "shampoo_beta": 0.95, "whiten": False}
 TEXT_EVON |= {"hess_init": 1e-3, "adamw_lr": 0.01}
 TEXT_MUON = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.95, "adamw_lr": 0.01, "beta2": 0.99}
