@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -53,13 +54,7 @@ def draw(path: Path, *, title: str, x: str, y: str, lines: Mapping[str, Line]) -
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel(x, color=INK, fontsize=12)
-    axes.set_ylabel(y, color=INK, fontsize=12)
-    axes.set_title(title, color=INK, fontsize=13, loc="left")
-    axes.tick_params(colors=INK, labelsize=11)
-    axes.grid(True, which="major", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _dress(axes, title, x, y)
     _names(figure, lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
@@ -82,6 +77,15 @@ def curves(path: Path, *, title: str, x: str, y: str, lines: Mapping[str, Sequen
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    _dress(axes, title, x, y)
+    order = sorted(ends, key=lambda name: -last[name])
+    axes.legend(handles=[ends[name] for name in order], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+    """Words and lines that all plots share."""
     axes.set_xlabel(x, color=INK, fontsize=12)
     axes.set_ylabel(y, color=INK, fontsize=12)
     axes.set_title(title, color=INK, fontsize=13, loc="left")
@@ -89,10 +93,6 @@ def curves(path: Path, *, title: str, x: str, y: str, lines: Mapping[str, Sequen
     axes.grid(True, which="major", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    order = sorted(ends, key=lambda name: -last[name])
-    axes.legend(handles=[ends[name] for name in order], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
 
 
 def _names(figure: Figure, lines: Mapping[str, Line]) -> None:

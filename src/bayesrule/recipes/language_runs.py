@@ -48,7 +48,7 @@ def begin(settings: GPTSettings, tokens: Tokens, workers: Workers = ALONE) -> tu
     settings = complete(settings, tokens, workers.size)
     model, start = built(settings, tokens.codec.vocabulary, place(settings.device), shard), dict[str, Any]()
     if settings.hyperparameters.get("hess_init") == DATA:
-        start = {"hess_init": br.start_curvature(model.eval(), "cross_entropy", beginning(settings, tokens))}
+        start = {"hess_init": br.start_curvature(model, "cross_entropy", beginning(settings, tokens))}
     apart = settings.fresh_draws and workers.size > 1 and choice.draws_apart and not shard  # shards see one sample
     each = {"noise_per_rank": True} if apart else {}
     optimizer = choice.make(model, {**settings.hyperparameters, **start}, settings.seed, **each)
