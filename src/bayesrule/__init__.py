@@ -64,6 +64,8 @@ _HOMES = {
     "uses.abstaining": "ConformalSets selective_threshold",
     "uses.sensitivity": "Sensitivity",
     "uses.tracking": "TrackSensitivity",
+    "uses.adaptation.memory": "Memory",
+    "uses.adaptation.adapting": "adapt",
 }
 _MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods", "metrics": "uses.metrics"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,3 +97,35 @@ def outputs_of(model: Callable[..., Any], inputs: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise TypeError(f"the model must return a tensor, or something with logits; got {type(found).__name__}")
     return found
+
+
+def joined(several: Sequence[Any], fill: float | None = None) -> Any:
+    """Examples of several batches as one. Rows of different lengths are filled up at their ends.
+
+    Args:
+        several: Inputs of batches, or labels, or outputs.
+        fill: What they are filled with; None is for inputs, which need an ``attention_mask`` that says what is text.
+
+    Raises:
+        ValueError: Inputs have different shapes, and no mask.
+    """
+    shapes = {tuple(x.shape[1:] for x in tree_leaves(inputs) if isinstance(x, Tensor)) for inputs in several}
+    first = several[0]
+    if fill is None and len(shapes) > 1 and not (isinstance(first, Mapping) and "attention_mask" in first):
+        raise ValueError(f"inputs of different shapes, such as {sorted(map(str, shapes))[:2]}, need an 'attention_mask'")
+
+    def join(*parts: Any) -> Any:
+        if not (isinstance(parts[0], Tensor) and parts[0].dim()):
+            return parts[0]
+        sizes = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts), strict=True)]
+        return torch.cat([_filled(x, sizes, fill or 0) for x in parts])
+
+    return tree_map(join, first, *several[1:])
+
+
+def _filled(x: Tensor, sizes: Sequence[int], fill: float) -> Tensor:
+    if list(x.shape[1:]) == list(sizes):
+        return x
+    wide = x.new_full((len(x), *sizes), fill)
+    wide[tuple(slice(n) for n in x.shape)] = x
+    return wide

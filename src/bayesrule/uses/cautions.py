@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from ..estimators.output_losses import OutputLoss
@@ -29,8 +31,12 @@ def noise_of(posterior: Posterior | None, given: float | None) -> float:
     return known[0]
 
 
-def of_the_sum(posterior: Posterior) -> Posterior:
+def of_the_sum(posterior: Posterior, purpose: str = "leave-one-out estimates") -> Posterior:
     """The posterior of the sum of the losses, with ess the number of examples.
+
+    Args:
+        posterior: Of any ess.
+        purpose: What it is for.
 
     Warns:
         UserWarning: It was another.
@@ -40,11 +46,24 @@ def of_the_sum(posterior: Posterior) -> Posterior:
     factor = posterior.ess / posterior.num_data
     warnings.warn(
         f"posterior was trained with ess={posterior.ess:g} but num_data={posterior.num_data}; variances are scaled by {factor:g} "
-        "for leave-one-out estimates",
+        f"for {purpose}",
         UserWarning,
         stacklevel=4,
     )
     return posterior.rescale(ess=float(posterior.num_data))
+
+
+def check_mode(model: nn.Module) -> None:
+    """Refuse what is no function of an example and the weights.
+
+    Raises:
+        RuntimeError: The model is in training mode, and has norms over the batch or dropout.
+    """
+    awake = [m for m in model.modules() if m.training]
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in awake):
+        raise RuntimeError("the model is in training mode, in which batch norm mixes examples; call model.eval()")
+    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in awake):
+        raise RuntimeError("the model is in training mode, in which dropout is random; call model.eval()")
 
 
 def warn_of_size(posterior: Posterior | None, examples: int) -> None:
@@ -104,4 +123,31 @@ def check_order(loader: Iterable[Any]) -> None:
             "the loader shuffles, so the numbers of examples mean nothing after this pass; pass shuffle=False",
             UserWarning,
             stacklevel=4,
+        )
+
+
+def warn_of_motion(posterior: Posterior, slope: Mapping[str, Tensor]) -> None:
+    """Where the mean is further than a deviation a weight from a minimum of the loss of its data.
+
+    Args:
+        posterior: Of the sum of the losses.
+        slope: Its gradient at the mean, by name.
+    """
+    mean, prior = posterior.prior_mean, posterior.prior_precision
+    whole = dict(slope)
+    for name, g in slope.items():
+        if prior is not None:
+            gap = posterior.mean[name] - (0 if mean is None else mean[name])
+            whole[name] = g + (prior[name] * gap).to(g)
+    wanted = {name: whole.get(name, torch.zeros_like(m)).to(m) for name, m in posterior.mean.items()}
+    step = posterior.matvec(wanted)
+    size = sum(g.numel() for g in slope.values())
+    away = math.sqrt(sum(float((wanted[name] * step[name]).sum()) for name in slope) / max(size, 1))
+    if away > 1:
+        lengths = [math.sqrt(sum(float(g.square().sum()) for g in each.values())) for each in (whole, slope)]
+        warnings.warn(
+            f"base model is not at a stationary point (grad norm {lengths[0] / max(lengths[1], 1e-30):.2g} of loss grad, "
+            f"{away:.2g} deviations a weight); K-prior gradient reconstruction assumes it",
+            UserWarning,
+            stacklevel=3,
         )

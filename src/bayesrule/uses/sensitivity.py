@@ -27,7 +27,7 @@ from ..drawing import whole_number
 from ..estimators.batches import inputs_and_labels, on_device, pairs, rows_of
 from ..estimators.output_losses import OutputLoss, output_loss
 from ..posterior import Posterior
-from .cautions import check_order, checked, noise_of, of_the_sum, warn_of_certainty, warn_of_leverage, warn_of_size
+from .cautions import check_mode, check_order, checked, noise_of, of_the_sum, warn_of_certainty, warn_of_leverage, warn_of_size
 from .deviations import dot, first_order, newton
 from .journal import Journal, marks_of
 from .products import Estimator, Products
@@ -351,11 +351,7 @@ class Sensitivity:
     # Checks
 
     def _check_state(self) -> None:
-        awake = [m for m in self.model.modules() if m.training]
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in awake):
-            raise RuntimeError("the model is in training mode, in which batch norm mixes examples; call model.eval()")
-        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in awake):
-            raise RuntimeError("the model is in training mode, in which dropout is random; call model.eval()")
+        check_mode(self.model)
         warn_of_certainty(self.products.spread.names)
 
     def _fingerprint(self) -> dict[str, Any]:
