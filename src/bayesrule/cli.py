@@ -1,4 +1,4 @@
-"""The command line: ``bayesrule demo | table | data | train | evaluate | sensitivity | report``.
+"""The command line: ``bayesrule demo | table | data | train | evaluate | sensitivity | adapt | report``.
 
 Results go to stdout, progress to stderr. What a user can mend, recipes raise as ValueError or OSError: it becomes one
 line on stderr and exit code 2. Anything else is a mistake of ours and keeps its traceback.
@@ -25,6 +25,7 @@ try:
 
     import bayesrule as br
     from bayesrule.recipes import demo, folder
+    from bayesrule.recipes.adaptation_command import AdaptRun
     from bayesrule.recipes.beginnings import said_before
     from bayesrule.recipes.classifier_command import Command, TrainImage, TrainTabular, TrainText
     from bayesrule.recipes.comparison import compare
@@ -42,7 +43,7 @@ except ModuleNotFoundError as error:
     if not error.name or error.name.startswith("bayesrule"):
         raise
     ABSENT = error.name
-    Settings = RankExamples = Command = TrainImage = TrainTabular = TrainText = TrainGPT = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
+    Settings = RankExamples = AdaptRun = Command = TrainImage = TrainTabular = TrainText = TrainGPT = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,7 @@ COMMANDS = {
     "train": Command,
     "evaluate": Evaluate,
     "sensitivity": RankExamples,
+    "adapt": AdaptRun,
     "report": WriteReport,
 }
 RECIPES: dict[str, Any] = {"image": TrainImage, "tabular": TrainTabular, "text": TrainText, "gpt": TrainGPT}

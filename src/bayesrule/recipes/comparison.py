@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bayesrule.recipes.data import Bars, Data, Part, quiet
+from bayesrule.recipes.data import Bars, Data, Part, quiet, some
 from bayesrule.recipes.repeats import members
 from bayesrule.recipes.results import Run, read
 from bayesrule.recipes.settings import RunSettings
@@ -179,7 +179,7 @@ def describe(settings: RunSettings) -> dict[str, Any]:
 
     def word(value: Any) -> Any:
         if isinstance(value, tuple):
-            return ", ".join(map(str, value)) or "none"
+            return some(list(map(str, value)), 12) or "none"
         return words[value] if value is None or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
 
     return {name.replace("_", " "): word(value) for name, value in flat.items()}
