@@ -1,0 +1,152 @@
+"""What of several checkpoints is merged with what: by names and shapes alone, whatever the architecture."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adapters import adapted, check_alike
+from .folders import Checkpoint
+from .headers import Room, Stored
+from .methods import METHODS, Method
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What is merged. Whole numbers and truth values are those of the base."""
+
+
+@dataclass(frozen=True)
+class Constant(Stored):
+    """A tensor of one number.
+
+    Args:
+        shape: Of the whole.
+        number: The number.
+    """
+
+    shape: tuple[int, ...]
+    number: float
+    dtype: torch.dtype = torch.float32
+
+    def read(self, start: int, stop: int, room: Room) -> Tensor:
+        return torch.full((stop - start,), self.number, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """One tensor of all checkpoints.
+
+    Args:
+        base: The anchor, or zeros where the base has no such tensor.
+        models: Of the same shape.
+        method: How it is merged; None copies it.
+        precisions: Of the base and of the models, where the method takes them.
+        like: Whose dtype the result has, and which is copied: the base's, or the first model's.
+    """
+
+    base: Stored
+    models: tuple[Stored, ...]
+    method: Method | None
+    precisions: tuple[Stored, ...]
+    like: Stored
+
+
+def meet(base: Checkpoint, models: Sequence[Checkpoint], method: Method, prior_precision: float | None) -> dict[str, Meeting]:
+    """All tensors of the result, by sorted names.
+
+    They are those of the models, which must agree. The base may call them without the first part of their names, as an encoder
+    does that was trained further in a classifier. A tensor that it lacks, such as a new head, has the prior as its anchor:
+    :math:`N(0, I / \\delta)`; methods without precisions average it. Tensors without a precision in any model, such as running
+    averages, have equal ones.
+
+    Raises:
+        FileNotFoundError: A method needs precisions that there are not.
+        ValueError: Names or shapes differ.
+    """
+    held = [_weights(base, model, method) for model in models]
+    for model, its in zip(models, held, strict=True):
+        if odd := sorted(held[0].keys() ^ its.keys()):
+            here, there = (models[0], model) if odd[0] in held[0] else (model, models[0])
+            raise ValueError(
+                f"{odd[0]!r} is in {str(here.folder)!r} and not in {str(there.folder)!r}; merge models of one architecture"
+            )
+        if method.needs_precision and not model.precision:
+            raise FileNotFoundError(
+                f"no precision for model {str(model.folder)!r}; run bayesrule precision {model.folder} --data ... or choose "
+                "method='task_arithmetic'"
+            )
+    ours = {name: _of_base(name, base.tensors) for name in sorted(held[0])}
+    if lost := sorted(base.tensors.keys() - set(ours.values())):
+        some = f"{len(lost)} tensors of {str(base.folder)!r} are in no model and are left out, such as {lost[0]!r}"
+        warnings.warn(some, stacklevel=3)
+    found = {}
+    for name, origin in ours.items():
+        anchor = None if origin is None else base.tensors[origin]
+        found[name] = _meeting(name, origin, anchor, base, models, [its[name] for its in held], method, prior_precision)
+    return found
+
+
+def _weights(base: Checkpoint, model: Checkpoint, method: Method) -> Mapping[str, Stored]:
+    if base.is_adapter:
+        check_alike(base, model)
+        return model.tensors
+    if not model.is_adapter:
+        return model.tensors
+    if method.needs_precision:
+        raise ValueError(
+            f"{str(model.folder)!r} is an adapter: the precisions of its A and B are none of the weights that they make. Choose "
+            "method='task_arithmetic', or name as base the adapter that all were trained from"
+        )
+    return adapted(base, model)
+
+
+def _of_base(name: str, tensors: Mapping[str, Stored]) -> str | None:
+    """What the base calls a tensor."""
+    rest = name.partition(".")[2]
+    return name if name in tensors else rest if rest in tensors else None
+
+
+def _meeting(
+    name: str,
+    origin: str | None,
+    anchor: Stored | None,
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    held: Sequence[Stored],
+    method: Method,
+    prior_precision: float | None,
+) -> Meeting:
+    like, shape = anchor or held[0], held[0].shape
+    for model, stored in ((base, like), *zip(models, held, strict=True)):
+        if stored.shape != like.shape:
+            whose = base if anchor else models[0]
+            raise ValueError(
+                f"{name!r} is {list(like.shape)} in {str(whose.folder)!r} and {list(stored.shape)} in {str(model.folder)!r}; merge "
+                "models of one architecture and vocabulary"
+            )
+    floats = [stored.dtype.is_floating_point for stored in (like, *held)]
+    if any(floats) and not all(floats):
+        raise ValueError(f"{name!r} is {like.dtype} in one checkpoint and {held[floats.index(not floats[0]) - 1].dtype} in another")
+    start = anchor or Constant(shape, 0.0)
+    if not floats[0]:
+        return Meeting(start, tuple(held), None, (), like)
+    known = [model.precision.get(name) for model in models]
+    if not method.needs_precision or not any(known):
+        plain = METHODS["linear" if method.averages or anchor is None else "task_arithmetic"]
+        return Meeting(start, tuple(held), plain if method.needs_precision or anchor is None else method, (), like)
+    if None in known:
+        lacks = models[known.index(None)].folder
+        raise ValueError(f"no precision of {name!r} for model {str(lacks)!r}, and one for others; run bayesrule precision again")
+    priors = [model.prior[name] for model in models if name in model.prior]
+    prior = min(priors) if len(priors) == len(models) else prior_precision
+    own = base.precision.get(origin or "")
+    if own is None and prior is None and not method.averages:
+        raise FileNotFoundError(
+            f"no precision for the base {str(base.folder)!r}, and the models do not say which prior they had; run bayesrule precision "
+            f"{base.folder} --data ..., pass prior_precision, or choose method='fisher'"
+        )
+    first = own or Constant(shape, prior or 0.0)
+    return Meeting(start, tuple(held), method, (first, *(each for each in known if each is not None)), like)
