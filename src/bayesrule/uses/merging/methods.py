@@ -1,7 +1,7 @@
 r"""Methods of merging, each a choice of precisions in one rule, on a block of one tensor.
 
-Models :math:`\theta_t` were fine-tuned from an anchor :math:`\theta_0`. What task t added to it is the difference of natural parameters,
-and weighted sums of these merge and remove,
+Models :math:`\theta_t` were fine-tuned from an anchor :math:`\theta_0`. What task t added to it is a difference of natural
+parameters, and weighted sums of these merge and remove,
 
 .. math::  \Lambda = \Lambda_0 + \sum_t \alpha_t (\Lambda_t - \Lambda_0), \qquad \Lambda = (S \theta, S),
 
@@ -230,23 +230,23 @@ def threshold(blocks: Callable[[], Iterable[Tensor]], density: float) -> float:
         >>> threshold(lambda: step.split(2), density=0.5)
         2.0
     """
-    upper = sum((torch.bincount(_bits(block) >> 16, minlength=1 << 15) for block in blocks()), torch.zeros(()))
+    upper = sum((torch.bincount(bits_of(block) >> 16, minlength=1 << 15) for block in blocks()), torch.zeros(()))
     rank = max(1, int(density * int(upper.sum())))  # from the largest on
-    high, rank = _bin_of(upper, rank)
+    high, rank = bin_of(upper, rank)
     lower = torch.zeros(())
     for block in blocks():
-        bits = _bits(block)
+        bits = bits_of(block)
         lower = lower + torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16)
-    low, _ = _bin_of(lower, rank)
+    low, _ = bin_of(lower, rank)
     return torch.tensor((high << 16) + low, dtype=torch.int32).view(torch.float32).item()
 
 
-def _bits(block: Tensor) -> Tensor:
-    """Of the sizes of elements in float32, as whole numbers, shape (n,)."""
+def bits_of(block: Tensor) -> Tensor:
+    """Of the sizes of elements in float32, as whole numbers in the order of the sizes, shape (n,)."""
     return block.flatten().abs().float().view(torch.int32)
 
 
-def _bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
+def bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
     """The bin of the element of a rank from the top, and its rank in the bin."""
     above = counts.long().flip(0).cumsum(0)
     number = int((above < rank).sum())
