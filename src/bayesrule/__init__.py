@@ -64,6 +64,8 @@ _HOMES = {
     "uses.abstaining": "ConformalSets selective_threshold",
     "uses.sensitivity": "Sensitivity",
     "uses.tracking": "TrackSensitivity",
+    "uses.merging.sidecar": "precision save_precision",
+    "uses.merging.streaming": "merge_checkpoints",
 }
 _MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods", "metrics": "uses.metrics"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

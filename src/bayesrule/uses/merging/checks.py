@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,18 @@ class Checks:
             raise ValueError(self._fault())
         for message in [*self._of_scales(), *self._of_kinship()]:
             warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+
+    def state(self) -> dict[str, Any]:
+        """What was seen so far, as JSON has it."""
+        tensors = {"scales": self._scales, "kinships": self._kinships}
+        seen = {"count": self._count, "bad": self._bad, "safe": self._safe, "blame": self._blame}
+        return seen | {key: [t.tolist() for t in each] for key, each in tensors.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._count, self._bad, self._safe, self._blame = (state[key] for key in ("count", "bad", "safe", "blame"))
+        self._scales = [torch.tensor(each, dtype=torch.int64) for each in state["scales"]]
+        self._kinships = [torch.tensor(each, dtype=torch.float64) for each in state["kinships"]]
 
     # Signs
 

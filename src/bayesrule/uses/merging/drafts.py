@@ -66,12 +66,13 @@ def drafting(out: Path, request: str) -> Iterator[Draft]:
     try:
         yield _draft(folder, request)
         for name in (JOURNAL, LOCK):
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
         os.replace(folder, out)
     except Exception as error:
         if not isinstance(error, Another):
             shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno is not None:
+        own = isinstance(error, OSError) and (error.filename is None or str(error.filename).startswith(str(folder)))
+        if own and error.errno is not None:
             raise type(error)(error.errno, os.strerror(error.errno), str(out)) from error
         raise
     finally:
@@ -87,6 +88,9 @@ def _draft(folder: Path, request: str) -> Draft:
         found = json.loads((folder / JOURNAL).read_text())
         draft = Draft(folder, found["request"], int(found["done"]), dict(found["notes"]))
     except (OSError, ValueError, KeyError, TypeError):  # nothing was noted
+        for path in folder.iterdir():
+            if path.name != LOCK:
+                path.unlink()
         return Draft(folder, request)
     if draft.request != request:
         raise Another(f"{folder} is the unfinished merge of something else; repeat that, or delete the folder")

@@ -153,7 +153,9 @@ def _check_index(folder: Path, tensors: Mapping[str, Entry]) -> None:
     if not (folder / INDEX).exists():
         return
     index = _index(folder)
-    if odd := sorted(name for name in index.keys() | tensors.keys() if name not in tensors or tensors[name].file.name != index.get(name)):
+    if odd := sorted(
+        name for name in index.keys() | tensors.keys() if name not in tensors or tensors[name].file.name != index.get(name)
+    ):
         raise ValueError(f"{str(folder / INDEX)!r} and the files beside it disagree on {odd[0]!r}; take another copy")
 
 
@@ -185,6 +187,16 @@ def short(name: str) -> str:
     for part in (".modules_to_save.default", ".default"):
         name = name.replace(f"{part}.", ".").removesuffix(part)
     return name
+
+
+def sidecar_metadata(method: str, prior: Mapping[str, float]) -> dict[str, str]:
+    """What a file of precisions says of them.
+
+    Args:
+        method: How they were found.
+        prior: The prior's precision, by name, where it is one number.
+    """
+    return {"bayesrule": json.dumps({"format": SIDECAR, "version": 1, "method": method, "prior_precision": dict(prior)})}
 
 
 def _sidecar(file: Path) -> tuple[dict[str, Stored], dict[str, float]]:

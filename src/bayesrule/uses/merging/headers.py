@@ -125,7 +125,9 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     end = 0
     for name, (_, _, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
         if begin != end:
-            raise _damaged(file, f"{name!r} begins at byte {begin:,}, where {'a gap ends' if begin > end else 'another tensor lies'}")
+            raise _damaged(
+                file, f"{name!r} begins at byte {begin:,}, where {'a gap ends' if begin > end else 'another tensor lies'}"
+            )
         end = stop
     if end != size - 8 - length:
         raise _damaged(file, f"its tensors take {end:,} bytes, and it holds {size - 8 - length:,}")
@@ -142,7 +144,9 @@ def _place(file: Path, name: str, about: Any) -> tuple[torch.dtype, tuple[int, .
     if not whole:
         raise _damaged(file, f"{name!r} has no dtype, shape and data_offsets as they should be")
     if kind not in DTYPES:
-        raise ValueError(f"{str(file)!r} holds {name!r} in the dtype {kind!r}, which is none of {', '.join(DTYPES)}; convert it first")
+        raise ValueError(
+            f"{str(file)!r} holds {name!r} in the dtype {kind!r}, which is none of {', '.join(DTYPES)}; convert it first"
+        )
     if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
         raise _damaged(file, f"{name!r} of shape {list(shape)} in {kind} has {end - begin:,} bytes")
     return DTYPES[kind], shape, begin, end

@@ -45,6 +45,7 @@ class Meeting:
         method: How it is merged; None copies it.
         precisions: Of the base and of the models, where the method takes them.
         like: Whose dtype the result has, and which is copied: the base's, or the first model's.
+        is_anchored: Whether the base has such a tensor.
     """
 
     base: Stored
@@ -52,6 +53,7 @@ class Meeting:
     method: Method | None
     precisions: tuple[Stored, ...]
     like: Stored
+    is_anchored: bool
 
 
 def meet(base: Checkpoint, models: Sequence[Checkpoint], method: Method, prior_precision: float | None) -> dict[str, Meeting]:
@@ -131,12 +133,14 @@ def _meeting(
     if any(floats) and not all(floats):
         raise ValueError(f"{name!r} is {like.dtype} in one checkpoint and {held[floats.index(not floats[0]) - 1].dtype} in another")
     start = anchor or Constant(shape, 0.0)
-    if not floats[0]:
-        return Meeting(start, tuple(held), None, (), like)
+    if not floats[0] or 0 in shape:
+        return Meeting(start, tuple(held), None, (), like, anchor is not None)
     known = [model.precision.get(name) for model in models]
     if not method.needs_precision or not any(known):
         plain = METHODS["linear" if method.averages or anchor is None else "task_arithmetic"]
-        return Meeting(start, tuple(held), plain if method.needs_precision or anchor is None else method, (), like)
+        return Meeting(
+            start, tuple(held), plain if method.needs_precision or anchor is None else method, (), like, anchor is not None
+        )
     if None in known:
         lacks = models[known.index(None)].folder
         raise ValueError(f"no precision of {name!r} for model {str(lacks)!r}, and one for others; run bayesrule precision again")
@@ -149,4 +153,4 @@ def _meeting(
             f"{base.folder} --data ..., pass prior_precision, or choose method='fisher'"
         )
     first = own or Constant(shape, prior or 0.0)
-    return Meeting(start, tuple(held), method, (first, *(each for each in known if each is not None)), like)
+    return Meeting(start, tuple(held), method, (first, *(each for each in known if each is not None)), like, anchor is not None)

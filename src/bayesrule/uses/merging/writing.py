@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,7 +53,7 @@ class Writer:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         begin = len(text) + 8
-        self._out = open(file, "r+b" if done else "wb", buffering=0)  # noqa: SIM115 (closed by close)
+        self._out = open(file, "r+b" if done else "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         if done:
             self._out.truncate(begin + ends[done - 1])
             self._out.seek(0, os.SEEK_END)
@@ -68,8 +68,10 @@ class Writer:
         """Have the disk hold what was written."""
         os.fsync(self._out.fileno())
 
-    def close(self) -> None:
-        """Write no more."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._out.close()
 
     def _write(self, waiting: memoryview) -> None:
