@@ -103,6 +103,11 @@ def _parts(path: Any, names: Any, tensors: Named, about: Any, prefix: str) -> tu
 
 
 def about_of(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What the metadata of a file say of its posterior.
+
+    Raises:
+        ValueError: It is no posterior, or of a later format.
+    """
     about: dict[str, Any] = {}
     try:
         about = json.loads((metadata or {})["bayesrule"])

@@ -1,8 +1,8 @@
 """Adapters (LoRA) as changes of the weights that they were trained beside: W + scale B A.
 
-Means of A and of B apart from one another multiply to something else than the mean of the products, and B, -A say the same as -B, A.
-So adapters of a full model are merged as the weights that they make. Only where the base is an adapter itself, from whose A and B all
-others were trained, A and B are weights like any others, with their own precisions.
+The mean of some A times the mean of their B is not the mean of the products, and -B, -A say the same as B, A. So adapters of a full model
+are merged as the weights that they make. Only where the base is an adapter itself, from whose A and B all others were trained, are
+A and B weights like any others, with their own precisions.
 
 Source: E. Hu et al. (2021), LoRA, arXiv:2106.09685; the files are those of PEFT.
 """
@@ -74,9 +74,7 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> dict[str, Stored]:
     """
     config = _config(adapter)
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("alpha_pattern"):
-        raise ValueError(
-            f"{str(adapter.folder)!r} holds an adapter that is no plain LoRA; merge it into its model by PEFT's merge_and_unload()"
-        )
+        raise ValueError(f"{adapter} holds an adapter that is no plain LoRA; merge it into its model by PEFT's merge_and_unload()")
     own = {name.removeprefix(LEADING): entry for name, entry in adapter.tensors.items()}
     pairs = {name: end for name in own for end in PAIRS if name.endswith(end)}
     targets = {name: f"{name.removesuffix(end)}.weight" for name, end in pairs.items()}
@@ -89,14 +87,13 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> dict[str, Stored]:
         a = own.pop(name)
         if not isinstance(matrix, Entry) or b is None or not _fit(matrix, a, b, transposed):
             raise ValueError(
-                f"{str(adapter.folder)!r} adapts {weight!r}, and {str(base.folder)!r} holds no matrix that fits; name the model that "
-                "it was trained from"
+                f"{adapter} adapts {weight!r}, and {base} holds no matrix that fits; name the model that it was trained from"
             )
         rank = a.shape[0]
         scale = float(config.get("lora_alpha", rank)) / (math.sqrt(rank) if config.get("use_rslora") else rank)
         found[weight] = Adapted(matrix, a, b, scale, transposed)
     if odd := sorted(name for name in own if "lora_" in name):
-        raise ValueError(f"{str(adapter.folder)!r} holds {odd[0]!r}, which is no part of a plain LoRA; merge it by PEFT first")
+        raise ValueError(f"{adapter} holds {odd[0]!r}, which is no part of a plain LoRA; merge it by PEFT first")
     return found | own
 
 
@@ -107,12 +104,12 @@ def check_alike(base: Checkpoint, adapter: Checkpoint) -> None:
         ValueError: So it is; the message names the setting.
     """
     if not adapter.is_adapter:
-        raise ValueError(f"{str(base.folder)!r} is an adapter and {str(adapter.folder)!r} is none; name a full model as base")
+        raise ValueError(f"{base} is an adapter and {adapter} is none; name a full model as base")
     ours, theirs = _config(base), _config(adapter)
     for name in STEPS:
         if ours.get(name) != theirs.get(name):
             raise ValueError(
-                f"{name} is {ours.get(name)!r} in {str(base.folder)!r} and {theirs.get(name)!r} in {str(adapter.folder)!r}, so that "
+                f"{name} is {ours.get(name)!r} in {base} and {theirs.get(name)!r} in {adapter}, so that "
                 "their A and B differ in meaning; name the full model as base"
             )
 

@@ -71,8 +71,7 @@ def drafting(out: Path, request: str) -> Iterator[Draft]:
     except Exception as error:
         if not isinstance(error, Another):
             shutil.rmtree(folder, ignore_errors=True)
-        own = isinstance(error, OSError) and (error.filename is None or str(error.filename).startswith(str(folder)))
-        if own and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None and str(error.filename or folder).startswith(str(folder)):
             raise type(error)(error.errno, os.strerror(error.errno), str(out)) from error
         raise
     finally:

@@ -68,6 +68,9 @@ class Checkpoint:
     prior: Mapping[str, float] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
 
+    def __str__(self) -> str:
+        return repr(str(self.folder))
+
     @property
     def is_adapter(self) -> bool:
         """Whether it holds adapters alone."""
@@ -218,7 +221,8 @@ def _posterior(file: Path) -> tuple[dict[str, Stored], dict[str, float]]:
     about = about_of(file, metadata)
     if about.get("parts"):
         raise ValueError(
-            f"{str(file)!r} has the structure {about['structure']!r}, and checkpoints are merged by diagonals; save its independent()"
+            f"{str(file)!r} has the structure {about['structure']!r}, and weights of checkpoints count as independent; save its "
+            "independent()"
         )
     factor = (about.get("num_data") or about["ess"]) / about["ess"]
     precision, prior, room = dict[str, Stored](), dict[str, float](), Room()

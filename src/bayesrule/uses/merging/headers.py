@@ -43,7 +43,7 @@ class Room:
         if len(self._bytes) < count:
             self._bytes = torch.empty(count, dtype=torch.uint8)
         block = self._bytes[:count]
-        free = memoryview(block.numpy())
+        free = memoryview(block.numpy())  # type: ignore[arg-type]
         with file.open("rb", buffering=0) as source:
             source.seek(offset)
             while free and (got := source.readinto(free)):

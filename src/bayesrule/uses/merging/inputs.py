@@ -57,11 +57,11 @@ class Meeting:
 
 
 def meet(base: Checkpoint, models: Sequence[Checkpoint], method: Method, prior_precision: float | None) -> dict[str, Meeting]:
-    """All tensors of the result, by sorted names.
+    r"""All tensors of the result, by sorted names.
 
     They are those of the models, which must agree. The base may call them without the first part of their names, as an encoder
     does that was trained further in a classifier. A tensor that it lacks, such as a new head, has the prior as its anchor:
-    :math:`N(0, I / \\delta)`; methods without precisions average it. Tensors without a precision in any model, such as running
+    :math:`N(0, I / \delta)`; methods without precisions average it. Tensors without a precision in any model, such as running
     averages, have equal ones.
 
     Raises:
@@ -72,17 +72,15 @@ def meet(base: Checkpoint, models: Sequence[Checkpoint], method: Method, prior_p
     for model, its in zip(models, held, strict=True):
         if odd := sorted(held[0].keys() ^ its.keys()):
             here, there = (models[0], model) if odd[0] in held[0] else (model, models[0])
-            raise ValueError(
-                f"{odd[0]!r} is in {str(here.folder)!r} and not in {str(there.folder)!r}; merge models of one architecture"
-            )
+            raise ValueError(f"{odd[0]!r} is in {here} and not in {there}; merge models of one architecture")
         if method.needs_precision and not model.precision:
             raise FileNotFoundError(
-                f"no precision for model {str(model.folder)!r}; run bayesrule precision {model.folder} --data ... or choose "
+                f"no precision for model {model}; run bayesrule precision {model.folder} --data ... or choose "
                 "method='task_arithmetic'"
             )
     ours = {name: _of_base(name, base.tensors) for name in sorted(held[0])}
     if lost := sorted(base.tensors.keys() - set(ours.values())):
-        some = f"{len(lost)} tensors of {str(base.folder)!r} are in no model and are left out, such as {lost[0]!r}"
+        some = f"{len(lost)} tensors of {base} are in no model and are left out, such as {lost[0]!r}"
         warnings.warn(some, stacklevel=3)
     found = {}
     for name, origin in ours.items():
@@ -99,7 +97,7 @@ def _weights(base: Checkpoint, model: Checkpoint, method: Method) -> Mapping[str
         return model.tensors
     if method.needs_precision:
         raise ValueError(
-            f"{str(model.folder)!r} is an adapter: the precisions of its A and B are none of the weights that they make. Choose "
+            f"{model} is an adapter: the precisions of its A and B are none of the weights that they make. Choose "
             "method='task_arithmetic', or name as base the adapter that all were trained from"
         )
     return adapted(base, model)
@@ -126,7 +124,7 @@ def _meeting(
         if stored.shape != like.shape:
             whose = base if anchor else models[0]
             raise ValueError(
-                f"{name!r} is {list(like.shape)} in {str(whose.folder)!r} and {list(stored.shape)} in {str(model.folder)!r}; merge "
+                f"{name!r} is {list(like.shape)} in {whose} and {list(stored.shape)} in {model}; merge "
                 "models of one architecture and vocabulary"
             )
     floats = [stored.dtype.is_floating_point for stored in (like, *held)]
@@ -142,15 +140,15 @@ def _meeting(
             start, tuple(held), plain if method.needs_precision or anchor is None else method, (), like, anchor is not None
         )
     if None in known:
-        lacks = models[known.index(None)].folder
-        raise ValueError(f"no precision of {name!r} for model {str(lacks)!r}, and one for others; run bayesrule precision again")
+        lacks = models[known.index(None)]
+        raise ValueError(f"no precision of {name!r} for model {lacks}, and one for others; run bayesrule precision again")
     priors = [model.prior[name] for model in models if name in model.prior]
     prior = min(priors) if len(priors) == len(models) else prior_precision
     own = base.precision.get(origin or "")
     if own is None and prior is None and not method.averages:
         raise FileNotFoundError(
-            f"no precision for the base {str(base.folder)!r}, and the models do not say which prior they had; run bayesrule precision "
-            f"{base.folder} --data ..., pass prior_precision, or choose method='fisher'"
+            f"no precision for the base {base}, and the models do not say which prior they had; run bayesrule precision {base.folder} "
+            "--data ..., pass prior_precision, or choose method='fisher'"
         )
     first = own or Constant(shape, prior or 0.0)
     return Meeting(start, tuple(held), method, (first, *(each for each in known if each is not None)), like, anchor is not None)

@@ -62,7 +62,7 @@ class Writer:
 
     def append(self, block: Tensor) -> None:
         """The next elements, shape (n,), in the dtype of their tensor."""
-        self._write(memoryview(block.contiguous().view(torch.uint8).numpy()))
+        self._write(memoryview(block.contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
     def sync(self) -> None:
         """Have the disk hold what was written."""
