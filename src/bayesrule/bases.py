@@ -55,8 +55,10 @@ class Basis:
 
     def equals(self, other: Basis) -> bool:
         """Whether both turn to the same coordinates, bit by bit."""
-        pairs = zip(self.axes, other.axes, strict=False)
-        return self.shape == other.shape and all(p is q or (p is not None and q is not None and torch.equal(p, q)) for p, q in pairs)
+        if self.shape != other.shape:
+            return False
+        pairs = zip(self.axes, other.axes, strict=True)
+        return all(p is q or (p is not None and q is not None and torch.equal(p, q)) for p, q in pairs)
 
     def moments(self, x: Tensor) -> list[Tensor | None]:
         """For each axis that has a basis, the products of its slices, shape (n, n)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -38,7 +39,8 @@ def merge(
     r"""Several posteriors, fine-tuned apart from one base, as one; or a base from which some are taken out.
 
     With ``gradient_matching`` this is arithmetic on natural parameters: exact for quadratic losses if posteriors are full, or
-    precisions are diagonal in truth. No data are looked at. Costs some passes over the weights, and the memory of the result.
+    precisions are diagonal in truth. No data are looked at. Costs some passes over the weights, and the memory of the result and
+    of a precision for each posterior that knows its prior.
 
     .. math::  S = S_0 + \sum_t \alpha_t (S_t - S_0), \qquad
                \theta = \theta_0 + \sum_t \alpha_t S^{-1} S_t (\theta_t - \theta_0).
@@ -117,10 +119,12 @@ class Merger:
         if prior_precision is not None and not 0 < prior_precision < math.inf:
             raise ValueError(f"prior_precision must be a number > 0, got {prior_precision!r}")
         _check(base, dict(zip(self.names, posteriors, strict=True)), method)
-        self.models: list[Posterior] = []
+        models: list[Posterior] = []
         for posterior in posteriors:
-            self.models.append(of_the_sum(posterior, "merging"))
-        self.anchor = anchor_of(base, self.models, method, prior_precision)
+            models.append(of_the_sum(posterior, "merging"))
+        self.anchor = anchor_of(base, models, method, prior_precision)
+        with torch.no_grad(), uncast():
+            self.models = models if method.averages else [self._rebased(model) for model in models]
 
     def __call__(self, alphas: Sequence[float], *, warn: bool = True) -> Posterior:
         """Merged with these weights, as :meth:`Method.weights` gives them."""
@@ -134,7 +138,7 @@ class Merger:
                 if name in together:
                     continue
                 base = _piece(anchor, name)
-                models = [self._model(name, model, base) for model in self.models]
+                models = [_piece(model, name) for model in self.models]
                 merged = self.method(base, models, alphas, self._place(number, base, models))
                 checks.update(base, models, merged)
                 mean[name] = merged.mean
@@ -157,13 +161,6 @@ class Merger:
             method_hint=self.models[0].method_hint,
         )
 
-    def _model(self, name: str, model: Posterior, base: Piece) -> Piece:
-        """What a model knows of one tensor, had it been trained from the anchor."""
-        piece = _piece(model, name)
-        if piece.precision is None or base.precision is None or model.prior_precision is None or self.method.averages:
-            return piece
-        return Piece(piece.mean, onto(base.precision, piece.precision, wide(model.prior_precision[name])))
-
     def _place(self, number: int, base: Piece, models: Sequence[Piece]) -> Place:
         steps = [[model.mean - base.mean] for model in models] if self.method.trims else []
         return Place(number, 0, tuple(threshold(step.__iter__, self.method.density) for step in steps), self.seed)
@@ -181,41 +178,46 @@ class Merger:
     def _joined(self, number: int, alphas: Sequence[float]) -> Joint:
         """Those of one part, by the natural parameters of the family."""
         joints: list[Any] = [model.parts[number] for model in self.models]
-        total: Any = 0.0
-        if self.method.averages:
-            for joint, a in zip(joints, alphas, strict=True):
-                total = joint.q.natural() * a + total
-        else:
-            anchor = self._anchor_of(number, joints[0])
-            total = start = anchor.natural()
-            for joint, model, a in zip(joints, self.models, alphas, strict=True):
-                total = total + (_onto(anchor, joint, model.prior_precision).natural() - start) * a
+        first, taken = joints[0], [repr(name) for name, a in zip(self.names, alphas, strict=True) if a < 0]
+        anchor = 0.0 if self.method.averages else self._anchor_of(first).natural()
+        total: Any = anchor
+        for joint, a in zip(joints, alphas, strict=True):
+            total = (joint.q.natural() - anchor) * a + total
         try:
-            return Joint(joints[0].names, joints[0].shapes, joints[0].q.from_natural(total))
+            return replace(first, q=first.q.from_natural(total))
         except DomainError as error:
-            taken = [repr(name) for name, a in zip(self.names, alphas, strict=True) if a < 0]
             what = f"removing {', '.join(taken)}" if taken else "merging"
             raise ValueError(f"{what} leaves no posterior: {error}. Lower alpha or supply the base precision") from error
 
-    def _anchor_of(self, number: int, like: Joint) -> Any:
+    def _anchor_of(self, like: Joint) -> Any:
+        """The anchor, as a member of the family of a part."""
         anchor = self.anchor.posterior
-        if anchor.parts:
-            part: Any = anchor.parts[number]
-            return part.q
+        for part in anchor.parts:
+            if part.names == like.names and isinstance(part, Joint):
+                return part.q
         mean, precision = (like.point({name: block[name] for name in like.names}) for block in (anchor.mean, anchor.precision))
         return _with_precision(like.q.moved(mean=mean), like.q.keep_diagonal(precision))
+
+    def _rebased(self, model: Posterior) -> Posterior:
+        """A model as if trained from the anchor: where it knows the precision of its prior, S_0 takes its place."""
+        if model.prior_precision is None:
+            return model
+        anchor = self.anchor.posterior.precision
+        prior = {name: wide(s).expand_as(anchor[name]) for name, s in model.prior_precision.items()}
+        precision = {
+            name: onto(wide(anchor[name]), wide(s), prior[name]) if has_precision(s) and has_precision(anchor[name]) else s
+            for name, s in model.precision.items()
+        }
+        parts = tuple(self._rebased_part(part, prior) if isinstance(part, Joint) else part for part in model.parts)
+        return replace(model, precision=precision, prior_mean=None, prior_precision=None, parts=parts)
+
+    def _rebased_part(self, part: Joint, prior: Named) -> Joint:
+        own = part.q.keep_diagonal(part.point({name: prior[name] for name in part.names}))
+        return replace(part, q=_with_precision(part.q, part.q.precision + (self._anchor_of(part).precision - own)))
 
 
 def _with_precision(q: Any, precision: Any) -> Any:
     return q.moved(hess=precision / q.ess - q.weight_decay)
-
-
-def _onto(anchor: Any, joint: Joint, prior: Named | None) -> Any:
-    """A member whose prior is replaced by the anchor's precision."""
-    if prior is None:
-        return joint.q
-    own = {name: wide(prior[name]).expand(shape) for name, shape in zip(joint.names, joint.shapes, strict=True)}
-    return _with_precision(joint.q, joint.q.precision + (anchor.precision - joint.q.keep_diagonal(joint.point(own))))
 
 
 def _check(base: Posterior | None, models: Mapping[str, Posterior], method: Method) -> None:
@@ -233,11 +235,7 @@ def _check(base: Posterior | None, models: Mapping[str, Posterior], method: Meth
     (first, one), *others = whole.items()
     odd = next((name for name, model in others or [(first, one)] if not _adds(one, model)), None)
     if odd is not None or not method.needs_precision:
-        what = (
-            f"{first!r} ({one.structure})"
-            if odd in (None, first)
-            else f"{first!r} ({one.structure}) and {odd!r} ({whole[odd].structure})"
-        )
+        what = " and ".join(f"{name!r} ({whole[name].structure})" for name in dict.fromkeys([first, odd or first]))
         raise TypeError(f"{method.name} of {what} has no posterior of one structure and basis; take independent() of all")
 
 
