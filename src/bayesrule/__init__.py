@@ -64,6 +64,10 @@ _HOMES = {
     "uses.abstaining": "ConformalSets selective_threshold",
     "uses.sensitivity": "Sensitivity",
     "uses.tracking": "TrackSensitivity",
+    "uses.merging.posteriors": "merge",
+    "uses.merging.mixtures": "merge_mixtures",
+    "uses.merging.previews": "preview",
+    "uses.merging.mismatches": "gradient_mismatch",
     "uses.merging.sidecar": "precision save_precision",
     "uses.merging.streaming": "merge_checkpoints",
 }

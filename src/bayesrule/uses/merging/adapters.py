@@ -1,8 +1,8 @@
 """Adapters (LoRA) as changes of the weights that they were trained beside: W + scale B A.
 
-The mean of some A times the mean of their B is not the mean of the products, and -B, -A say the same as B, A. So adapters of a full model
-are merged as the weights that they make. Only where the base is an adapter itself, from whose A and B all others were trained, are
-A and B weights like any others, with their own precisions.
+The mean of some A times the mean of their B is not the mean of the products, and -B, -A say the same as B, A. So adapters of a full
+model are merged as the weights that they make. Only where the base is an adapter itself, from whose A and B all others were
+trained, are A and B weights like any others, with their own precisions.
 
 Source: E. Hu et al. (2021), LoRA, arXiv:2106.09685; the files are those of PEFT.
 """

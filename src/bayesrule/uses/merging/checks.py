@@ -89,16 +89,25 @@ class Checks:
                 kinship += torch.stack([a @ a, b @ b, a @ b]).cpu()
 
     def finish(self, stacklevel: int = 2) -> None:
-        """Say what was found.
+        """:meth:`refuse` and :meth:`warn`."""
+        self.refuse()
+        self.warn(stacklevel + 1)
+
+    def refuse(self) -> None:
+        """Stop where a removal went too far.
 
         Raises:
             ValueError: Merged precisions are not positive.
+        """
+        if self._bad:
+            raise ValueError(self._fault())
+
+    def warn(self, stacklevel: int = 2) -> None:
+        """Say what looks wrong.
 
         Warns:
             UserWarning: Precisions are of different scales, or a model is not fine-tuned from the base.
         """
-        if self._bad:
-            raise ValueError(self._fault())
         for message in [*self._of_scales(), *self._of_kinship()]:
             warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 

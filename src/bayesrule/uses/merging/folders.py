@@ -13,41 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ...archive import about_of
-from .headers import Entry, Room, Stored, read_header
+from .headers import Constant, Entry, Room, Scaled, Stored, read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PRECISION, POSTERIOR = "precision.safetensors", "posterior.safetensors"
 SIDECAR = "bayesrule-precision"
 """The format that the metadata of a file of precisions name."""
-
-
-@dataclass(frozen=True)
-class Scaled(Stored):
-    """A stored tensor times a number.
-
-    Args:
-        of: The tensor.
-        factor: The number.
-    """
-
-    of: Stored
-    factor: float
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.of.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.of.shape
-
-    def read(self, start: int, stop: int, room: Room) -> Tensor:
-        return self.of.read(start, stop, room) * self.factor
 
 
 @dataclass(frozen=True)
@@ -58,14 +31,14 @@ class Checkpoint:
         folder: Where it is.
         tensors: The weights, by name.
         precision: Of the weights, by name, of the sum of the losses of all examples; of those that are known exactly none.
-        prior: Precision of the prior, by name, where it is known and one number.
+        prior: Precision of the prior, by name, where it is known.
         files: Those that hold weights and precisions.
     """
 
     folder: Path
     tensors: Mapping[str, Entry]
     precision: Mapping[str, Stored] = field(default_factory=dict)
-    prior: Mapping[str, float] = field(default_factory=dict)
+    prior: Mapping[str, Stored] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
@@ -74,7 +47,7 @@ class Checkpoint:
     @property
     def is_adapter(self) -> bool:
         """Whether it holds adapters alone."""
-        return self.files[0].name == ADAPTER
+        return any(file.name == ADAPTER for file in self.files)
 
 
 def open_checkpoint(folder: str | os.PathLike[str], precisions: bool = True) -> Checkpoint:
@@ -202,21 +175,21 @@ def sidecar_metadata(method: str, prior: Mapping[str, float]) -> dict[str, str]:
     return {"bayesrule": json.dumps({"format": SIDECAR, "version": 1, "method": method, "prior_precision": dict(prior)})}
 
 
-def _sidecar(file: Path) -> tuple[dict[str, Stored], dict[str, float]]:
+def _sidecar(file: Path) -> tuple[dict[str, Stored], dict[str, Stored]]:
     entries, metadata = read_header(file)
     try:
         about = json.loads(metadata["bayesrule"])
-        known, prior = about["format"] == SIDECAR and about["version"] == 1, about.get("prior_precision", {})
-        prior = {str(name): float(number) for name, number in prior.items()}
+        known = about["format"] == SIDECAR and about["version"] == 1
+        prior = {name: Constant(entries[name].shape, float(number)) for name, number in about["prior_precision"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         known, prior = False, {}
     if not known:
         raise ValueError(f"{str(file)!r} is no file of precisions that this release reads; make one with bayesrule precision")
-    return dict(entries), prior
+    return dict(entries), dict(prior)
 
 
-def _posterior(file: Path) -> tuple[dict[str, Stored], dict[str, float]]:
-    """Precisions are scaled to the sum over all examples, where their number is known."""
+def _posterior(file: Path) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    """Scaled to the sum over all examples, where their number is known."""
     entries, metadata = read_header(file)
     about = about_of(file, metadata)
     if about.get("parts"):
@@ -224,16 +197,18 @@ def _posterior(file: Path) -> tuple[dict[str, Stored], dict[str, float]]:
             f"{str(file)!r} has the structure {about['structure']!r}, and weights of checkpoints count as independent; save its "
             "independent()"
         )
-    factor = (about.get("num_data") or about["ess"]) / about["ess"]
-    precision, prior, room = dict[str, Stored](), dict[str, float](), Room()
+    factor = (about["num_data"] or about["ess"]) / about["ess"]
+    found: dict[str, dict[str, Stored]] = {"precision": {}, "prior_precision": {}}
+    room = Room()
     for key, entry in entries.items():
         block, _, name = key.partition(".")
-        if block == "precision":
-            if not _is_exact(entry, room):
-                precision[short(name)] = Scaled(entry, factor) if factor != 1 else entry
-        elif block == "prior_precision" and not entry.shape:
-            prior[short(name)] = factor * float(entry.read(0, 1, room))
-    return precision, {name: number for name, number in prior.items() if name in precision}
+        if block in found and not _is_exact(entry, room):
+            found[block][short(name)] = Scaled(entry, factor)
+    precision, prior = found.values()
+    for name, stored in prior.items():
+        if name in precision and not stored.shape:
+            prior[name] = Constant(precision[name].shape, stored.read(0, 1, room).item())
+    return precision, {name: stored for name, stored in prior.items() if name in precision}
 
 
 def _is_exact(entry: Entry, room: Room) -> bool:

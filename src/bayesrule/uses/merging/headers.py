@@ -90,6 +90,69 @@ class Entry(Stored):
         return room.fill(self.file, self.offset + size * start, size * (stop - start)).view(self.dtype)
 
 
+@dataclass(frozen=True)
+class Constant(Stored):
+    """A tensor of one number.
+
+    Args:
+        shape: Of the whole.
+        number: The number.
+    """
+
+    shape: tuple[int, ...]
+    number: float
+    dtype: torch.dtype = torch.float32
+
+    def read(self, start: int, stop: int, room: Room) -> Tensor:
+        return torch.full((stop - start,), self.number, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Scaled(Stored):
+    """A tensor times a number.
+
+    Args:
+        of: The tensor.
+        factor: The number.
+    """
+
+    of: Stored
+    factor: float
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.of.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.of.shape
+
+    def read(self, start: int, stop: int, room: Room) -> Tensor:
+        return self.of.read(start, stop, room) * self.factor
+
+
+@dataclass(frozen=True)
+class Average(Stored):
+    """The mean of tensors of one shape.
+
+    Args:
+        of: The tensors.
+    """
+
+    of: tuple[Stored, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.of[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.of[0].shape
+
+    def read(self, start: int, stop: int, room: Room) -> Tensor:
+        return torch.stack([each.read(start, stop, Room()) for each in self.of]).mean(0)
+
+
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a file by name, and its metadata.
 

@@ -7,32 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .adapters import adapted, check_alike
 from .folders import Checkpoint
-from .headers import Room, Stored
+from .headers import Average, Constant, Stored
 from .methods import METHODS, Method
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What is merged. Whole numbers and truth values are those of the base."""
-
-
-@dataclass(frozen=True)
-class Constant(Stored):
-    """A tensor of one number.
-
-    Args:
-        shape: Of the whole.
-        number: The number.
-    """
-
-    shape: tuple[int, ...]
-    number: float
-    dtype: torch.dtype = torch.float32
-
-    def read(self, start: int, stop: int, room: Room) -> Tensor:
-        return torch.full((stop - start,), self.number, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -44,6 +26,7 @@ class Meeting:
         models: Of the same shape.
         method: How it is merged; None copies it.
         precisions: Of the base and of the models, where the method takes them.
+        priors: Precisions of the models' priors, which that of the base replaces; None where it is not known.
         like: Whose dtype the result has, and which is copied: the base's, or the first model's.
         is_anchored: Whether the base has such a tensor.
     """
@@ -52,6 +35,7 @@ class Meeting:
     models: tuple[Stored, ...]
     method: Method | None
     precisions: tuple[Stored, ...]
+    priors: tuple[Stored | None, ...]
     like: Stored
     is_anchored: bool
 
@@ -132,23 +116,26 @@ def _meeting(
         raise ValueError(f"{name!r} is {like.dtype} in one checkpoint and {held[floats.index(not floats[0]) - 1].dtype} in another")
     start = anchor or Constant(shape, 0.0)
     if not floats[0] or 0 in shape:
-        return Meeting(start, tuple(held), None, (), like, anchor is not None)
+        return Meeting(start, tuple(held), None, (), (), like, anchor is not None)
     known = [model.precision.get(name) for model in models]
     if not method.needs_precision or not any(known):
         plain = METHODS["linear" if method.averages or anchor is None else "task_arithmetic"]
         return Meeting(
-            start, tuple(held), plain if method.needs_precision or anchor is None else method, (), like, anchor is not None
+            start, tuple(held), plain if method.needs_precision or anchor is None else method, (), (), like, anchor is not None
         )
     if None in known:
         lacks = models[known.index(None)]
         raise ValueError(f"no precision of {name!r} for model {lacks}, and one for others; run bayesrule precision again")
-    priors = [model.prior[name] for model in models if name in model.prior]
-    prior = min(priors) if len(priors) == len(models) else prior_precision
-    own = base.precision.get(origin or "")
-    if own is None and prior is None and not method.averages:
+    priors = tuple(model.prior.get(name) for model in models)
+    first = base.precision.get(origin or "")
+    if first is None and prior_precision is not None:
+        first = Constant(shape, prior_precision)
+    if first is None and None not in priors:
+        first = Average(tuple(filter(None, priors)))
+    if first is None and not method.averages:
         raise FileNotFoundError(
-            f"no precision for the base {base}, and the models do not say which prior they had; run bayesrule precision {base.folder} "
-            "--data ..., pass prior_precision, or choose method='fisher'"
+            f"no precision for the base {base}, and the models do not say which prior they had; run bayesrule precision, pass "
+            "prior_precision, or choose method='fisher'"
         )
-    first = own or Constant(shape, prior or 0.0)
-    return Meeting(start, tuple(held), method, (first, *(each for each in known if each is not None)), like, anchor is not None)
+    precisions = (first or Constant(shape, 0.0), *filter(None, known))
+    return Meeting(start, tuple(held), method, precisions, priors, like, anchor is not None)

@@ -215,6 +215,11 @@ def _total(anchor: Tensor | None, given: Sequence[Tensor | None], alphas: Sequen
     return total
 
 
+def onto(anchor: Tensor, precision: Tensor, prior: Tensor) -> Tensor:
+    """The precision of a model trained under a prior of its own, as if from the anchor: S_0 takes the prior's place."""
+    return precision + (anchor - prior)
+
+
 def threshold(blocks: Callable[[], Iterable[Tensor]], density: float) -> float:
     """The size of the smallest element among the largest of a tensor, exactly; equal ones are kept together.
 

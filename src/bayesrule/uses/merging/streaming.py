@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -24,9 +25,9 @@ from ...storage import write_text
 from .checks import Checks
 from .drafts import Draft, drafting
 from .folders import ADAPTER, ADAPTER_CONFIG, INDEX, PRECISION, inside, open_checkpoint, read_json, sidecar_metadata
-from .headers import Room, Stored
-from .inputs import Constant, Meeting, meet
-from .methods import Method, Piece, Place, method_of, threshold
+from .headers import Average, Constant, Room, Stored
+from .inputs import Meeting, meet
+from .methods import Method, Piece, Place, method_of, onto, threshold
 from .writing import Planned, Writer, check_written, index_of, ordered, shards
 
 RECORD = "merge.json"
@@ -171,7 +172,7 @@ class Merger:
         self.method, self.alphas, self.names, self.seed, self.dtype = method, tuple(alphas), names, seed, dtype
         self.step = max(1, block_bytes // torch.float32.itemsize)
         self.checks = Checks(method, names, alphas)
-        self._rooms = [Room() for _ in range(2 * len(self.alphas) + 2)]
+        self._rooms: dict[int, Room] = defaultdict(Room)
 
     def run(
         self, meetings: Mapping[str, Meeting], draft: Draft, files: Mapping[str, Mapping[str, Planned]], progress: Progress
@@ -257,19 +258,25 @@ class Merger:
         size = math.prod(meeting.like.shape)
         return ((start, min(start + self.step, size)) for start in range(0, size, self.step))
 
-    def _pieces(self, meeting: Meeting, start: int, stop: int) -> Iterator[Piece]:
+    def _pieces(self, meeting: Meeting, start: int, stop: int) -> list[Piece]:
         """A block of the base and of each model, in float32 or wider; with two dimensions where the tensor has as many."""
         wide = torch.float32
         for each in (meeting.base, *meeting.models):
             wide = torch.promote_types(wide, each.dtype)
         shape = (1, -1) if meeting.is_anchored and len(meeting.like.shape) > 1 else (-1,)
-        rooms = iter(self._rooms)
+        numbers = itertools.count()
 
         def read(stored: Stored) -> Tensor:
-            return stored.read(start, stop, next(rooms)).to(wide).view(shape)
+            return stored.read(start, stop, self._rooms[next(numbers)]).to(wide).view(shape)
 
-        for mean, precision in zip_longest((meeting.base, *meeting.models), meeting.precisions):
-            yield Piece(read(mean), None if precision is None else read(precision))
+        means = [read(mean) for mean in (meeting.base, *meeting.models)]
+        if not meeting.precisions:
+            return [Piece(mean, None) for mean in means]
+        anchor, *precisions = [read(precision) for precision in meeting.precisions]
+        if not self.method.averages:
+            own = [None if prior is None else read(prior) for prior in meeting.priors]
+            precisions = [s if p is None else onto(anchor, s, p) for s, p in zip(precisions, own, strict=True)]
+        return [Piece(mean, precision) for mean, precision in zip(means, [anchor, *precisions], strict=True)]
 
     def _threshold(self, meeting: Meeting, model: int) -> float:
         """Of a task vector, by passes over its blocks."""
@@ -283,9 +290,15 @@ class Merger:
 
 
 def _about(meetings: Mapping[str, Meeting]) -> dict[str, str]:
-    """The metadata of merged precisions: what the prior is, where it was the base's."""
-    firsts = {name: meeting.precisions[0] for name, meeting in meetings.items() if meeting.precisions}
-    priors = {name: first.number for name, first in firsts.items() if isinstance(first, Constant) and first.number > 0}
+    """The metadata of merged precisions: the prior's, where the base has no other and it is one number."""
+    priors: dict[str, float] = {}
+    for name, meeting in meetings.items():
+        if meeting.precisions:
+            first = meeting.precisions[0]
+            of = first.of if isinstance(first, Average) else (first,)
+            if all(isinstance(each, Constant) for each in of):
+                number = first.read(0, 1, Room()).item()
+                priors |= {name: number} if number > 0 else {}
     return sidecar_metadata("merge", priors)
 
 

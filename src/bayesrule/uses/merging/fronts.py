@@ -1,0 +1,42 @@
+"""The picture of a Pareto front. Needs matplotlib, which ``pip install "bayesrule[cli]"`` brings."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+
+from ..charts import COLORS, looks, svg
+from .previews import Preview
+
+GRAY = "#999"
+
+
+def front_chart(preview: Preview, tasks: tuple[int, int] = (0, 1)) -> str:
+    """Losses of two tasks against one another: the weightings on the front joined, with their weights, the others as circles.
+
+    Args:
+        preview: Of :func:`bayesrule.preview`.
+        tasks: Numbers of the two.
+
+    Returns:
+        The text of an SVG file.
+
+    Raises:
+        ValueError: There are no two such tasks.
+    """
+    first, second = tasks
+    if first == second or not all(0 <= task < len(preview.names) for task in tasks):
+        raise ValueError(f"tasks must be the numbers of two of {len(preview.names)} tasks, counted from 0, got {tasks}")
+    front = sorted(preview.front, key=lambda point: (point.losses[first], point.losses[second]))
+    others = [point for point in preview.points if not point.on_front]
+
+    def draw(axes: Axes) -> None:
+        axes.scatter([p.losses[first] for p in others], [p.losses[second] for p in others], 24, facecolors="none", edgecolors=GRAY)
+        axes.plot([p.losses[first] for p in front], [p.losses[second] for p in front], color=COLORS[0], marker="o", linewidth=1.6)
+        for point in front:
+            label = " : ".join(f"{a:g}" for a in point.alphas)
+            axes.annotate(label, (point.losses[first], point.losses[second]), (6, 4), textcoords="offset points", fontsize=8)
+        axes.set(xlabel=f"loss of {preview.names[first]}", ylabel=f"loss of {preview.names[second]}")
+        axes.margins(0.12)
+
+    with looks():
+        return svg(4.8, 3.6, draw)
