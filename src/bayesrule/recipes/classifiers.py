@@ -94,7 +94,7 @@ def open_classifier(
         settings = replace(settings, model=str(folder))
         model, classes = host().trained(folder)
     elif is_run:
-        classes = tuple(map(str, read_record(folder)["data"]["classes"]))
+        classes = tuple(map(str, read_record(folder)["data"].get("classes", ())))
         known: Any = SimpleNamespace(classes=classes)
         model = settings.build(known)
         settings.read_weights(model, folder)

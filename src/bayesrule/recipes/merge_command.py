@@ -1,5 +1,6 @@
 """``bayesrule merge BASE A B ... --out DIR`` and ``bayesrule precision DIR``."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +11,13 @@ import tyro
 import bayesrule as br
 from bayesrule.recipes.classifiers import open_classifier
 from bayesrule.recipes.dependence import Ordered
+from bayesrule.recipes.folder import read_record
+from bayesrule.recipes.formats.pieces import few
 from bayesrule.recipes.results import read
 from bayesrule.recipes.runs import Paused
 from bayesrule.recipes.terminal import print_json, progress
 from bayesrule.recipes.text import host
-from bayesrule.uses.merging.folders import PRECISION
+from bayesrule.uses.merging.folders import PRECISION, read_json
 from bayesrule.uses.merging.sidecar import Way
 from bayesrule.uses.merging.streaming import RECORD
 
@@ -65,12 +68,34 @@ class MergeModels:
                 record = br.merge_checkpoints(base, self.models, self.out, alphas=alphas, progress=bars, **how)
         except KeyboardInterrupt:
             raise Paused("interrupted; the same command goes on where it was") from None
+        if not done:
+            self._name_classes()
         if self.json:
             print_json({"out": str(self.out), **record})
         elif done:
             print(f"Nothing to do: {self.out} holds this merge. To make it again, delete the folder.")
         else:
             print(f"Merged {len(self.models)} models by {self.method}: {self.out}")
+
+    def _name_classes(self) -> None:
+        """Say so if models mean other classes by the same numbers; those of adapters are known to their runs alone."""
+        known = {folder: names for folder in self.models if (names := classes_of(folder))}
+        first = next(iter(known.values()), ())
+        for folder, names in known.items():
+            if names != first:
+                warnings.warn(f"{self.models[0]} tells apart {few(first)}, and {folder} {few(names)}", stacklevel=2)
+        if first and (self.out / "config.json").exists() and classes_of(self.out) != first:
+            host().name_classes(self.out, first)
+
+
+def classes_of(folder: Path) -> tuple[str, ...]:
+    """The names of the classes that a checkpoint of Hugging Face, or a run, tells apart; none where nothing is said of them."""
+    if (folder / "config.json").exists():
+        names = read_json(folder / "config.json").get("id2label") or {}
+        return tuple(str(names[key]) for key in sorted(names, key=int))
+    if (folder / "run.json").exists():
+        return tuple(map(str, read_record(folder)["data"].get("classes", ())))
+    return ()
 
 
 @dataclass(frozen=True)

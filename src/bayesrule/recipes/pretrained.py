@@ -147,6 +147,16 @@ def trained(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
     return model, tuple(str(model.config.id2label[k]) for k in range(model.config.num_labels))
 
 
+def name_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Write the names of classes, and the token that pads, into the configuration of a checkpoint."""
+    with asking(find(str(folder))):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config.id2label, config.label2id = dict(enumerate(classes)), {name: k for k, name in enumerate(classes)}
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer(str(folder), 1)[0].pad_token_id
+        config.save_pretrained(folder)
+
+
 def _pad(model: Any, name: str) -> None:
     """Say which token pads, where the configuration does not."""
     if model.config.pad_token_id is None:
