@@ -201,7 +201,7 @@ def _place(file: Path, name: str, about: Any) -> tuple[torch.dtype, tuple[int, .
     """Dtype, shape and the two ends of the bytes."""
     try:
         kind, shape, (begin, end) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        whole = isinstance(kind, str) and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
@@ -216,4 +216,4 @@ def _place(file: Path, name: str, about: Any) -> tuple[torch.dtype, tuple[int, .
 
 
 def _damaged(file: Path, why: str) -> ValueError:
-    return ValueError(f"{str(file)!r} is damaged or no safetensors file: {why}; take another copy")
+    return ValueError(f"{str(file)!r} is damaged or no safetensors file: {why[:300]}; take another copy")
