@@ -219,7 +219,7 @@ class Merger:
     def plan(self, meetings: Mapping[str, Meeting]) -> dict[str, Planned]:
         """The tensors of the result, as they are written."""
         kinds = {name: meeting.like.dtype for name, meeting in meetings.items()}
-        kinds |= {name: self.dtype for name, meeting in meetings.items() if meeting.method and self.dtype}
+        kinds |= {name: self.dtype for name, kind in kinds.items() if kind.is_floating_point and self.dtype}
         plan = {name: Planned(kinds[name], meeting.like.shape) for name, meeting in meetings.items()}
         return {name: plan[name] for name in ordered(plan)}
 
