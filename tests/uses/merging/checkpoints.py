@@ -26,6 +26,7 @@ def precisions(seed, least=0.1):
 def checkpoint(folder, weights, precision=None, prior=None, shards=1):
     """Write a folder as Hugging Face lays it out."""
     folder.mkdir(parents=True)
+    weights = {name: t.detach().clone() for name, t in weights.items()}
     (folder / "config.json").write_text('{"model_type": "none"}')
     (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"never read")

@@ -157,7 +157,7 @@ def test_the_same_tensor_in_two_shards(tmp_path):
     names = json.loads((folder / INDEX).read_text())["weight_map"]
     first = next(name for name, file in names.items() if file == "model-00001-of-00002.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": names | {first: "more.safetensors"}}))
-    with pytest.raises(ValueError, match="holds '.*' twice, in "):
+    with pytest.raises(ValueError, match=r"holds '.*' twice, in "):
         open_checkpoint(folder)
 
 
