@@ -118,7 +118,7 @@ class Method:
         shares = self._shares(steps, weights, given, total)
         mean = base.mean.clone()
         for step, share in zip(steps, shares, strict=True):
-            mean += step * share
+            mean += step if isinstance(share, float) and share == 1 else step * share
         return Piece(mean, total)
 
     def weights(self, alphas: float | Sequence[float], names: Sequence[str]) -> tuple[float, ...]:

@@ -237,7 +237,7 @@ class Merger:
         """One tensor."""
         if meeting.method is None:
             for start, stop in self._blocks(meeting):
-                weights.append(meeting.like.read(start, stop, self._rooms[0]))
+                weights.append(meeting.like.read(start, stop, self._rooms[0]).to(weights.plan[name].dtype, copy=True))
             return
         method, kind = meeting.method, weights.plan[name].dtype
         if method.trims:
@@ -248,11 +248,11 @@ class Merger:
             if start == 0 or meeting.precisions:  # of means the beginnings tell enough
                 self.checks.update(base, models, merged)
             mean = merged.mean.to(kind)
-            if not mean.sum(dtype=torch.float64).isfinite() and (bad := int((~mean.isfinite()).sum())):
+            if not mean.sum(dtype=merged.mean.dtype).isfinite() and (bad := int((~mean.isfinite()).sum())):
                 raise ValueError(f"{name!r} would have {bad} entries that are not finite in {kind}; look into the models")
             weights.append(mean)
             if meeting.precisions and merged.precision is not None and precisions:
-                precisions.append(merged.precision.float())
+                precisions.append(merged.precision.to(torch.float32, copy=True))
 
     def _blocks(self, meeting: Meeting) -> Iterator[tuple[int, int]]:
         size = math.prod(meeting.like.shape)
