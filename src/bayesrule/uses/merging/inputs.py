@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -38,6 +40,12 @@ class Meeting:
     priors: tuple[Stored | None, ...]
     like: Stored
     is_anchored: bool
+
+    @cached_property
+    def wide(self) -> torch.dtype:
+        """In which it is merged: float32 or wider."""
+        kinds = (stored.dtype for stored in (self.base, *self.models))
+        return functools.reduce(torch.promote_types, kinds, torch.float32)
 
 
 def meet(base: Checkpoint, models: Sequence[Checkpoint], method: Method, prior_precision: float | None) -> dict[str, Meeting]:

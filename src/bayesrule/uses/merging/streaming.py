@@ -191,6 +191,8 @@ class Merger:
         numbers = {name: number for number, name in enumerate(name for name in sorted(plan) if meetings[name].method)}
         tick, saved = progress("merge", len(plan)), monotonic()
         with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)  # blocks are small, and hashing has a thread of its own
 
             def writer(file: str, part: Mapping[str, Planned], about: Mapping[str, str]) -> Writer:
                 return stack.enter_context(Writer(draft.folder / file, part, about, sum(name in part for name in before)))
@@ -237,7 +239,7 @@ class Merger:
         """One tensor."""
         if meeting.method is None:
             for start, stop in self._blocks(meeting):
-                weights.append(meeting.like.read(start, stop, self._rooms[0]).to(weights.plan[name].dtype, copy=True))
+                weights.append(meeting.like.read(start, stop, self._rooms[0]).to(weights.plan[name].dtype))
             return
         method, kind = meeting.method, weights.plan[name].dtype
         if method.trims:
@@ -252,7 +254,7 @@ class Merger:
                 raise ValueError(f"{name!r} would have {bad} entries that are not finite in {kind}; look into the models")
             weights.append(mean)
             if meeting.precisions and merged.precision is not None and precisions:
-                precisions.append(merged.precision.to(torch.float32, copy=True))
+                precisions.append(merged.precision.float())
 
     def _blocks(self, meeting: Meeting) -> Iterator[tuple[int, int]]:
         size = math.prod(meeting.like.shape)
@@ -260,14 +262,11 @@ class Merger:
 
     def _pieces(self, meeting: Meeting, start: int, stop: int) -> list[Piece]:
         """A block of the base and of each model, in float32 or wider; with two dimensions where the tensor has as many."""
-        wide = torch.float32
-        for each in (meeting.base, *meeting.models):
-            wide = torch.promote_types(wide, each.dtype)
         shape = (1, -1) if meeting.is_anchored and len(meeting.like.shape) > 1 else (-1,)
         numbers = itertools.count()
 
         def read(stored: Stored) -> Tensor:
-            return stored.read(start, stop, self._rooms[next(numbers)]).to(wide).view(shape)
+            return stored.read(start, stop, self._rooms[next(numbers)]).to(meeting.wide).view(shape)
 
         means = [read(mean) for mean in (meeting.base, *meeting.models)]
         if not meeting.precisions:

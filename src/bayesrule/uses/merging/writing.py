@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -30,7 +29,7 @@ class Planned(NamedTuple):
 
 
 class Writer:
-    """One file whose header is written first, and then its tensors in the order of the plan, beside other work.
+    """One file whose header is written first, and then its tensors in the order of the plan.
 
     Args:
         file: Where to write. What a writer of the same plan left there is kept as far as ``done`` says.
@@ -60,29 +59,20 @@ class Writer:
             self._out.seek(0, os.SEEK_END)
         else:
             self._write(memoryview(len(text).to_bytes(8, "little") + text))
-        self._hand = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
 
     def append(self, block: Tensor) -> None:
-        """The next elements, shape (n,), in the dtype of their tensor; nobody may change them later."""
-        self._wait()
-        self._last = self._hand.submit(self._write, memoryview(block.contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        """The next elements, shape (n,), in the dtype of their tensor."""
+        self._write(memoryview(block.contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
     def sync(self) -> None:
         """Have the disk hold what was written."""
-        self._wait()
         os.fsync(self._out.fileno())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hand.shutdown()
         self._out.close()
-
-    def _wait(self) -> None:
-        if self._last is not None:
-            self._last.result()
 
     def _write(self, waiting: memoryview) -> None:
         while waiting:
