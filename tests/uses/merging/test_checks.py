@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def checks_of(base, models, alphas, names=None, cuts=(), method="gradient_matchi
     names = names or [f"model {i}" for i in range(len(models))]
     checks = Checks(METHODS[method], names, alphas)
     ends = [0, *cuts, len(base.mean)]
-    for i, j in zip(ends, ends[1:], strict=False):
+    for i, j in pairwise(ends):
         first, *rest = (Piece(p.mean[i:j], None if p.precision is None else p.precision[i:j]) for p in (base, *models))
         checks.update(first, rest, METHODS[method](first, rest, alphas, Place(0, i)))
     return checks
@@ -98,7 +99,9 @@ class TestScales:
 
     def test_medians_are_exact_to_a_hundredth(self):
         s = torch.ones(1600)
-        checks = checks_of(piece(s * 0, s), [piece(s, s * 3), piece(s, torch.linspace(0, 2 * 4567, 1600) + 3)], [1.0, 1.0], ["a", "b"])
+        checks = checks_of(
+            piece(s * 0, s), [piece(s, s * 3), piece(s, torch.linspace(0, 2 * 4567, 1600) + 3)], [1.0, 1.0], ["a", "b"]
+        )
         with pytest.warns(UserWarning, match=r"median precision of 'b' is 1.5e\+03 x that of 'a'"):
             checks.finish()
 
@@ -110,7 +113,9 @@ class TestKinship:
     def test_a_model_from_another_base(self):
         base = piece(self.base())
         checks = checks_of(base, [piece(self.base(0) * 1.1), piece(self.base(1))], [1.0, 1.0], ["a", "b"], method="task_arithmetic")
-        wanted = r"'b' has little to do with the base \(relative distance 1.5, cosine -0.082\); was it fine-tuned from another one\?"
+        wanted = (
+            r"'b' has little to do with the base \(relative distance 1.5, cosine -0.082\); was it fine-tuned from another one\?"
+        )
         with pytest.warns(UserWarning, match=wanted) as caught:
             checks.finish()
         assert len(caught) == 1

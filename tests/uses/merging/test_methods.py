@@ -1,6 +1,7 @@
 """The rule on blocks: every method by its definition, and the same whatever the blocks."""
 
 import math
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
@@ -61,8 +62,7 @@ class TestBlocks:
         whole = METHODS[name](base, models, alphas, at)
         ends = [0, *cuts, SIZE]
         blocks = [
-            METHODS[name](cut(base, i, j), [cut(m, i, j) for m in models], alphas, at._replace(start=i))
-            for i, j in zip(ends, ends[1:], strict=False)
+            METHODS[name](cut(base, i, j), [cut(m, i, j) for m in models], alphas, at._replace(start=i)) for i, j in pairwise(ends)
         ]
         assert torch.equal(bits(torch.cat([b.mean for b in blocks])), bits(whole.mean))
         assert torch.equal(bits(torch.cat([b.precision for b in blocks])), bits(whole.precision))
@@ -72,7 +72,9 @@ class TestBlocks:
         base, models = pieces(2)
         alphas, at = weights(name, 0.7, 0.2, 1.1), place(name, base, models)
         shaped = [Piece(p.mean.view(30, 50), p.precision.view(30, 50)) for p in (base, *models)]
-        assert torch.equal(METHODS[name](shaped[0], shaped[1:], alphas, at).mean.view(-1), METHODS[name](base, models, alphas, at).mean)
+        assert torch.equal(
+            METHODS[name](shaped[0], shaped[1:], alphas, at).mean.view(-1), METHODS[name](base, models, alphas, at).mean
+        )
 
     @pytest.mark.parametrize("name", ALL)
     def test_nothing_given_is_changed(self, name):
@@ -181,7 +183,9 @@ class TestUnknownPrecisions:
     def test_an_average_does_not_look_at_that_of_the_base(self):
         base, models = pieces(9)
         alphas = weights("fisher", 1, 1, 1)
-        assert torch.equal(merged("fisher", Piece(base.mean, None), models, alphas).mean, merged("fisher", base, models, alphas).mean)
+        assert torch.equal(
+            merged("fisher", Piece(base.mean, None), models, alphas).mean, merged("fisher", base, models, alphas).mean
+        )
 
 
 class TestTies:

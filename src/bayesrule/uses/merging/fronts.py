@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib.axes import Axes
 
 from ..charts import COLORS, looks, svg
-from .previews import Preview
+from .previews import Point, Preview
 
 GRAY = "#999"
 
@@ -29,9 +31,12 @@ def front_chart(preview: Preview, tasks: tuple[int, int] = (0, 1)) -> str:
     front = sorted(preview.front, key=lambda point: (point.losses[first], point.losses[second]))
     others = [point for point in preview.points if not point.on_front]
 
+    def at(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+        return [point.losses[first] for point in points], [point.losses[second] for point in points]
+
     def draw(axes: Axes) -> None:
-        axes.scatter([p.losses[first] for p in others], [p.losses[second] for p in others], 24, facecolors="none", edgecolors=GRAY)
-        axes.plot([p.losses[first] for p in front], [p.losses[second] for p in front], color=COLORS[0], marker="o", linewidth=1.6)
+        axes.plot(*at(others), color=GRAY, marker="o", fillstyle="none", linestyle="none", gid="others")
+        axes.plot(*at(front), color=COLORS[0], marker="o", linewidth=1.6, gid="front")
         for point in front:
             label = " : ".join(f"{a:g}" for a in point.alphas)
             axes.annotate(label, (point.losses[first], point.losses[second]), (6, 4), textcoords="offset points", fontsize=8)
