@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from tests.contracts import close
 
 import bayesrule as br
-from bayesrule.bases import Bases, Basis
+from bayesrule.bases import Basis
 from bayesrule.uses.merging.methods import METHODS, Place, threshold
 from bayesrule.uses.merging.posteriors import Merger, _piece
 
@@ -277,12 +277,6 @@ class TestStructures:
             base = other = br.Posterior.of(q, {"w": (6,)})
         with pytest.raises(TypeError, match=message):
             br.merge(base, [other], method=method)
-
-    def test_bases_of_several_tensors_are_compared_one_by_one(self):
-        one, other = Bases([self.basis(0), self.basis(1)]), Bases([self.basis(0), self.basis(2)])
-        assert (
-            one.equals(Bases([self.basis(0), self.basis(1)])) and not one.equals(other) and not one.equals(Bases([self.basis(0)]))
-        )
 
     def test_mixtures_are_sent_elsewhere(self):
         mixture = br.Posterior.mixture([one(0.0), one(1.0)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bayesrule as br
-from bayesrule.uses.merging.previews import Point, Preview, simplex
+from bayesrule.uses.merging.previews import Point, Preview, weightings
 
 TARGETS = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
 
@@ -43,9 +43,9 @@ class TestPreview:
         assert [point.on_front for point in found.points] == front
         assert found.front == tuple(point for point in found.points if point.on_front)
 
-    def test_the_default_grid_sums_to_1(self):
+    def test_the_default_goes_from_one_task_to_the_other(self):
         found = br.preview(BASE, [ONE, TWO], losses)
-        assert [point.alphas for point in found.points] == list(simplex(2, 10)) and len(found.points) == 11
+        assert [point.alphas for point in found.points] == weightings(2) and len(found.points) == 11
 
     def test_mixtures(self):
         grid = [(0.5, 0.5), (1.0, 0.2)]
@@ -82,17 +82,17 @@ class TestPreview:
             call()
 
 
-class TestSimplex:
-    @pytest.mark.parametrize(("tasks", "steps", "count"), [(1, 5, 1), (2, 10, 11), (3, 4, 15), (4, 3, 20)])
-    def test_all_weightings_once(self, tasks, steps, count):
-        found = list(simplex(tasks, steps))
+class TestWeightings:
+    @pytest.mark.parametrize(("tasks", "steps", "count"), [(1, 5, 1), (2, 5, 11), (3, 4, 61), (4, 1, 15)])
+    def test_all_of_which_the_largest_is_1(self, tasks, steps, count):
+        found = weightings(tasks, steps)
         assert len(set(found)) == len(found) == count
-        assert all(len(one) == tasks and sum(one) == pytest.approx(1) for one in found)
+        assert all(len(one) == tasks and max(one) == 1 and min(one) >= 0 for one in found)
 
     @pytest.mark.parametrize(("tasks", "steps"), [(0, 1), (2, 0), (2, 1.5)])
     def test_refusals(self, tasks, steps):
         with pytest.raises(ValueError, match="must be a whole number >= 1"):
-            simplex(tasks, steps)
+            weightings(tasks, steps)
 
 
 def test_a_preview_is_a_value():

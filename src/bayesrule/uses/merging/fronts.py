@@ -10,6 +10,8 @@ from ..charts import COLORS, looks, svg
 from .previews import Point, Preview
 
 GRAY = "#999"
+ROOM = (0.14, 0.05)
+"""Parts of the axes that a word takes."""
 
 
 def front_chart(preview: Preview, tasks: tuple[int, int] = (0, 1)) -> str:
@@ -34,10 +36,20 @@ def front_chart(preview: Preview, tasks: tuple[int, int] = (0, 1)) -> str:
     def at(points: Sequence[Point]) -> tuple[list[float], list[float]]:
         return [point.losses[first] for point in points], [point.losses[second] for point in points]
 
+    def apart(points: Sequence[Point]) -> list[Point]:
+        """Those that have room for a word."""
+        kept: list[Point] = []
+        wide, high = (max(values) - min(values) or 1.0 for values in at(preview.points))
+        for point in points:
+            (x, y), (last_x, last_y) = ((p.losses[first], p.losses[second]) for p in (point, (kept or [point])[-1]))
+            if not kept or abs(x - last_x) > ROOM[0] * wide or abs(y - last_y) > ROOM[1] * high:
+                kept.append(point)
+        return kept
+
     def draw(axes: Axes) -> None:
         axes.plot(*at(others), color=GRAY, marker="o", fillstyle="none", linestyle="none", gid="others")
         axes.plot(*at(front), color=COLORS[0], marker="o", linewidth=1.6, gid="front")
-        for point in front:
+        for point in apart(front):
             label = " : ".join(f"{a:g}" for a in point.alphas)
             axes.annotate(label, (point.losses[first], point.losses[second]), (6, 4), textcoords="offset points", fontsize=8)
         axes.set(xlabel=f"loss of {preview.names[first]}", ylabel=f"loss of {preview.names[second]}")
