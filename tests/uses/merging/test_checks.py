@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def checks_of(base, models, alphas, names=None, cuts=(), method="gradient_matchi
     names = names or [f"model {i}" for i in range(len(models))]
     checks = Checks(METHODS[method], names, alphas)
     ends = [0, *cuts, len(base.mean)]
-    for i, j in zip(ends, ends[1:], strict=False):
+    for i, j in pairwise(ends):
         first, *rest = (Piece(p.mean[i:j], None if p.precision is None else p.precision[i:j]) for p in (base, *models))
         checks.update(first, rest, METHODS[method](first, rest, alphas, Place(0, i)))
     return checks

@@ -1,6 +1,7 @@
 """The rule on blocks: every method by its definition, and the same whatever the blocks."""
 
 import math
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from tests.contracts import close
 
+from bayesrule.uses.merging import methods
 from bayesrule.uses.merging.methods import METHODS, Piece, Place, method_of, onto, threshold
 
 SIZE = 1500
@@ -61,11 +63,26 @@ class TestBlocks:
         whole = METHODS[name](base, models, alphas, at)
         ends = [0, *cuts, SIZE]
         blocks = [
-            METHODS[name](cut(base, i, j), [cut(m, i, j) for m in models], alphas, at._replace(start=i))
-            for i, j in zip(ends, ends[1:], strict=False)
+            METHODS[name](cut(base, i, j), [cut(m, i, j) for m in models], alphas, at._replace(start=i)) for i, j in pairwise(ends)
         ]
         assert torch.equal(bits(torch.cat([b.mean for b in blocks])), bits(whole.mean))
         assert torch.equal(bits(torch.cat([b.precision for b in blocks])), bits(whole.precision))
+
+    @pytest.mark.parametrize("name", ALL)
+    def test_what_is_merged_at_once_does_not_matter(self, name, monkeypatch):
+        base, models = pieces(2)
+        alphas = weights(name, 0.7, 0.2, 1.1)
+        whole = merged(name, base, models, alphas)
+        monkeypatch.setattr(methods, "CACHED", 100)
+        found = merged(name, base, models, alphas)
+        assert torch.equal(bits(found.mean), bits(whole.mean)) and torch.equal(bits(found.precision), bits(whole.precision))
+
+    @pytest.mark.parametrize("name", ALL)
+    def test_tensors_of_no_and_of_one_element(self, name):
+        for size in (0, 1):
+            base, models = pieces(2, size=size)
+            found = METHODS[name](base, models, weights(name, 1, 1, 1), Place(0, 0, (0.0,) * 3))
+            assert found.mean.shape == found.precision.shape == (size,)
 
     @pytest.mark.parametrize("name", ALL)
     def test_shape_does_not_matter(self, name):
@@ -301,3 +318,11 @@ class TestThreshold:
     def test_of_a_wider_dtype_is_that_of_its_float32(self):
         tensor = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
         assert threshold(lambda: [tensor], 0.5) == tensor.float()[1].item()
+
+    def test_more_elements_than_float32_counts(self):
+        ones = torch.ones(1 << 20)
+        blocks = [*[ones] * 16, torch.tensor([1.0, 0.0])]
+        assert threshold(lambda: blocks, (2**24 + 1.5) / (2**24 + 2)) == 1.0
+
+    def test_of_nothing(self):
+        assert threshold(lambda: [torch.empty(0)], 0.5) == 0.0

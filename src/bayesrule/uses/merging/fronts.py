@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib.axes import Axes
 
 from ..charts import COLORS, looks, svg
-from .previews import Preview
+from .previews import Point, Preview
 
 GRAY = "#999"
+ROOM = (0.14, 0.05)
+"""Parts of the axes that a word takes."""
 
 
 def front_chart(preview: Preview, tasks: tuple[int, int] = (0, 1)) -> str:
@@ -29,10 +33,23 @@ def front_chart(preview: Preview, tasks: tuple[int, int] = (0, 1)) -> str:
     front = sorted(preview.front, key=lambda point: (point.losses[first], point.losses[second]))
     others = [point for point in preview.points if not point.on_front]
 
+    def at(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+        return [point.losses[first] for point in points], [point.losses[second] for point in points]
+
+    def apart(points: Sequence[Point]) -> list[Point]:
+        """Those that have room for a word."""
+        kept: list[Point] = []
+        wide, high = (max(values) - min(values) or 1.0 for values in at(preview.points))
+        for point in points:
+            (x, y), (last_x, last_y) = ((p.losses[first], p.losses[second]) for p in (point, (kept or [point])[-1]))
+            if not kept or abs(x - last_x) > ROOM[0] * wide or abs(y - last_y) > ROOM[1] * high:
+                kept.append(point)
+        return kept
+
     def draw(axes: Axes) -> None:
-        axes.scatter([p.losses[first] for p in others], [p.losses[second] for p in others], 24, facecolors="none", edgecolors=GRAY)
-        axes.plot([p.losses[first] for p in front], [p.losses[second] for p in front], color=COLORS[0], marker="o", linewidth=1.6)
-        for point in front:
+        axes.plot(*at(others), color=GRAY, marker="o", fillstyle="none", linestyle="none", gid="others")
+        axes.plot(*at(front), color=COLORS[0], marker="o", linewidth=1.6, gid="front")
+        for point in apart(front):
             label = " : ".join(f"{a:g}" for a in point.alphas)
             axes.annotate(label, (point.losses[first], point.losses[second]), (6, 4), textcoords="offset points", fontsize=8)
         axes.set(xlabel=f"loss of {preview.names[first]}", ylabel=f"loss of {preview.names[second]}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 from ...drawing import whole_number
@@ -61,7 +62,7 @@ def preview(
         base: As for :func:`~bayesrule.merge`.
         posteriors: One for each task, Gaussians or mixtures.
         evaluate: Losses of a merged posterior, one for each task, smaller is better.
-        alphas: The weightings, a weight for each task in each; None is :func:`simplex` in steps of a tenth.
+        alphas: The weightings, a weight for each task in each; None is :func:`weightings`, in steps of a fifth.
         method: As for :func:`~bayesrule.merge`; mixtures are merged by "gradient_matching".
         prior_precision: As for :func:`~bayesrule.merge`.
         names: Of the tasks.
@@ -90,7 +91,7 @@ def preview(
         merger = Merger(base, posteriors, rule, prior_precision=prior_precision, names=names)
         titles = merger.names
     found = []
-    for number, one in enumerate(simplex(len(posteriors), 10) if alphas is None else alphas):
+    for number, one in enumerate(weightings(len(posteriors)) if alphas is None else alphas):
         weights = rule.weights(one, titles)
         merged = mixtures.merged(weights).posterior if mixed else merger(weights, warn=number == 0)
         losses = tuple(float(loss) for loss in evaluate(merged))
@@ -100,22 +101,16 @@ def preview(
     return Preview(titles, tuple(Point(one, losses, not _is_beaten(losses, found)) for one, losses in found))
 
 
-def simplex(tasks: int, steps: int) -> Iterator[tuple[float, ...]]:
-    """All weightings that are multiples of 1 / steps and sum to 1.
+def weightings(tasks: int, steps: int = 5) -> list[tuple[float, ...]]:
+    """All in multiples of 1 / steps of which the largest weight is 1: between each task alone and all of them in full.
 
     Example:
-        >>> list(simplex(2, 2))
-        [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
+        >>> weightings(2, 2)
+        [(0.0, 1.0), (0.5, 1.0), (1.0, 0.0), (1.0, 0.5), (1.0, 1.0)]
     """
-    whole_number("tasks", tasks, 1), whole_number("steps", steps, 1)
-
-    def shares(tasks: int, left: int) -> Iterator[tuple[int, ...]]:
-        if tasks == 1:
-            yield (left,)
-        else:
-            yield from ((first, *rest) for first in range(left + 1) for rest in shares(tasks - 1, left - first))
-
-    return (tuple(share / steps for share in one) for one in shares(tasks, steps))
+    whole_number("tasks", tasks, 1)
+    shares = range(whole_number("steps", steps, 1) + 1)
+    return [tuple(share / steps for share in one) for one in product(shares, repeat=tasks) if max(one) == steps]
 
 
 def _is_beaten(losses: Sequence[float], others: Sequence[tuple[object, Sequence[float]]]) -> bool:
