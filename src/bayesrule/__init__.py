@@ -64,6 +64,10 @@ _HOMES = {
     "uses.abstaining": "ConformalSets selective_threshold",
     "uses.sensitivity": "Sensitivity",
     "uses.tracking": "TrackSensitivity",
+    "uses.merging.posteriors": "merge",
+    "uses.merging.mixtures": "merge_mixtures",
+    "uses.merging.previews": "preview",
+    "uses.merging.mismatches": "gradient_mismatch",
 }
 _MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods", "metrics": "uses.metrics"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

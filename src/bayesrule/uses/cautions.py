@@ -29,8 +29,12 @@ def noise_of(posterior: Posterior | None, given: float | None) -> float:
     return known[0]
 
 
-def of_the_sum(posterior: Posterior) -> Posterior:
+def of_the_sum(posterior: Posterior, purpose: str = "leave-one-out estimates") -> Posterior:
     """The posterior of the sum of the losses, with ess the number of examples.
+
+    Args:
+        posterior: Of whatever ess.
+        purpose: What it is for, for the warning.
 
     Warns:
         UserWarning: It was another.
@@ -40,7 +44,7 @@ def of_the_sum(posterior: Posterior) -> Posterior:
     factor = posterior.ess / posterior.num_data
     warnings.warn(
         f"posterior was trained with ess={posterior.ess:g} but num_data={posterior.num_data}; variances are scaled by {factor:g} "
-        "for leave-one-out estimates",
+        f"for {purpose}",
         UserWarning,
         stacklevel=4,
     )
