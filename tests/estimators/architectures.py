@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class Language(nn.Module):
-    """A small transformer, the head tied to the embedding; positions are embedded example by example, in one row, or for all at once."""
+    """A small transformer, the head tied to the embedding; positions are embedded for each example, in one row, or for all at once."""
 
     def __init__(self, at_once=False, length=4, padding=None):
         super().__init__()
@@ -47,7 +47,8 @@ class Language(nn.Module):
 
     def forward(self, text):
         places = torch.arange(text.shape[1])
-        x = self.tokens(text) + self.positions({False: places.expand_as(text), "row": places[None], True: places}[self.at_once])
+        seen = {False: places.expand_as(text), "row": places[None], True: places}[self.at_once]
+        x = self.tokens(text) + self.positions(seen)
         return self.head(self.norm(self.block(x))).mean(1)
 
 
