@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class Language(nn.Module):
-    """A small transformer, the head tied to the embedding; positions are embedded for each example, in one row, or for all at once."""
+    """A small transformer, the head tied to the embedding; places are embedded for each example, in a row, or for all at once."""
 
     def __init__(self, at_once=False, length=4, padding=None):
         super().__init__()
