@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 import bayesrule as br
 from bayesrule.recipes.gpt import GPT, GPTSettings
+from bayesrule.recipes.language import FINAL
 from bayesrule.recipes.language_runs import begin
-from bayesrule.recipes.tokens import Bytes, Tokens
+from bayesrule.recipes.tokens import Bytes, Tokens, spaced, windows
 from benchmarks import child
 from benchmarks.data import standard_library
 from benchmarks.ledger import Settings, Table
@@ -106,15 +107,16 @@ PLAIN, AVERAGED = "a forward at the mean", "averaged over 8 draws"
 
 
 def averaging(rounds: int, warmup: int, seconds: float) -> Laps:
-    """In a process of its own: perplexity of 64 windows, at the mean and averaged over 8 draws."""
+    """In a process of its own: perplexity of the windows that the recipe measures at its end, at the mean and over 8 draws."""
     text = tokens()
     _, training = begin(GPTSettings(("stdlib",), "ivon", {"lr": RATE}, steps=MOST, batch_size=BATCH), text)
     for _ in range(3):
         training._step()
         training.done += 1
     model, posterior = training.model.eval(), training.posterior()
-    training.done = 0
-    batches = [training.batch(i) for i in range(4)]
+    context = training.settings.shape.context
+    x, y = windows(text.validation, spaced(text.validation, FINAL, context), context)
+    batches = list(zip(x.split(64), y.split(64), strict=True))
 
     def timed(posterior: br.Posterior | None) -> Lap:
         start = perf_counter()
@@ -147,7 +149,7 @@ def tables(settings: Settings) -> list[Table]:
         rows = [(name, str(figures[name]), f"{typical(each).seconds * 1e3:.4g}") for name, each in laps.items()]
         title = {
             "race": "steps of a GPT of 0.37 million weights, 1,024 bytes",
-            "averaging": "perplexity of 64 windows of 64 bytes",
+            "averaging": f"perplexity of {FINAL:,} windows of 64 bytes",
         }[task]
         note = f"{len(laps[base])} rounds; {neighbors.report()}"
         found.append(Table(title, ("work", f"ratio to {base}", "ms"), rows, {key: figures[of]}, note))

@@ -459,7 +459,7 @@ def test_a_refusal_is_one_line_exit_code_2_and_nothing_written(name, call, world
 
 @pytest.mark.parametrize("flag", ["--model mlq", "--optimizer ivom", "--set momentun=1", "--device tpu", "--norm layer"])
 def test_what_the_flags_alone_show_is_said_before_data_are_read(flag, call, monkeypatch):
-    monkeypatch.setattr(settings, "load", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr(settings, "read", lambda *_, **__: pytest.fail("data were read"))
     assert call(f"{TRAIN} {{new}} {flag}")[0] == 2
 
 
@@ -493,7 +493,7 @@ def test_an_interrupt_while_data_are_read_leaves_nothing(call, tmp_path, monkeyp
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(settings, "load", interrupt)
+    monkeypatch.setattr(settings, "read", interrupt)
     code, _, err = call(f"{TRAIN} {{new}}")
     assert code == 130 and err == "bayesrule: interrupted; nothing was kept\n" and not (tmp_path / "new").exists()
 
@@ -502,7 +502,7 @@ def test_too_little_memory_is_one_line(call, tmp_path, monkeypatch):
     def full(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(settings, "load", full)
+    monkeypatch.setattr(settings, "read", full)
     code, _, err = call(f"{TRAIN} {{new}}")
     assert code == 2 and "there is not enough memory" in err and not (tmp_path / "new").exists()
 

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -186,6 +187,27 @@ class TestGaussian:
         q, p = gaussian(0), gaussian(1)
         turned = br.Posterior(dict(reversed(p.mean.items())), dict(reversed(p.precision.items())))
         torch.testing.assert_close(q.kl(turned), q.kl(p))
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({}, None),
+            ({"mean": {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0])}}, math.inf),
+            ({"precision": {"w": torch.tensor([4.0, math.inf]), "b": torch.tensor([1.0])}}, math.inf),
+            ({"precision": {"w": torch.tensor([4.0, 2.0]), "b": torch.tensor([math.inf])}}, math.inf),
+        ],
+    )
+    def test_weights_known_exactly_add_nothing_or_everything(self, changes, expected):
+        known = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+        exact = {"w": torch.tensor([4.0, math.inf]), "b": torch.tensor([math.inf])}
+        q = br.Posterior(known, exact)
+        apart = br.Posterior({"w": torch.tensor([1.5, 2.0]), "b": known["b"]}, exact)
+        alone = [br.Posterior({"w": p.mean["w"][:1]}, {"w": p.precision["w"][:1]}) for p in (q, apart)]
+        torch.testing.assert_close(q.kl(apart), alone[0].kl(alone[1]))
+        torch.testing.assert_close(q.log_prob(apart.mean), alone[0].log_prob(alone[1].mean))
+        other = replace(q, **changes)
+        assert q.kl(other).item() == (0.0 if expected is None else expected)
+        assert q.log_prob(other.mean).isfinite().item() == (other.mean["b"].item() == 3.0)
 
     def test_kl_between_different_names_is_refused(self):
         q = gaussian()

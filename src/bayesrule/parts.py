@@ -134,6 +134,17 @@ class Law:
     def _independent(self) -> Diagonal:
         return Diagonal(Vector([self.mean[n] for n in self.apart]), Vector([self.precision[n] for n in self.apart]))
 
+    @cached_property
+    def _exact(self) -> dict[str, Tensor]:
+        """Which independent weights are known exactly."""
+        return {name: self.precision[name].isinf() for name in self.apart}
+
+    @property
+    def _dense(self) -> Diagonal:
+        """Independent weights with a density: those known exactly have one of 1 where they are, and the precision of that."""
+        precision = [self.precision[name].masked_fill(exact, 2 * math.pi) for name, exact in self._exact.items()]
+        return Diagonal(Vector([self.mean[name] for name in self.apart]), Vector(precision))
+
     def _by_name(self, own: Callable[[str], Tensor], of: Callable[[Part], dict[str, Tensor]]) -> dict[str, Tensor]:
         found = {name: own(name) for name in self.apart}
         for part in self.parts:
@@ -162,7 +173,8 @@ class Law:
     def log_prob(self, theta: Named) -> Tensor:
         terms = [part.log_prob(theta) for part in self.parts]
         if self.apart:
-            terms.append(self._independent.log_prob(Vector([theta[name] for name in self.apart])))
+            terms.append(self._dense.log_prob(Vector([theta[name] for name in self.apart])))
+            terms.append(-_unless(all(bool((theta[n] == self.mean[n])[e].all()) for n, e in self._exact.items()), terms[-1]))
         return torch.stack(terms).sum()
 
     def renamed(self, short: Callable[[str], str]) -> Law:
@@ -191,7 +203,10 @@ class Law:
         ]
         if self.apart:
             theirs = Law({name: other.mean[name] for name in self.apart}, other.precision)
-            terms.append(self._independent.kl(theirs._independent))
+            terms.append(self._dense.kl(theirs._dense))
+            alike = all(torch.equal(e, theirs._exact[n]) for n, e in self._exact.items())
+            agree = alike and all(torch.equal(self.mean[n][e], theirs.mean[n][e]) for n, e in self._exact.items())
+            terms.append(_unless(agree, terms[-1]))
         return torch.stack(terms).sum()
 
 
@@ -297,6 +312,11 @@ class OneOf(Part):
             kept |= {f"law{number}.{name}": t for name, t in tensors.items()}
             about.append({"names": list(law.mean), "parts": parts})
         return kept, {"laws": about}
+
+
+def _unless(holds: bool, like: Tensor) -> Tensor:
+    """Zero if it holds, else infinity."""
+    return torch.full_like(like, 0.0 if holds else math.inf)
 
 
 def _total(terms: Any) -> Tensor:

@@ -254,12 +254,12 @@ class Posterior(Makers):
 
     @uncast()
     def log_prob(self, theta: Mapping[str, Tensor]) -> Tensor:
-        """Log density at theta in nats, shape ()."""
+        """Log density at theta in nats, shape (); weights that are known exactly add nothing where theta has them, else -inf."""
         return self._law.log_prob(theta)
 
     @uncast()
     def kl(self, other: Posterior) -> Tensor:
-        """KL(self || other) in nats, shape ()."""
+        """KL(self || other) in nats, shape (); infinite where only one of them knows a weight exactly, or both do and disagree."""
         if odd := set(self.mean) ^ set(other.mean):
             raise ValueError(f"the posteriors disagree on the name {min(odd)!r}")
         return self._law.kl(other._law)

@@ -170,6 +170,8 @@ class TestRuns:
             ({"data": ("nowhere.txt",)}, "there is no text 'nowhere.txt'"),
             ({"context": 5000}, "the validation part of the text has .* tokens, and a window takes 5001"),
             ({"tokenizer": "bpe", "vocabulary": 12}, "vocabulary must be at least 257"),
+            ({"tokenizer": "bytes", "vocabulary": 300}, "vocabulary is that of --tokenizer bpe"),
+            ({"hyperparameters": {"noise_per_rank": True}}, "--fresh-draws gives each micro-batch and process"),
         ],
     )
     def test_what_is_wrong_is_said_before_anything_is_kept(self, changes, message, settings, tmp_path):

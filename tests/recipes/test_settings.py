@@ -36,7 +36,7 @@ FULL = {
     "data": "a b", "optimizer": "ivon", "model": "m:f", "hyperparameters": {"lr": 0.1, "clip_radius": math.inf, "debias": False},
     "epochs": 3, "batch_size": 4, "seed": 5, "split_seed": 6, "split": (0.5, 0.1), "held_out": ("x", "é"), "size": (8, 9),
     "target": "t", "norm": "batch", "schedule": "step", "augment": ("flip",), "precision": "bf16", "patience": 7, "device": "cpu",
-    "loo": 9,
+    "loo": 9, "also": ("c", "d"), "without": (3, 1),
 }  # fmt: skip
 
 

@@ -70,8 +70,8 @@ class Command:
             raise ValueError(f"--{min(twice).replace('_', '-')} and --set both give {min(twice)}; drop one")
         plain = {one.name: getattr(self, one.name) for one in fields(self.settings)}
         for name in self.paths:
-            if plain[name] is not None and Path(plain[name]).exists() and plain[name] not in NAMES:
-                plain[name] = str(Path(plain[name]).resolve())  # the run may be looked at from elsewhere
+            plain[name] = settled(plain[name])
+        plain["also"] = tuple(map(settled, plain["also"]))
         settings = self.settings(**{**plain, "hyperparameters": {**self.hyperparameters, **given, **more}})
         reports: list[Report] = []
         watched = watching(self.out) if self.tensorboard else nullcontext()
@@ -87,6 +87,11 @@ class Command:
         print_results(report, self.json)
         if not self.json:
             print(f"Report: {self.out / 'report.html'}")
+
+
+def settled(place: str | None) -> str | None:
+    """A path as it is from anywhere, since a run may be looked at from elsewhere; names of data stay."""
+    return place if place is None or place in NAMES or not Path(place).exists() else str(Path(place).resolve())
 
 
 def _notes(data: Data) -> None:

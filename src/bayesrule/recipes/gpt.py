@@ -153,7 +153,7 @@ class GPTSettings:
         dropout: Share of what each layer adds that is dropped in training.
         extensions: Which files of a folder are text.
         tokenizer: bytes, or bpe for a byte-pair encoder learned from the training part.
-        vocabulary: Tokens of bpe.
+        vocabulary: Tokens of bpe; none is 4,096.
         steps: Of the optimizer.
         batch_size: Windows of text in a micro-batch of a process.
         accumulate: Micro-batches a step and process.
@@ -180,7 +180,7 @@ class GPTSettings:
     dropout: float = 0.0
     extensions: tuple[str, ...] = EXTENSIONS
     tokenizer: str = "bytes"
-    vocabulary: int = 4096
+    vocabulary: int | None = None
     steps: int = 1200
     batch_size: int = 16
     accumulate: int = 1
@@ -199,6 +199,8 @@ class GPTSettings:
         lookup("size", self.size, SIZES)
         lookup("tokenizer", self.tokenizer, {"bytes": None, "bpe": None})
         lookup("precision", self.precision, {"float32": None, "bf16": None})
+        if self.vocabulary is not None and self.tokenizer == "bytes":
+            raise ValueError(f"vocabulary is that of --tokenizer bpe; bytes are 256 tokens, and {self.vocabulary} was asked for")
         for name in ("layers", "heads", "width", "context", "steps", "batch_size", "accumulate", "every"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < 2**31:

@@ -30,6 +30,8 @@ def check(settings: GPTSettings, workers: Workers = ALONE) -> None:
     Raises:
         ValueError: If so; the message says what.
     """
+    if settings.hyperparameters.get("noise_per_rank"):
+        raise ValueError("noise_per_rank is no setting here: --fresh-draws gives each micro-batch and process a draw of its own")
     hyperparameters = settle(settings.optimizer, settings.hyperparameters, 1, TEXT_OPTIMIZERS)
     anywhere = {"hess_init": 1.0} if hyperparameters.get("hess_init") == DATA else {}
     TEXT_OPTIMIZERS[settings.optimizer].make(nn.Sequential(nn.Linear(2, 2)), hyperparameters | anywhere)

@@ -3,7 +3,7 @@
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -11,15 +11,18 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 from safetensors.torch import load_file
 from torch import nn
 
+from bayesrule.recipes.amending import amended
 from bayesrule.recipes.augmentation import augmentation
-from bayesrule.recipes.data import Bars, Data, Part, Scale, load, quiet
+from bayesrule.recipes.data import Bars, Data, Part, Scale, arrange, check, quiet, survey
 from bayesrule.recipes.formats.pieces import nearest
+from bayesrule.recipes.formats.reading import read
 from bayesrule.recipes.models import MODELS, build
 from bayesrule.recipes.names import lookup
 from bayesrule.recipes.optimizers import OPTIMIZERS, Choice
 from bayesrule.recipes.residual import NORMS
 from bayesrule.recipes.schedules import SCHEDULES
-from bayesrule.recipes.strangers import strangers
+from bayesrule.recipes.sources import Collection
+from bayesrule.recipes.strangers import others, strangers
 from bayesrule.storage import write_tensors
 
 
@@ -41,6 +44,8 @@ class RunSettings(ABC):
         split_seed: Seed of the split, where the data are not split.
         split: Shares of training and validation examples, where the data are not split.
         held_out: Classes that are not learned, but kept to see how the model takes the unknown.
+        also: More data of these classes, for the training part.
+        without: Training examples that are left out, by their places (the index of ``bayesrule sensitivity``).
         schedule: How the learning rate goes on: cosine, linear, step or constant.
         precision: "float32", or "bf16" for autocast in training.
         patience: Stop after so many epochs without a smaller validation NLL, and keep the best; none never stops early.
@@ -48,7 +53,7 @@ class RunSettings(ABC):
         loo: How many training examples give a leave-one-out estimate after each epoch; 0 is none.
     """
 
-    of_data: ClassVar[tuple[str, ...]] = ("data", "held_out", "split_seed", "split")
+    of_data: ClassVar[tuple[str, ...]] = ("data", "held_out", "split_seed", "split", "also", "without")
     """The settings that decide what the data are."""
     frozen_weights: ClassVar[bool] = True
     """Whether a checkpoint keeps weights that do not learn; else they come back when the model is built again."""
@@ -66,6 +71,8 @@ class RunSettings(ABC):
     split_seed: int = 0
     split: tuple[float, float] | None = None
     held_out: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    without: tuple[int, ...] = ()
     schedule: str = "cosine"
     precision: str = "float32"
     patience: int | None = None
@@ -108,9 +115,19 @@ class RunSettings(ABC):
             ValueError: If so.
         """
 
-    @abstractmethod
     def load(self, scale: Scale | None = None, bars: Bars = quiet) -> Data:
         """The data; with a scale that was measured before, nothing is read but what must be."""
+        plain = self.arranged()
+        data = amended(plain, [self.more(spec, plain) for spec in self.also], self.without)
+        return survey(data, bars) if scale is None else replace(data, scale=data.scale.kept(scale))
+
+    @abstractmethod
+    def arranged(self) -> Data:
+        """The data in their parts, before anything is added or left out; nothing is measured yet."""
+
+    @abstractmethod
+    def more(self, spec: str, like: Data) -> Collection:
+        """Other data with classes, as a model of ``like`` takes them."""
 
     @abstractmethod
     def strangers(self, spec: str, like: Data) -> Part:
@@ -179,9 +196,13 @@ class Settings(RunSettings):
         if ":" not in self.model:
             lookup("model", self.model, MODELS)
 
-    def load(self, scale: Scale | None = None, bars: Bars = quiet) -> Data:
-        how: Any = {"split": self.split, "size": self.height_width, "target": self.target, "scale": scale, "bars": bars}
-        return load(self.data, self.held_out, self.split_seed, **how)
+    def arranged(self) -> Data:
+        data = arrange(read(self.data, self.height_width, self.target), self.held_out, self.split_seed, self.split)
+        check(data)
+        return data
+
+    def more(self, spec: str, like: Data) -> Collection:
+        return others(spec, like, self.target)
 
     def strangers(self, spec: str, like: Data) -> Part:
         return strangers(spec, like, self.target)

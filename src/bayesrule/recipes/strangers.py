@@ -29,6 +29,12 @@ def strangers(spec: str, like: Data, target: str | None = None) -> Part:
     Raises:
         ValueError: If the data are of another kind, or cannot be read.
     """
+    found = others(spec, like, target)
+    return Part(found.source, torch.arange(len(found.source)), found.labels)
+
+
+def others(spec: str, like: Data, target: str | None = None) -> Collection:
+    """Other data with what classes they have, as a model of ``like`` takes them; as for :func:`strangers`."""
     files = (
         like.kind == "image" and Path(spec).is_dir() and any(p.suffix.lower().encode() in ENDINGS for p in Path(spec).rglob("*"))
     )
@@ -38,10 +44,9 @@ def strangers(spec: str, like: Data, target: str | None = None) -> Part:
         raise ValueError(f"{found.name} holds {found.kind}s, and the model takes {like.kind}s; name others")
     if like.kind == "row":
         found = columns_of(found, like)
-    source = (
-        found.source if like.kind == "row" else Fitted(found.source, like.shape, extent(found.source), extent(like.train.source))
-    )
-    return Part(source, torch.arange(len(found.source)), found.labels)
+    if like.kind == "row":
+        return found
+    return replace(found, source=Fitted(found.source, like.shape, extent(found.source), extent(like.train.source)))
 
 
 def columns_of(found: Collection, like: Data) -> Collection:

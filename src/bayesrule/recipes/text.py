@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from bayesrule.recipes.data import Bars, Data, Part, Scale, arrange, check, quiet, survey
+from bayesrule.recipes.data import Data, Part, arrange, check
 from bayesrule.recipes.formats import documents
 from bayesrule.recipes.optimizers import OPTIMIZERS, Choice
 from bayesrule.recipes.scaling import Padding
 from bayesrule.recipes.settings import RunSettings
+from bayesrule.recipes.sources import Collection
 
 MANY = 1_000_000_000  # parameters that nobody trains all of by intent
 
@@ -143,11 +144,15 @@ class TextSettings(RunSettings):
         found = documents.read(data, encode, self.text_column, label, validation, test, cut)
         return found, Padding(token=tokenizer.pad_token_id)
 
-    def load(self, scale: Scale | None = None, bars: Bars = quiet) -> Data:
+    def arranged(self) -> Data:
         found, padding = self.read(self.data, self.label_column, self.validation, self.test)
         data = replace(arrange(found, self.held_out, self.split_seed, self.split), scale=padding)
         check(data)
-        return survey(data, bars) if scale is None else data
+        return data
+
+    def more(self, spec: str, like: Data) -> Collection:
+        found: Collection = self.read(spec, self.label_column)[0]
+        return found
 
     def strangers(self, spec: str, like: Data) -> Part:
         found, _ = self.read(spec, None)

@@ -32,7 +32,7 @@ EXTENSIONS = ("py", "txt", "md", "rst")
 SHARE = 0.9  # of the bytes, for training
 PIECE = 1 << 24  # bytes read at once
 LINES = 1 << 16  # characters that are encoded at once, or a few more
-BYTES = 256  # a vocabulary
+BYTES, PAIRS = 256, 4096  # vocabularies
 PARTS = ("train", "validation")
 
 
@@ -280,18 +280,19 @@ class Tokens:
 
 
 @contextmanager
-def written(files: Sequence[Path], run: Path, tokenizer: str, vocabulary: int) -> Iterator[Tokens]:
+def written(files: Sequence[Path], run: Path, tokenizer: str, vocabulary: int | None = None) -> Iterator[Tokens]:
     """The tokens of a text, under a temporary name; they are put into the run's folder when the block succeeds.
 
     Args:
         files: The text.
         run: The folder of the run.
         tokenizer: "bytes" or "bpe".
-        vocabulary: Of "bpe", at least 257 tokens.
+        vocabulary: Of "bpe", at least 257 tokens; None is 4,096.
 
     Raises:
         ValueError: If it is no text, or the vocabulary is too small.
     """
+    vocabulary = PAIRS if vocabulary is None else vocabulary
     if tokenizer == "bpe" and vocabulary <= BYTES:
         raise ValueError(
             f"vocabulary must be at least {BYTES + 1}, all bytes and a pair, got {vocabulary}; or take --tokenizer bytes"

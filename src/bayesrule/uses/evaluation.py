@@ -252,11 +252,16 @@ def _answers(model: nn.Module, posterior: Posterior | None, inputs: Sequence[Any
         came = next(turn).to(outputs.device)
         if outputs.shape[:-1] != came.shape or not came.ndim:
             raise ValueError(f"the model gave outputs of shape {tuple(outputs.shape)} for tokens of shape {tuple(came.shape)}")
-        check_outputs(outputs, next(calls) // len(targets), posterior, "softmax")
+        number = next(calls)
+        if number == 0:
+            check_outputs(outputs, 0, posterior, "softmax")
         sizes.add(outputs.shape[-1])
         check_labels(counted := came[came != IGNORED], len(counted), outputs.shape[-1])
-        logs = (outputs.to(torch.promote_types(outputs.dtype, torch.float32)) / temperature).log_softmax(-1)
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        logs = (wide if temperature == 1 else wide / temperature).log_softmax(-1)
         right = logs.gather(-1, came.where(came != IGNORED, 0).long()[..., None])
+        if not right.isfinite().all():  # a row with an output that is NaN or inf has no log probability that is a number
+            check_outputs(outputs, number // len(targets), posterior, "softmax")
         return torch.cat([right, (-right.expm1()).log().clamp_min(-1e4)], -1).flatten(0, -2)
 
     found = predict_batches(model, posterior, inputs, "softmax", how, answer)
