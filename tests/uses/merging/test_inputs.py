@@ -55,7 +55,7 @@ class TestNames:
 
     def test_what_no_model_has_is_left_out_with_a_word(self, tmp_path):
         with pytest.warns(UserWarning, match="1 tensors of '.*base' are in no model and are left out, such as 'pooler'"):
-            found = merged(tmp_path, ({"w": W, "pooler": W},), [({"w": W},)] * 2, "linear")
+            found = merged(tmp_path, ({"w": W, "pooler": W, "ids": torch.arange(3)},), [({"w": W},)] * 2, "linear")
         assert found.keys() == {"w"}
 
     def test_models_that_differ(self, tmp_path):

@@ -71,7 +71,8 @@ def meet(base: Checkpoint, models: Sequence[Checkpoint], method: Method, prior_p
                 "method='task_arithmetic'"
             )
     ours = {name: _of_base(name, base.tensors) for name in sorted(held[0])}
-    if lost := sorted(base.tensors.keys() - set(ours.values())):
+    weights = (name for name, entry in base.tensors.items() if entry.dtype.is_floating_point)
+    if lost := sorted(set(weights) - set(ours.values())):
         some = f"{len(lost)} tensors of {base} are in no model and are left out, such as {lost[0]!r}"
         warnings.warn(some, stacklevel=3)
     found = {}
