@@ -33,6 +33,7 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "linearized": "linearized",
     "language": "language",
     "perplexity": "perplexity",
+    "merging": "merging",
 }
 LONG = ("leaving_out", "perplexity")
 """Those of an hour or so, which must be asked for."""

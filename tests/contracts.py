@@ -126,6 +126,11 @@ class GaussianContract(ABC):
         other = self.make(seed + 1)
         self.same(q.from_natural(other.natural()), other)
 
+    def test_members_add_up_if_they_have_natural_parameters(self) -> None:
+        q = self.make(SEEDS[0])
+        assert q.adds_to(self.make(SEEDS[1])) == q.is_exponential_family
+        assert not q.adds_to(br.Signs(torch.zeros(2)))
+
     @pytest.mark.parametrize("seed", SEEDS)
     def test_expected_parameter_is_the_gradient_of_the_log_partition(self, seed: int) -> None:
         q = self.make(seed)

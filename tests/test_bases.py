@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.contracts import close, normal, positive
 
-from bayesrule.bases import Basis, eigenvectors, followed, merged, plain, whitened
+from bayesrule.bases import Bases, Basis, eigenvectors, followed, merged, plain, whitened
 
 
 def orthogonal(seed, size):
@@ -33,6 +33,23 @@ def test_back_undoes_turn_and_neither_changes_a_length(shape, basis):
     close(basis.back(there), x, 1e-14)
     close(there.norm(), x.norm(), 1e-14)
     assert torch.equal(there, x) == all(q is None for q in basis.axes)
+
+
+@pytest.mark.parametrize(
+    ("other", "equal"),
+    [
+        (Basis((3, 4), [LEFT.clone(), None]), True),
+        (Basis((3, 4), [None, None]), False),
+        (Basis((3, 4), [LEFT, RIGHT]), False),
+        (Basis((3, 2, 2), [LEFT, None, None]), False),
+        (Basis((3, 4), [-LEFT, None]), False),
+    ],
+)
+def test_bases_are_equal_if_they_turn_alike(other, equal):
+    one = Basis((3, 4), [LEFT, None])
+    assert one.equals(other) == equal
+    assert Bases([one, one]).equals(Bases([one, other])) == equal
+    assert not Bases([one, other]).equals(Bases([one]))
 
 
 def test_a_matrix_is_turned_from_both_sides():

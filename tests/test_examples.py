@@ -23,6 +23,7 @@ WITHOUT = {
     "compose": (),
     "calibrate": (),
     "wrong_labels": (),
+    "merging": (),
     "lightning_digits": ("lightning",),
     "accelerate_loop": ("accelerate",),
 }  # a picture, and what they need
@@ -200,3 +201,13 @@ def test_wrong_labels_are_found_without_training_again(show):
     assert len(lines) == 5
     assert all(float(out) > float(train) for train, out in lines)
     assert int(re.search(r"labels (\d+) % are wrong", text).group(1)) >= 85
+
+
+def test_merging_comes_nearer_to_training_on_all_than_any_of_its_parts(show):
+    text = show("merging")
+    total = {
+        name: sum(number(text, name, place) for place in (-2, -1)) for name in ("the base", "learned all", "gradient_matching")
+    }
+    alone = sum(number(text, "learned 0-4", place) for place in (-2, -1))
+    assert total["learned all"] < total["gradient_matching"] < min(total["the base"], alone)
+    assert "of 11 weightings are on the front" in text and " 1:1" in text

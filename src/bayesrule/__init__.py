@@ -66,6 +66,12 @@ _HOMES = {
     "uses.tracking": "TrackSensitivity",
     "uses.adaptation.memory": "Memory",
     "uses.adaptation.adapting": "adapt",
+    "uses.merging.posteriors": "merge",
+    "uses.merging.mixtures": "merge_mixtures",
+    "uses.merging.previews": "preview",
+    "uses.merging.mismatches": "gradient_mismatch",
+    "uses.merging.sidecar": "precision save_precision",
+    "uses.merging.streaming": "merge_checkpoints",
 }
 _MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods", "metrics": "uses.metrics"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -63,7 +63,7 @@ def read(
     prefix = strip_prefix and f"{strip_prefix.removesuffix('.')}."
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            about = _about(path, file.metadata())
+            about = about_of(path, file.metadata())
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 block, _, name = key.partition(".")
                 if about.get("parts"):
@@ -102,7 +102,12 @@ def _parts(path: Any, names: Any, tensors: Named, about: Any, prefix: str) -> tu
     return tuple(part.renamed(lambda name: name.removeprefix(prefix)) for part in parts)
 
 
-def _about(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+def about_of(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What the metadata of a file say of its posterior.
+
+    Raises:
+        ValueError: It is no posterior, or of a later format.
+    """
     about: dict[str, Any] = {}
     try:
         about = json.loads((metadata or {})["bayesrule"])

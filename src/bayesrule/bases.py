@@ -53,6 +53,13 @@ class Basis:
         pairs = zip(self.axes, other.axes, strict=True)
         return Basis(self.shape, [q if p is None else p.T if q is None else p.T @ q for p, q in pairs])
 
+    def equals(self, other: Basis) -> bool:
+        """Whether both turn to the same coordinates, bit by bit."""
+        if self.shape != other.shape:
+            return False
+        pairs = zip(self.axes, other.axes, strict=True)
+        return all(p is q or (p is not None and q is not None and torch.equal(p, q)) for p, q in pairs)
+
     def moments(self, x: Tensor) -> list[Tensor | None]:
         """For each axis that has a basis, the products of its slices, shape (n, n)."""
         y = x.reshape(self.shape)
@@ -81,6 +88,10 @@ class Bases:
     def to(self, other: Any) -> Bases:
         """From each into that of another."""
         return Bases([basis.to(into) for basis, into in zip(self.parts, other.parts, strict=True)])
+
+    def equals(self, other: Bases) -> bool:
+        """Whether each is that of another."""
+        return len(self.parts) == len(other.parts) and all(a.equals(b) for a, b in zip(self.parts, other.parts, strict=True))
 
 
 def merged(shape: Size, limit: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The command line: ``bayesrule demo | table | data | train | evaluate | sensitivity | adapt | report``.
+"""The command line: ``bayesrule demo | table | data | train | evaluate | sensitivity | precision | merge | adapt | report``.
 
 Results go to stdout, progress to stderr. What a user can mend, recipes raise as ValueError or OSError: it becomes one
 line on stderr and exit code 2. Anything else is a mistake of ours and keeps its traceback.
@@ -28,11 +28,13 @@ try:
     from bayesrule.recipes.adaptation_command import AdaptRun
     from bayesrule.recipes.beginnings import said_before
     from bayesrule.recipes.classifier_command import Command, TrainImage, TrainTabular, TrainText
+    from bayesrule.recipes.classifiers import open_classifier
     from bayesrule.recipes.comparison import compare
     from bayesrule.recipes.describing import describe
     from bayesrule.recipes.endings import outcome
     from bayesrule.recipes.language import is_text
     from bayesrule.recipes.language_command import TrainGPT, measured, written
+    from bayesrule.recipes.merge_command import MeasurePrecision, MergeModels
     from bayesrule.recipes.sensitivity import RankExamples
     from bayesrule.recipes.settings import Settings
     from bayesrule.recipes.terminal import print_data, print_json, print_results, print_rows, progress
@@ -43,7 +45,8 @@ except ModuleNotFoundError as error:
     if not error.name or error.name.startswith("bayesrule"):
         raise
     ABSENT = error.name
-    Settings = RankExamples = AdaptRun = Command = TrainImage = TrainTabular = TrainText = TrainGPT = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
+    MeasurePrecision = MergeModels = AdaptRun = object  # type: ignore[misc,assignment]
+    Settings = RankExamples = Command = TrainImage = TrainTabular = TrainText = TrainGPT = object  # type: ignore[misc,assignment]  # the classes below stand, and main says why they are of no use
 
 
 @dataclass(frozen=True)
@@ -144,22 +147,35 @@ class ShowData:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a run, several seeds of one, or the demo on the test data again.
+    """Measure a run, several seeds of one, or the demo on the test data again; or a classifier of texts on other data.
 
     Args:
-        dir: Folder of the run.
+        dir: Folder of the run; with --data also a checkpoint of Hugging Face, such as a merged one.
+        data: A .csv or .tsv of texts and labels to measure on, at the mean, in the place of the run's own test data.
+        text_column: The column of texts of --data.
+        label_column: The column of classes of --data.
+        max_length: Tokens of a text of --data that are read; by default those of the run, else 128.
         num_samples: Networks to average over, where there is a posterior; by default 32, of documents 10, of a language model 8.
         ood: Data of another kind, to see whether the model notices.
         json: Print one JSON object instead of a table.
     """
 
     dir: tyro.conf.Positional[Path]
+    data: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    max_length: int | None = None
     num_samples: int | None = None
     ood: str | None = None
     json: bool = False
 
     def run(self) -> None:
         """Compute and print the metrics."""
+        if self.data is not None:
+            found = open_classifier(self.dir, self.data, self.text_column, self.label_column, self.max_length)
+            with progress() as bars:
+                print_results(found.report(self.dir.resolve().name, bars), self.json, detailed=True)
+            return
         if is_text(self.dir):
             measured(self.dir, self.num_samples, self.json)
             return
@@ -214,6 +230,8 @@ COMMANDS = {
     "train": Command,
     "evaluate": Evaluate,
     "sensitivity": RankExamples,
+    "precision": MeasurePrecision,
+    "merge": MergeModels,
     "adapt": AdaptRun,
     "report": WriteReport,
 }

@@ -44,6 +44,10 @@ class Family(ABC):
     def from_natural(self, natural: Point) -> Self:
         """The member with this natural parameter."""
 
+    def adds_to(self, other: Family) -> bool:
+        """Whether sums of the natural parameters of both mean something: they belong to the same statistics."""
+        return self.is_exponential_family and type(self) is type(other)
+
     @abstractmethod
     def expected(self) -> Point:
         """Expectation parameter mu = E_q[T(theta)], block by block."""

@@ -35,10 +35,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .vector import BLOCK, Bucket, Vector, convert, head, whole_blocks
 
-TRAIN, EVALUATE, POSTERIOR, PROBE, DITHER, REMEMBER, TOGETHER, BEGIN, OUTPUTS = range(9)
+TRAIN, EVALUATE, POSTERIOR, PROBE, DITHER, REMEMBER, TOGETHER, BEGIN, OUTPUTS, DROPS = range(10)
 """Streams: draws that are learned from, draws that only look, draws from a :class:`~bayesrule.Posterior`, probes of a Hessian,
 the rounding of a sample, the rounding of the momentum, draws of weights that vary together, where components begin, draws of
-outputs."""
+outputs, elements of a task vector that are dropped."""
 
 _HALF = BLOCK // 2
 _GAMMA, _FIRST, _SECOND = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class Language(nn.Module):
-    """A small transformer, the head tied to the embedding; positions are embedded example by example, or for all at once."""
+    """A small transformer, the head tied to the embedding; places are embedded for each example, in a row, or for all at once."""
 
     def __init__(self, at_once=False, length=4, padding=None):
         super().__init__()
@@ -47,7 +47,8 @@ class Language(nn.Module):
 
     def forward(self, text):
         places = torch.arange(text.shape[1])
-        x = self.tokens(text) + self.positions(places if self.at_once else places.expand_as(text))
+        seen = {False: places.expand_as(text), "row": places[None], True: places}[self.at_once]
+        x = self.tokens(text) + self.positions(seen)
         return self.head(self.norm(self.block(x))).mean(1)
 
 
@@ -187,6 +188,8 @@ CASES = {  # a model and its input
     "transformer": (Language, tokens()),
     "as long as examples": (lambda: Language(length=EXAMPLES), tokens(EXAMPLES)),
     "padding": (lambda: Language(padding=2), tokens()),
+    "positions in a row": (lambda: Language("row"), tokens()),
+    "positions in a row, as many as examples": (lambda: Language("row", EXAMPLES), tokens(EXAMPLES)),
     "a layer twice": (Twice, normal(1, EXAMPLES, 4)),
     "a layer many times": (lambda: Twice(6), normal(1, EXAMPLES, 4)),
 }

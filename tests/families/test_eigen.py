@@ -67,6 +67,11 @@ class TestOfTwoTensors(EigenContract):
         return br.Eigen(mean, BOTH, hess, weight_decay=0.25, ess=7.0)
 
 
+def test_members_of_other_bases_do_not_add_up():
+    one, again, other = (br.Eigen(normal(0, 4), Basis((4,), [orthogonal(seed, 4)])) for seed in (50, 50, 51))
+    assert one.adds_to(again) and not one.adds_to(other)
+
+
 KINDS = [TestOfAVector, TestOfAMatrix, TestOfOneAxis, TestOfMergedAxes]
 
 

@@ -13,7 +13,15 @@ from tests.integrations.table import matrix, write
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
 
-OURS = ("test_matrix.py", "test_text.py", "test_torch.py", "test_lightning.py", "test_transformers.py", "test_accelerate.py")
+OURS = (
+    "test_matrix.py",
+    "test_merging.py",
+    "test_text.py",
+    "test_torch.py",
+    "test_lightning.py",
+    "test_transformers.py",
+    "test_accelerate.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

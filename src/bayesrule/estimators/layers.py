@@ -25,6 +25,7 @@ class Layer(NamedTuple):
         leads: From the module and what went in, whether that has a dimension of examples in front.
         places: The same, to the sizes of the dimensions that could be mistaken for it.
         is_outer: Whether the weight's are :class:`Outer`.
+        is_shared: Whether something of one row, (1, T), is the same for all examples, as positions are.
     """
 
     gradients: Callable[[Any, Tensor, Tensor], dict[str, Callable[[], Gradients]]]
@@ -32,6 +33,7 @@ class Layer(NamedTuple):
     leads: Callable[[Any, Tensor], bool]
     places: Callable[[Any, Tensor], Sequence[int]]
     is_outer: bool = False
+    is_shared: Callable[[Tensor], bool] = lambda a: False
 
 
 def layer_of(module: nn.Module) -> Layer | None:
@@ -207,7 +209,11 @@ LAYERS: dict[Any, Layer] = {
     nn.Conv2d.forward: _CONVOLUTION,
     nn.Conv3d.forward: _CONVOLUTION,
     nn.Embedding.forward: Layer(
-        _embedding, _embedding_push, lambda _, index: index.dim() > 0, lambda _, index: index.shape[1:] or index.shape
+        _embedding,
+        _embedding_push,
+        lambda _, index: index.dim() > 0,
+        lambda _, index: index.shape[1:] or index.shape,
+        is_shared=lambda index: index.dim() > 1 and len(index) == 1,
     ),
     nn.LayerNorm.forward: _norm(lambda module, a: F.layer_norm(a, module.normalized_shape, eps=module.eps), False),
     nn.RMSNorm.forward: _norm(lambda module, a: F.rms_norm(a, module.normalized_shape, eps=module.eps), False),

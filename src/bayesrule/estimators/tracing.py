@@ -148,6 +148,9 @@ class Trace(TorchFunctionMode):
             return output
         if layer is not None and not frame.is_foreign:
             a = flat[0]
+            if self.examples > 1 and layer.is_shared(a):  # one for each, so that what comes back is each one's
+                a, outputs = a.expand(self.examples, *a.shape[1:]), [y.expand(self.examples, *y.shape[1:]) for y in outputs]
+                output = tree_unflatten(outputs, form)
             frame.is_foreign = len(asked) != 1 or not (is_led(a, self.examples) and layer.leads(module, a))
             frame.is_certain = frame.is_foreign or self.examples < 2 or self.examples not in layer.places(module, a)
             if not frame.is_foreign:

@@ -133,6 +133,9 @@ class Eigen(TwoBlocks):
         pull = prior.precision / self.ess
         return self if equal(pull, self.weight_decay) else replace(self, hess=self.metric - pull, weight_decay=pull)
 
+    def adds_to(self, other: Any) -> bool:
+        return super().adds_to(other) and self.basis.equals(other.basis)
+
     def natural(self) -> Vector:
         precision = self._precisions
         return Vector([self._apply(precision, self.mean), precision * -0.5])

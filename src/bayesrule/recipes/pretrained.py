@@ -125,12 +125,42 @@ def classifier(name: str, classes: Sequence[str], seed: int) -> nn.Module:
             **checkpoint.how,
             **how,
         )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer(name, 1)[0].pad_token_id
+    _pad(model, name)
     if checkpoint.how:  # the numbers are plain by now
         model.is_quantized, model.hf_quantizer = False, None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def trained(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
+    """A classifier as it was left in a folder, in float32, and the names of its classes.
+
+    Raises:
+        ValueError: If it cannot be loaded, or has no head.
+    """
+    how: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    with asking(find(str(folder))), torch.random.fork_rng([]):
+        model, about = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **how)
+    if missing := sorted(about["missing_keys"]):
+        raise ValueError(f"{shown(folder)} holds no trained classifier: it lacks {few(missing)}; name one that was fine-tuned")
+    _pad(model, str(folder))
+    return model, tuple(str(model.config.id2label[k]) for k in range(model.config.num_labels))
+
+
+def name_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Write the names of classes, and the token that pads, into the configuration of a checkpoint."""
+    with asking(find(str(folder))):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config.id2label, config.label2id = dict(enumerate(classes)), {name: k for k, name in enumerate(classes)}
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer(str(folder), 1)[0].pad_token_id
+        config.save_pretrained(folder)
+
+
+def _pad(model: Any, name: str) -> None:
+    """Say which token pads, where the configuration does not."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer(name, 1)[0].pad_token_id
 
 
 def adapted(model: nn.Module, rank: int, alpha: float, dropout: float, seed: int) -> nn.Module:

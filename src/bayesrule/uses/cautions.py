@@ -35,8 +35,8 @@ def of_the_sum(posterior: Posterior, purpose: str = "leave-one-out estimates") -
     """The posterior of the sum of the losses, with ess the number of examples.
 
     Args:
-        posterior: Of any ess.
-        purpose: What it is for.
+        posterior: Of whatever ess.
+        purpose: What it is for, for the warning.
 
     Warns:
         UserWarning: It was another.

@@ -46,11 +46,16 @@ def looks() -> Iterator[None]:
 
 def chart(width: float, height: float, draw: Callable[..., None], rows: Sequence[float] = (1,)) -> str:
     """The address of an SVG chart of so many inches; ``draw`` gets its axes, one a row."""
+    return "data:image/svg+xml;base64," + b64encode(svg(width, height, draw, rows).encode()).decode()
+
+
+def svg(width: float, height: float, draw: Callable[..., None], rows: Sequence[float] = (1,)) -> str:
+    """The same as the text of an SVG file."""
     figure = Figure((width, height), layout=ConstrainedLayoutEngine(h_pad=0.03, w_pad=0.03))
     draw(*figure.subplots(len(rows), 1, height_ratios=rows, sharex=True, squeeze=False)[:, 0])
     file = BytesIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + b64encode(file.getvalue()).decode()
+    return file.getvalue().decode()
 
 
 def percent(axes: Axes, which: str = "xy") -> None:

@@ -1,0 +1,1 @@
+"""Arithmetic on posteriors: models merged, taken out again, and weighed against one another without training."""
