@@ -66,6 +66,8 @@ _HOMES = {
     "uses.tracking": "TrackSensitivity",
     "uses.adaptation.memory": "Memory",
     "uses.adaptation.adapting": "adapt",
+    "uses.adaptation.continual": "ContinualLearner",
+    "uses.adaptation.unlearning": "forget",
 }
 _MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods", "metrics": "uses.metrics"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -157,12 +157,11 @@ def descend(
 
 def adam(lr: float | None) -> Callable[[list[nn.Parameter]], Any]:
     """The default."""
-    return lambda params: Adam(params, lr=3e-3 if lr is None else lr)
+    return lambda params: Adam(params, lr=5e-3 if lr is None else lr)
 
 
 def ivon(lr: float | None, prior: Posterior, curvature: dict[str, Tensor], ess: float, seed: int, named: Any) -> Any:
     """IVON from a posterior as its prior, whose curvature begins in the data at hand."""
-    start = {name: (h / ess).clamp_min(1e-8) for name, h in curvature.items()}
-    return lambda _: IVON(
-        named, lr=0.1 if lr is None else lr, ess=ess, hess_init=start, betas=(0.9, 0.999), prior=prior, rescale_lr=False, seed=seed
-    )
+    start: Any = {name: (h / ess).clamp_min(1e-8) for name, h in curvature.items()}
+    how: dict[str, Any] = {"betas": (0.9, 0.999), "rescale_lr": False, "seed": seed}
+    return lambda _: IVON(named, lr=0.1 if lr is None else lr, ess=ess, hess_init=start, prior=prior, **how)
