@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from ...estimators.batches import pairs
 from ...posterior import Posterior
 from .adapting import adapt
+from .architectures import widened
 from .memory import By, Memory
 
 
@@ -61,14 +63,29 @@ class ContinualLearner:
         self._seen = 0
 
     def fit(self, task: Iterable[Any]) -> Posterior:
-        """Learn a task.
+        """Learn a task. Where it has new classes, :attr:`model` becomes a copy with more outputs.
 
         Args:
-            task: Batches (inputs, labels), or mappings with ``labels``, which can be read twice.
+            task: Batches (inputs, labels), or mappings with ``labels``, which can be read several times.
         """
-        self.posterior = adapt(self.model, self.posterior, memory=self.memory, add=task, seed=self.seed, **self.how)
+        grown = self._grown(task)
+        self.posterior = adapt(
+            self.model, self.posterior, memory=self.memory, add=task, new_model=grown, seed=self.seed, **self.how
+        )
+        self.model = grown or self.model
         self.remember(task)
         return self.posterior
+
+    def _grown(self, task: Iterable[Any]) -> nn.Module | None:
+        """A model with outputs for new classes, if there are any; the memory gets them too."""
+        if self.memory is None or self.how.get("loss", "cross_entropy") != "cross_entropy":
+            return None
+        outputs = self.memory.outputs.shape[-1]
+        classes = 1 + max((int(labels.max()) for _, labels in pairs(task, self.model)), default=0)
+        if classes <= outputs:
+            return None
+        self.memory = self.memory.pad(classes)
+        return widened(self.model, classes)
 
     def remember(self, task: Iterable[Any]) -> None:
         """Choose examples of a task that the model has learned, and see what it says of all others now."""

@@ -92,7 +92,7 @@ class Memory:
             balanced: As many of each class as there are; classes are whole numbers, or labels of one output of "bce".
             loss: As for :class:`bayesrule.Sensitivity`.
             noise_variance: Likewise.
-            seed: Of the random choice.
+            seed: Of the random choice, which also depends on how the data are batched.
             first: Number of the first example in the data.
 
         Raises:
@@ -139,8 +139,8 @@ class Memory:
             raise ValueError("there is nothing to remember: the loader gave no example")
         if seen == posterior.num_data:
             warn_of_motion(posterior, slope)
-        best = _chosen(scores, _classes(kept.labels, found), size, balanced).sort().values
-        kept = kept.rows(best)
+        best = _chosen(scores, _classes(kept.labels, found), size, balanced)
+        kept = kept.rows(best[kept.indices[best].argsort()])
         return kept if score else replace(kept, weights=_shares(_classes(kept.labels, found), classes, balanced))
 
     @classmethod

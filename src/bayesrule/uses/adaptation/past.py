@@ -99,8 +99,8 @@ def _parted(model: nn.Module, loss: OutputLoss, memory: Memory | None, remove: A
     gone = seen(model, remove, loss)
     if gone is None:
         raise ValueError("there is nothing to remove: the loader gave no example")
-    if memory is None:
-        return gone, None
+    if memory is None or not len(memory):
+        return gone, memory
     leaving = Counter(_marks(gone))
     stay = []
     for place, mark in enumerate(_marks(memory)):
