@@ -54,8 +54,9 @@ def tables(settings: Settings) -> list[Table]:
         figures = {f"{title}: {name}": ratio(laps[name], laps[PLAIN]) for name in WAYS}
         rows = [(name, str(figures.get(f"{title}: {name}", "1")), f"{typical(of).seconds:.4g}") for name, of in laps.items()]
         note = (
-            f"{EPOCHS} epochs over 128 digits that are added and 128 in memory, batches of {BATCH}, with all that comes before and "
-            f"after; beside as many plain steps on all 256 (prior: half as many steps); {len(laps[PLAIN])} rounds; {neighbors.report()}"
+            f"{EPOCHS} epochs over 128 digits that are added and 128 in memory, batches of {BATCH}, with all that comes before "
+            f"and after; beside as many plain steps on all 256 (prior: half as many steps); {len(laps[PLAIN])} rounds; "
+            f"{neighbors.report()}"
         )
         found.append(Table(title, ("work", "ratio to plain steps", "s"), rows, figures, note))
     return found

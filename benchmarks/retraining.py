@@ -1,4 +1,4 @@
-"""Adapted models beside models that were trained again: Adult, USPS, and digits in five tasks, with a tenth of the past in memory."""
+"""Adapted models beside models that were trained again, with a tenth of the past in memory: Adult, USPS, digits in five tasks."""
 
 from __future__ import annotations
 
