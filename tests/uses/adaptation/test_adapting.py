@@ -161,6 +161,20 @@ def test_examples_that_go_leave_the_memory_whether_named_or_shown():
     close(named.mean["weight"], shown.mean["weight"], 1e-12)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "newton", "ivon"])
+def test_another_prior_without_a_memory_is_solved_whatever_the_optimizer(optimizer):
+    found = Logistic("diag").adapt(prior_precision=0.5, method="prior", optimizer=optimizer, epochs=1)
+    close(found.mean["weight"][0], tensor(GOLDEN["tasks"]["change_regulariser"]["laplace_diag"]), 1e-8)
+
+
+def test_numbers_of_examples_are_found_in_a_memory_that_the_method_does_not_use():
+    found = [
+        Logistic().adapt(remove=remove, method="prior", memory=memory).mean["weight"]
+        for remove, memory in (([7, 3], Logistic().memory), ([(X[[3, 7]], T[[3, 7]])], None))
+    ]
+    close(found[0], found[1], 1e-12)
+
+
 # By steps
 
 

@@ -33,6 +33,14 @@ def test_a_head_that_grows_learns_new_classes():
     close(found.prior_precision["2.weight"], torch.ones(10, 32), 1e-6)
 
 
+def test_examples_leave_while_a_head_grows():
+    model, post, memory, new, old = learned()
+    found = br.adapt(
+        model, post, memory=memory.pad(10), add=[new], remove=[(old[0][:5], old[1][:5])], new_model=widened(model, 10), epochs=1
+    )
+    assert found.num_data == 395
+
+
 def test_new_classes_without_labels_are_refused():
     model, post, memory, new, _ = learned()
     says = "new classes [5, 6, 7, 8, 9] have no soft labels; pad old outputs with pad_value=-inf: memory.pad(10)"

@@ -101,8 +101,7 @@ def adapt(
         raise ValueError("nothing changes: pass add, remove, prior_precision or new_model")
     _check(method, optimizer, epochs, batch_size, lr)
     how = METHODS[method]
-    memory = None if how.memory is None else memory
-    if memory is None and (new_model is not None or how.memory in ("labels", "functions")):
+    if (memory is None or how.memory is None) and (new_model is not None or how.memory in ("labels", "functions")):
         raise ValueError(f"method={method!r} needs a memory here: pass Memory.select(model, posterior, loader, size)")
     for one in (model, new_model or model):
         check_mode(one)
@@ -144,7 +143,7 @@ def adapt(
             return anchor.plus(sum((anchor.curvature(target, one.batches(target), found) for one in known), torch.zeros(())))
 
         result = _solved(objective, here, beside, optimizer, lr, epochs, batch_size, seed)
-    check_positive(result, "the adapted posterior")
+        check_positive(result, "the adapted posterior")
     return result.posterior(posterior, {n: m for n, m in exact.items() if n in dict(target.named_parameters())}, fewer)
 
 
@@ -159,6 +158,9 @@ def _solved(
     seed: int,
 ) -> Anchor:
     """The Gaussian at the minimum."""
+    if objective.losses is None and not objective.whole:  # a pull alone
+        objective.put(objective.anchor.center)
+        return here(beside).about(objective.theta)
     if optimizer == "newton":
         newton(objective, here(beside).q.solve)
         return here(beside).about(objective.theta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,37 +41,51 @@ class Past(NamedTuple):
 def of_the_past(
     model: nn.Module, posterior: Posterior, loss: OutputLoss, memory: Memory | None, remove: Any, remembers: str | None
 ) -> Past:
-    """At the posterior's mean."""
+    """At the posterior's mean.
+
+    Args:
+        model: Holds the posterior's weights, and comes back as it was.
+        posterior: Of the sum of the losses.
+        loss: Of an example.
+        memory: All of it.
+        remove: Examples, or their numbers.
+        remembers: What of the memory enters, see :class:`~bayesrule.uses.adaptation.objectives.Method`.
+    """
     params = posterior.bind(model)
     old = Anchor.of(posterior, next(iter(params.values())))
+    gone: Memory | None = None
+    losses: list[Losses] = []
+    whole: list[Term] = []
     with kept(params.values()), moving(model, old.names):
         put(model, posterior.mean)
         if memory is not None:
             _check_fresh(model, memory)
-        gone = None
         if remove is not None:
             gone, memory = _parted(model, loss, memory, remove)
-        losses: list[Losses] = []
-        whole: list[Term] = []
+        if remembers is None or memory is None or not len(memory):
+            memory = None
         everything = old
         if gone is not None:
             everything = old.plus(old.curvature(model, gone.batches(model), loss), -1.0)
             check_positive(everything, "removal")
             if remembers != "labels":
-                errors = loss.residual(gone.outputs, loss.check(gone.outputs, gone.labels))
-                losses.append(Losses(loss, gone.inputs, gone.labels, torch.zeros(len(gone)), errors))
+                padded = gone if memory is None else gone.pad(memory.outputs.shape[-1])
+                losses.append(Losses(loss, gone.inputs, gone.labels, torch.zeros(len(gone)), _errors(loss, padded)))
         beside = everything
-        if memory is not None and len(memory):
+        if memory is not None:
             beside = everything.plus(old.curvature(model, memory.batches(model), loss), -1.0).above_prior()
             if remembers == "functions":
                 whole.append(Functions.of(memory, model, everything))
             else:
-                pulls = None
-                if remembers == "outputs":
-                    errors = loss.residual(memory.outputs, memory.labels)
-                    pulls = errors * memory.weights.to(errors).view(-1, *[1] * (errors.dim() - 1))
+                pulls = _errors(loss, memory) if remembers == "outputs" else None
                 losses.append(Losses(loss, memory.inputs, memory.labels, memory.weights, pulls))
     return Past(Knowledge(everything, beside), memory, losses, whole, 0 if gone is None else len(gone))
+
+
+def _errors(loss: OutputLoss, of: Memory) -> Tensor:
+    """The errors of what a model said, each as often as it counts."""
+    errors = loss.residual(of.outputs, of.labels)
+    return errors * of.weights.to(errors).view(-1, *[1] * (errors.dim() - 1))
 
 
 def seen(model: nn.Module, batches: Iterable[Any], loss: OutputLoss) -> Memory | None:
@@ -95,7 +110,8 @@ def _parted(model: nn.Module, loss: OutputLoss, memory: Memory | None, remove: A
                 f"{missing} examples to remove are not in the memory; K-prior removal needs them (add with memory.extend), or "
                 "pass the examples themselves"
             )
-        return memory.rows(here.nonzero()[:, 0]), memory.rows((~here).nonzero()[:, 0])
+        going = memory.rows(here.nonzero()[:, 0])
+        return replace(going, weights=torch.ones_like(going.weights)), memory.rows((~here).nonzero()[:, 0])
     gone = seen(model, remove, loss)
     if gone is None:
         raise ValueError("there is nothing to remove: the loader gave no example")
