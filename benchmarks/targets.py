@@ -131,7 +131,11 @@ TARGETS: tuple[Target, ...] = (
     Target("language: our loop / nanoGPT's", "seconds a step, our loop / nanoGPT's, both AdamW: GPT of 0.37 million", 1.03),
     Target("language: averaged / forwards", "averaged perplexity over 8 draws / one forward: GPT of 0.37 million", 8.5),
     *(
-        Target(f"adaptation, {workload}: posterior_correction", f"adaptation / plain steps on as many examples: {workload}", 2.2)
+        Target(
+            f"adaptation, {workload}: posterior_correction",
+            f"step of an adaptation / plain step on as many examples: {workload}",
+            2.2,
+        )
         for workload in ("MLP 0.86M", "ResNet-20")
     ),
     *(

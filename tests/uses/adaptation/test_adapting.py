@@ -179,7 +179,9 @@ def test_numbers_of_examples_are_found_in_a_memory_that_the_method_does_not_use(
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adam", lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9)], ids=["adam", "a function"]
+    "optimizer",
+    ["adam", lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9), lambda params: br.IVON(params, lr=0.5, ess=1e8)],
+    ids=["adam", "a function", "one that draws"],
 )
 def test_steps_come_near_the_minimum(optimizer):
     problem = Logistic()
