@@ -33,16 +33,21 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "linearized": "linearized",
     "language": "language",
     "perplexity": "perplexity",
+<<<<<<< HEAD
     "merging": "merging",
+=======
+    "adaptation": "adaptation",
+    "retraining": "retraining",
+>>>>>>> adapt
 }
-LONG = ("leaving_out", "perplexity")
+LONG = ("leaving_out", "perplexity", "retraining")
 """Those of an hour or so, which must be asked for."""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"which of {', '.join(BENCHMARKS)}; by default all but {' and '.join(LONG)}"
+        "names", nargs="*", metavar="name", help=f"which of {', '.join(BENCHMARKS)}; by default all but {', '.join(LONG)}"
     )
     parser.add_argument("--rounds", type=int, help="rounds a table, instead of its own number")
     parser.add_argument("--quick", action="store_true", help="a few minutes: to see that everything runs; never appended")

@@ -130,9 +130,33 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("language: our loop / nanoGPT's", "seconds a step, our loop / nanoGPT's, both AdamW: GPT of 0.37 million", 1.03),
     Target("language: averaged / forwards", "averaged perplexity over 8 draws / one forward: GPT of 0.37 million", 8.5),
+<<<<<<< HEAD
     Target("merging: ours / plain", "merging checkpoints / reading and writing them: 4 of 540 MB", 1.5),
     Target("merging: ours / mergekit", "bayesrule merge / mergekit-yaml, linear, whole commands: 4 of 540 MB", 1.2),
     Target("merging, memory", "growth of memory while merging 4 checkpoints of 540 MB, in MB", 600),
+=======
+    *(
+        Target(
+            f"adaptation, {workload}: posterior_correction",
+            f"step of an adaptation / plain step on as many examples: {workload}",
+            2.2,
+        )
+        for workload in ("MLP 0.86M", "ResNet-20")
+    ),
+    *(
+        Target(f"points below retraining: {case}", f"points of accuracy below retraining, posterior correction: {case}", 1.0)
+        for case in (
+            "Adult, linear: add a tenth",
+            "Adult, linear: remove a tenth",
+            "Adult, linear: prior of 50 becomes 5",
+            "USPS, 100 units: add class 9",
+            "USPS, 100 units: remove class 9",
+            "USPS, 100 units: remove a tenth",
+            "USPS, 100 units: prior of 50 becomes 5",
+            "digits in five tasks",
+        )
+    ),
+>>>>>>> adapt
     Target("VOGN, ResNet-20, 128 examples: time", "VOGN / SGD step: ResNet-20, batch 128", 2.5),
     Target("VOGN, ResNet-20, 128 examples: memory", "peak memory, VOGN / SGD step: ResNet-20, batch 128", 2.0),
 )

@@ -72,6 +72,8 @@ _HOMES = {
     "uses.merging.mismatches": "gradient_mismatch",
     "uses.merging.sidecar": "precision save_precision",
     "uses.merging.streaming": "merge_checkpoints",
+    "uses.adaptation.continual": "ContinualLearner",
+    "uses.adaptation.unlearning": "forget",
 }
 _MODULES = {"conjugate": "algorithms.conjugate", "likelihoods": "estimators.likelihoods", "metrics": "uses.metrics"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayesrule.estimators.batches import examples_in, inputs_and_labels, inputs_of, on_device, outputs_of, pairs, rows_of
+from bayesrule.estimators.batches import examples_in, inputs_and_labels, inputs_of, joined, on_device, outputs_of, pairs, rows_of
 
 X, Y = torch.arange(12.0).view(6, 2), torch.arange(6)
 
@@ -105,3 +105,18 @@ def test_labels_of_causal_language_models_are_those_of_the_token_that_follows(na
     text = torch.arange(6).view(2, 3)
     _, labels = inputs_and_labels({"input_ids": text, "labels": text}, make())
     assert torch.equal(labels, torch.tensor([[1, 2, -100], [4, 5, -100]]) if follows else text)
+
+
+def test_batches_are_joined_and_filled_up():
+    short, long = (torch.ones(2, n, dtype=torch.long) for n in (3, 5))
+    assert joined([short, long], -100)[:2].tolist() == [[1, 1, 1, -100, -100]] * 2
+    found = joined([{"input_ids": each, "attention_mask": each} for each in (short, long)])
+    assert found["attention_mask"].sum(1).tolist() == [3, 3, 5, 5]
+    assert torch.equal(joined([torch.eye(2), torch.eye(2)]), torch.cat([torch.eye(2)] * 2))
+    assert joined([(short, 7), (short, 7)])[1] == 7
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"input_ids": x}])
+def test_inputs_of_different_shapes_need_a_mask(wrap):
+    with pytest.raises(ValueError, match=r"inputs of different shapes, such as .* need an 'attention_mask'"):
+        joined([wrap(torch.ones(2, 3)), wrap(torch.ones(2, 5))])

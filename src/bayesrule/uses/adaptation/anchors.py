@@ -89,12 +89,12 @@ class Anchor:
     @property
     def center(self) -> Tensor:
         """c, shape (P,)."""
-        return self.q.mean  # type: ignore[no-any-return]
+        return self.q.mean
 
     @property
     def diagonal(self) -> Tensor:
         """Of Q, shape (P,)."""
-        return self.q._precisions  # type: ignore[no-any-return]
+        return self.q._precisions
 
     # The pull
 
@@ -108,7 +108,7 @@ class Anchor:
 
     def stretch(self, v: Tensor) -> Tensor:
         """Q v."""
-        return self.q.stretch(v)  # type: ignore[no-any-return]
+        return self.q.stretch(v)
 
     # Arithmetic
 
@@ -123,6 +123,10 @@ class Anchor:
     def prior(self, center: Tensor) -> Self:
         """The prior's precision, about some c."""
         return replace(self, q=Diagonal(center, self.prior_precision))
+
+    def free(self) -> Self:
+        """No pull at all."""
+        return replace(self, q=Diagonal(self.center, torch.zeros_like(self.center)))
 
     def above_prior(self) -> Self:
         """With no less precision than the prior has in any direction, as data only add to it."""
@@ -164,22 +168,28 @@ class Anchor:
 
     # Back to posteriors
 
-    def posterior(self, old: Posterior, others: Named, **fields: Any) -> Posterior:
+    def posterior(self, old: Posterior, others: Named, fewer: float) -> Posterior:
         """The Gaussian as a posterior.
 
         Args:
             old: Says all that has not changed.
             others: Weights that are known exactly, by name.
-            **fields: What has changed.
+            fewer: By how many examples there are less.
+
+        Raises:
+            ValueError: None would be left.
         """
-        mean, precision = self.named(self.center), self.named(self.diagonal)
-        prior = {"prior_mean": self.named(self.prior_mean), "prior_precision": self.named(self.prior_precision)}
+        blocks = {"mean": self.center, "precision": self.diagonal}
+        if old.prior_precision is not None:
+            blocks |= {"prior_mean": self.prior_mean, "prior_precision": self.prior_precision}
+        found: dict[str, Any] = {block: self.named(row) for block, row in blocks.items()}
         for name, value in others.items():
-            mean[name], precision[name] = value, torch.full_like(value, torch.inf)
-            for block, known in prior.items():
-                known[name] = (getattr(old, block) or {}).get(name, torch.zeros_like(value))
-        parts = law_of(self.q, dict(zip(self.names, self.shapes, strict=True))).parts
-        return replace(old, mean=mean, precision=precision, **prior, parts=parts, **fields)
+            known = {"mean": value, "precision": torch.full_like(value, torch.inf)}
+            for block, named in found.items():
+                named[name] = known[block] if block in known else (getattr(old, block) or {}).get(name, torch.zeros_like(value))
+        found["parts"] = law_of(self.q, dict(zip(self.names, self.shapes, strict=True))).parts
+        found["num_data"] = None if old.num_data is None else old.num_data - int(fewer)
+        return replace(old, ess=old.ess - fewer, **found)
 
 
 def by_weight(batches: Iterable[tuple[Any, Tensor, Tensor]]) -> Sequence[tuple[float, Sequence[tuple[Any, Tensor]]]]:

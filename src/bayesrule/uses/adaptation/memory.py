@@ -44,7 +44,7 @@ class Memory:
     Example:
         >>> model = nn.Linear(2, 3).eval()
         >>> data = [(torch.randn(8, 2), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))]
-        >>> post = Posterior.laplace(model, data)
+        >>> post = Posterior.laplace(model, data, num_data=100)  # of which these are a part
         >>> memory = Memory.select(model, post, data, 3)
         >>> memory.labels.sort().values
         tensor([0, 1, 2])
@@ -63,7 +63,7 @@ class Memory:
         posterior: Posterior,
         loader: Iterable[Any],
         size: int,
-        by: By = "surrogate_error",
+        by: By = "random",
         *,
         balanced: bool = True,
         loss: str | OutputLoss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
@@ -92,7 +92,7 @@ class Memory:
             balanced: As many of each class as there are; classes are whole numbers, or labels of one output of "bce".
             loss: As for :class:`bayesrule.Sensitivity`.
             noise_variance: Likewise.
-            seed: Of the random choice.
+            seed: Of the random choice, which also depends on how the data are batched.
             first: Number of the first example in the data.
 
         Raises:
@@ -123,7 +123,9 @@ class Memory:
                 own = {name: products.params[name] for name in products.spread.names}
                 for name, g in zip(own, torch.autograd.grad(loss_sum, list(own.values()), allow_unused=True), strict=True):
                     slope[name] = slope.get(name, 0) + (torch.zeros_like(own[name]) if g is None else g)
-                each = score(products, found, inputs, labels).float().cpu() if score else torch.rand(len(labels), generator=generator)
+                each = (
+                    score(products, found, inputs, labels).float().cpu() if score else torch.rand(len(labels), generator=generator)
+                )
                 numbers = torch.arange(first + seen, first + seen + len(labels))
                 batch = cls.of(inputs, labels, f.detach(), numbers)
                 kept = batch if kept is None else kept.extend(batch)
@@ -137,8 +139,8 @@ class Memory:
             raise ValueError("there is nothing to remember: the loader gave no example")
         if seen == posterior.num_data:
             warn_of_motion(posterior, slope)
-        best = _chosen(scores, _classes(kept.labels, found), size, balanced).sort().values
-        kept = kept.rows(best)
+        best = _chosen(scores, _classes(kept.labels, found), size, balanced)
+        kept = kept.rows(best[kept.indices[best].argsort()])
         return kept if score else replace(kept, weights=_shares(_classes(kept.labels, found), classes, balanced))
 
     @classmethod
@@ -170,7 +172,7 @@ class Memory:
         Raises:
             ValueError: It gave them other outputs: more classes, say.
         """
-        every = [self, *others]
+        every: list[Memory] = [self, *others]
         widths = sorted({one.outputs.shape[-1] for one in every}) if self.outputs.dim() > 1 else [1]
         if len(widths) > 1:
             few, many = widths[0], widths[-1]

@@ -17,12 +17,12 @@ posterior_correction    S less what it holds of the memory  m                   
 kprior                  the prior's                         m                          what the model says
 prior                   S                                   m                          none: EWC, online Laplace, VCL
 replay                  the prior's                         the prior's                their labels
-functional              the prior's                         m                          joint Gaussian of outputs: FROMP's
+functional              0                                                              joint Gaussian of outputs: FROMP's
 ======================  ==================================  =========================  ===================================
 
 With the memory in full the first two are the loss of all data where the model is linear in its weights; with none the first is the
-third. Source: M. E. Khan and S. Swaroop (2021), Knowledge-adaptation priors, arXiv:2106.08769; M. E. Khan (2025), Knowledge adaptation
-as posterior correction, arXiv:2506.14262, for the principle; P. Pan et al. (2020), Continual deep learning by functional
+third. Source: M. E. Khan and S. Swaroop (2021), Knowledge-adaptation priors, arXiv:2106.08769; M. E. Khan (2025), Knowledge
+adaptation as posterior correction, arXiv:2506.14262, for the principle; P. Pan et al. (2020), Continual deep learning by functional
 regularisation of memorable past, arXiv:2004.14070.
 """
 
@@ -225,7 +225,7 @@ METHODS = {
     "kprior": Method(lambda known: known.all.prior(known.all.center), "outputs"),
     "prior": Method(lambda known: known.all, None),
     "replay": Method(lambda known: known.all.prior(known.all.prior_mean), "labels"),
-    "functional": Method(lambda known: known.all.prior(known.all.center), "functions"),
+    "functional": Method(lambda known: known.all.free(), "functions"),
 }
 
 
