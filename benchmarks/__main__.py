@@ -33,12 +33,9 @@ BENCHMARKS = {  # name: module whose tables(settings) measures
     "linearized": "linearized",
     "language": "language",
     "perplexity": "perplexity",
-<<<<<<< HEAD
     "merging": "merging",
-=======
     "adaptation": "adaptation",
     "retraining": "retraining",
->>>>>>> adapt
 }
 LONG = ("leaving_out", "perplexity", "retraining")
 """Those of an hour or so, which must be asked for."""

@@ -130,11 +130,9 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("language: our loop / nanoGPT's", "seconds a step, our loop / nanoGPT's, both AdamW: GPT of 0.37 million", 1.03),
     Target("language: averaged / forwards", "averaged perplexity over 8 draws / one forward: GPT of 0.37 million", 8.5),
-<<<<<<< HEAD
     Target("merging: ours / plain", "merging checkpoints / reading and writing them: 4 of 540 MB", 1.5),
     Target("merging: ours / mergekit", "bayesrule merge / mergekit-yaml, linear, whole commands: 4 of 540 MB", 1.2),
     Target("merging, memory", "growth of memory while merging 4 checkpoints of 540 MB, in MB", 600),
-=======
     *(
         Target(
             f"adaptation, {workload}: posterior_correction",
@@ -156,7 +154,6 @@ TARGETS: tuple[Target, ...] = (
             "digits in five tasks",
         )
     ),
->>>>>>> adapt
     Target("VOGN, ResNet-20, 128 examples: time", "VOGN / SGD step: ResNet-20, batch 128", 2.5),
     Target("VOGN, ResNet-20, 128 examples: memory", "peak memory, VOGN / SGD step: ResNet-20, batch 128", 2.0),
 )
