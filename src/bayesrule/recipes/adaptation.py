@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import bayesrule as br
+from bayesrule.estimators.output_losses import output_loss
 from bayesrule.recipes.comparison import describe as flat
 from bayesrule.recipes.data import Bars, Data, Part, quiet
 from bayesrule.recipes.dependence import Ordered
@@ -27,11 +28,15 @@ from bayesrule.recipes.settings import RunSettings
 from bayesrule.recipes.sources import shown
 from bayesrule.uses.adaptation.memory import By
 from bayesrule.uses.adaptation.objectives import METHODS
+from bayesrule.uses.adaptation.unlearning import residual_gradient
+from bayesrule.uses.cautions import of_the_sum
 from bayesrule.uses.changes import Changes, Examples
 
 ADAPTED = "adapted"  # the key of run.json that says how a run came to be
 AGAIN = "retrained"  # the folder of the run that was trained again
 SAMPLE = 2000  # remaining training examples that are looked at
+ALONE = ("deviation", "negation")  # ways to leave examples out that do nothing else
+CROSS_ENTROPY = output_loss("cross_entropy")
 Which = Literal["auto", "learned", "laplace"]
 
 
@@ -44,7 +49,8 @@ class Request:
         remove: Places of training examples that are left out, in the run's own numbers, as words: see :func:`places`.
         remove_class: Classes of which all training examples are left out.
         weight_decay: Another strength of the prior.
-        method: As of :func:`bayesrule.adapt`.
+        method: As of :func:`bayesrule.adapt`; or, where examples are only left out, "deviation" or "negation" of
+            :func:`bayesrule.forget`.
         memory: Examples that are remembered: a number, or below 1 a share of those that stay.
         memory_by: How they are chosen, see :meth:`bayesrule.Memory.select`.
         posterior: "learned" is the run's own; "laplace" makes one around its weights by a pass over its data, which suits large
@@ -71,10 +77,17 @@ class Request:
             raise ValueError("nothing is to be changed; pass --add, --remove, --remove-class or --weight-decay")
         if not 0 < self.memory < math.inf or (self.memory >= 1 and self.memory != int(self.memory)):
             raise ValueError(f"memory must be a whole number of examples, or a share between 0 and 1; got {self.memory:g}")
-        lookup("method", self.method, METHODS)
+        lookup("method", self.method, {**METHODS, **dict.fromkeys(ALONE)})
+        if self.method in ALONE and (self.add or self.weight_decay is not None):
+            raise ValueError(f"{self.method} leaves examples out and does nothing else; take --method posterior_correction")
         lookup("memory_by", self.memory_by, dict.fromkeys(get_args(By)))
         if self.weight_decay is not None and not 0 < self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be a number > 0, got {self.weight_decay:g}")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the method has a memory."""
+        return self.method not in ALONE and METHODS[self.method].memory is not None
 
     def size(self, count: int) -> int:
         """How many of so many examples are remembered."""
@@ -227,30 +240,43 @@ def _some(part: Part, places: Tensor) -> Part:
     return replace(part, indices=part.indices[places], labels=part.labels[places])
 
 
-def _adapted(run: Run, data: Data, gone: Sequence[int], request: Request, bars: Bars) -> tuple[br.Posterior, float, list[str]]:
-    """The posterior of the changed run, whose model has the changed weights, and what it took; and what was warned of."""
-    stay = _staying(run, gone)
-    start = perf_counter()
-    how: dict[str, Any] = {"method": request.method, "epochs": request.epochs, "lr": request.lr, "seed": request.seed}
+def _adapted(run: Run, data: Data, gone: Sequence[int], request: Request, bars: Bars) -> tuple[br.Posterior, dict[str, Any]]:
+    """The posterior of the changed run, whose model has the changed weights; and what it took, as run.json keeps it."""
+    stay, removed = _staying(run, gone), Ordered(run.data, torch.tensor(gone, dtype=torch.int64))
+    everything = Ordered(data, torch.arange(len(data.train)))
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
-            posterior = _posterior(run, request.posterior, bars)
-            if METHODS[request.method].memory:
-                stayed = Ordered(run.data, stay, bars)
-                how["memory"] = br.Memory.select(
-                    run.model, posterior, stayed, request.size(len(stay)), request.memory_by, seed=request.seed
-                )
-            if gone:
-                how["remove"] = Ordered(run.data, torch.tensor(gone))
+            start = perf_counter()
+            posterior = of_the_sum(_posterior(run, request.posterior, bars))
+            how: dict[str, Any] = (
+                {} if request.method == "deviation" else {"epochs": request.epochs, "lr": request.lr, "seed": request.seed}
+            )
+            if request.remembers:
+                stayed, size = Ordered(run.data, stay, bars), request.size(len(stay))
+                how["memory"] = br.Memory.select(run.model, posterior, stayed, size, request.memory_by, seed=request.seed)
             if len(data.train) > len(stay):
                 how["add"] = Ordered(data, torch.arange(len(stay), len(data.train)))
             if request.weight_decay is not None:
                 how["prior_precision"] = request.weight_decay * len(run.data.train)
-            changed = br.adapt(run.model, posterior, **how)
+            chosen = perf_counter() - start
+            before = residual_gradient(run.model, posterior, everything, CROSS_ENTROPY)
+            start = perf_counter()
+            if request.method in ALONE:
+                way: Any = request.method
+                changed = br.forget(run.model, posterior, removed, method=way, **how).posterior
+            else:
+                changed = br.adapt(run.model, posterior, method=request.method, **({"remove": removed} if gone else {}), **how)
+            seconds = chosen + perf_counter() - start
+            after = residual_gradient(run.model, changed, everything, CROSS_ENTROPY)
         except RuntimeError as error:
             raise ValueError(f"{run.folder}: {' '.join(str(error).split())}") from error
-    return changed, perf_counter() - start, list(dict.fromkeys(str(each.message) for each in heard))
+    notes = [
+        f"The gradient of the summed loss and prior of the changed data has the norm {after:.3g}; with the old weights it was "
+        f"{before:.3g}, and where training ends it is 0.",
+        *dict.fromkeys(str(each.message) for each in heard),
+    ]
+    return changed, {"seconds": seconds, "notes": notes, "residual_gradient": {"before": before, "after": after}}
 
 
 def _posterior(run: Run, which: Which, bars: Bars) -> br.Posterior:
@@ -282,15 +308,14 @@ def _write(
     data: Data,
     asked: dict[str, Any],
     posterior: br.Posterior,
-    seconds: float,
-    notes: list[str],
+    took: dict[str, Any],
 ) -> None:
     """A finished run in a folder."""
     settings.write_weights(run.model, draft)
     posterior.save(draft / "posterior.safetensors")
     write_lines(draft / "metrics.jsonl", run.history)
     record = describe(settings, data, run.record.processes)
-    record |= {"seconds": run.record.seconds, ADAPTED: {**asked, "seconds": seconds, "notes": notes}, "finished": True}
+    record |= {"seconds": run.record.seconds, ADAPTED: {**asked, **took}, "finished": True}
     write_record(draft / "run.json", record)
 
 
@@ -302,5 +327,5 @@ def _summary(run: Run, after: Run, gone: Sequence[int], request: Request) -> lis
     said += [f"the weight decay became {request.weight_decay:g}"] if request.weight_decay is not None else []
     first = "; ".join(said)
     size = request.size(len(run.data.train) - len(gone))
-    memory = f", with a memory of {size:,} of those that stayed" if METHODS[request.method].memory else ""
+    memory = f", with a memory of {size:,} of those that stayed" if request.remembers else ""
     return [f"{first[0].upper()}{first[1:]}. The model was adapted by {request.method.replace('_', ' ')}{memory}."]

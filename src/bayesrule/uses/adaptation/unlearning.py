@@ -127,7 +127,7 @@ def forget(
 
         def account(f: Tensor, known: Posterior) -> Account:
             same = None if theirs is None or not names else float((_named(f) == _named(theirs)).double().mean())
-            left = None if remaining is None else _gradient(model, known, measure, remaining)
+            left = None if remaining is None else residual_gradient(model, known, remaining, measure)
             return Account(float(measure.values(f, gone.labels).mean()), left, same)
 
         before = account(gone.outputs, posterior)
@@ -158,8 +158,15 @@ def _named(f: Tensor) -> Tensor:
     return f.argmax(-1) if f.dim() > 1 and f.shape[-1] > 1 else f > 0
 
 
-def _gradient(model: nn.Module, posterior: Posterior, loss: OutputLoss, data: Iterable[Any]) -> float:
-    """Norm of the gradient of a summed loss and the prior, at the weights of a model."""
+def residual_gradient(model: nn.Module, posterior: Posterior, data: Iterable[Any], loss: OutputLoss) -> float:
+    """Norm of the gradient of a summed loss and the prior, at the weights of a model: zero where training would end.
+
+    Args:
+        model: In eval mode.
+        posterior: Knows the prior; of the sum of the losses.
+        data: Batches (inputs, labels), or mappings with ``labels``; all that is to be known.
+        loss: As made by ``output_loss``.
+    """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in params.items()}
     for inputs, labels in pairs(data, model):
