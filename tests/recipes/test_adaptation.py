@@ -64,6 +64,8 @@ class TestAdapt:
         [
             ("ivon", Request(remove=("0-9",))),
             ("ivon", Request(weight_decay=0.01)),
+            ("ivon", Request(remove=("0-2",), method="deviation")),
+            ("ivon", Request(remove=("0-2",), method="negation", epochs=5)),
             ("adamw", Request(remove_class=("2",), memory=20)),
             ("adamw", Request(remove=("5",), method="kprior", memory=0.9, memory_by="random")),
         ],
@@ -74,6 +76,8 @@ class TestAdapt:
         assert len(after.data.train) == len(before.data.train) - len(after.settings.without)
         assert [part.name for part in found.examples][:2] == ["test", "remaining"] and found.models == ["before", "adapted"]
         moved = any(not torch.equal(p, q) for p, q in zip(before.model.parameters(), after.model.parameters(), strict=True))
+        took = json.loads((tmp_path / "out" / "run.json").read_text())["adapted"]
+        assert took["residual_gradient"]["before"] > 0 and took["residual_gradient"]["after"] > 0
         assert moved and br.Posterior.load(tmp_path / "out" / "posterior.safetensors").bind(after.model)
         if request_.weight_decay:
             assert after.settings.hyperparameters["weight_decay"] == 0.01
@@ -115,7 +119,8 @@ class TestAdapt:
             ("adamw", {"remove_class": ("7",)}, "there is no class '7'"),
             ("adamw", {"remove_class": ("0", "1", "2")}, "all .* training images are to be left out"),
             ("adamw", {"remove": ("0",), "posterior": "learned"}, "holds no posterior, as AdamW leaves none"),
-            ("adamw", {"remove": ("0",), "method": "magic"}, "magic"),
+            ("adamw", {"remove": ("0",), "method": "magic"}, "unknown method 'magic'"),
+            ("adamw", {"add": ("x",), "method": "deviation"}, "deviation leaves examples out and does nothing else"),
             ("adamw", {"add": ("nowhere.npz",)}, "nowhere"),
         ],
     )

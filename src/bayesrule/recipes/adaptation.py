@@ -249,9 +249,9 @@ def _adapted(run: Run, data: Data, gone: Sequence[int], request: Request, bars: 
         try:
             start = perf_counter()
             posterior = of_the_sum(_posterior(run, request.posterior, bars))
-            how: dict[str, Any] = (
-                {} if request.method == "deviation" else {"epochs": request.epochs, "lr": request.lr, "seed": request.seed}
-            )
+            how: dict[str, Any] = {"epochs": request.epochs, "lr": request.lr, "seed": request.seed}
+            if request.method == "deviation":
+                how = {}  # it is one solve
             if request.remembers:
                 stayed, size = Ordered(run.data, stay, bars), request.size(len(stay))
                 how["memory"] = br.Memory.select(run.model, posterior, stayed, size, request.memory_by, seed=request.seed)

@@ -28,7 +28,7 @@ class AdaptRun(Request):
         remove: Training examples to take out: numbers, ranges such as 40-60, or CSV files with a column index, as of sensitivity.
         remove_class: Classes of which all training examples are taken out.
         weight_decay: Another strength of the prior.
-        method: posterior_correction, kprior, prior, replay, functional.
+        method: posterior_correction, kprior, prior, replay, functional; to take examples out alone also deviation, negation.
         memory: Examples that are remembered: a number, or below 1 a share of those that stay.
         memory_by: How they are chosen: surrogate_error, curvature, sensitivity, random.
         posterior: learned is the run's own; laplace makes one by a pass over the data, better for large changes after short
