@@ -180,7 +180,7 @@ def _solved(
 
 @torch.no_grad()
 def _begin(target: nn.Module, anchor: Anchor, new_model: nn.Module | None) -> None:
-    """Weights begin at the center; new ones as the new model has them."""
+    """Weights begin at the center; what has the prior's mean as its center begins as in the new model."""
     params = dict(target.named_parameters())
     for (name, center), held in zip(anchor.named(anchor.center).items(), anchor.named(anchor.prior_mean).values(), strict=True):
         p = params[name]
