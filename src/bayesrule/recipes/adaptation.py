@@ -66,9 +66,9 @@ class Request:
     weight_decay: float | None = None
     method: str = "posterior_correction"
     memory: float = 0.1
-    memory_by: By = "surrogate_error"
+    memory_by: By = "random"
     posterior: Which = "auto"
-    epochs: int = 50
+    epochs: int = 100
     lr: float | None = None
     seed: int = 0
 
