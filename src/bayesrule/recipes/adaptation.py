@@ -66,7 +66,7 @@ class Request:
     weight_decay: float | None = None
     method: str = "posterior_correction"
     memory: float = 0.1
-    memory_by: By = "random"
+    memory_by: By = "surrogate_error"
     posterior: Which = "auto"
     epochs: int = 100
     lr: float | None = None
