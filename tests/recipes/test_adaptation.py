@@ -76,7 +76,7 @@ class TestAdapt:
         assert len(after.data.train) == len(before.data.train) - len(after.settings.without)
         assert [part.name for part in found.examples][:2] == ["test", "remaining"] and found.models == ["before", "adapted"]
         moved = any(not torch.equal(p, q) for p, q in zip(before.model.parameters(), after.model.parameters(), strict=True))
-        took = json.loads((tmp_path / "out" / "run.json").read_text())["adapted"]
+        took = json.loads((tmp_path / "out" / "run.json").read_text())["adapted"]["took"]
         assert took["residual_gradient"]["before"] > 0 and took["residual_gradient"]["after"] > 0
         assert moved and br.Posterior.load(tmp_path / "out" / "posterior.safetensors").bind(after.model)
         if request_.weight_decay:

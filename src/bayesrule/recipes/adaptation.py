@@ -34,10 +34,11 @@ from bayesrule.uses.changes import Changes, Examples
 
 ADAPTED = "adapted"  # the key of run.json that says how a run came to be
 AGAIN = "retrained"  # the folder of the run that was trained again
-SAMPLE = 2000  # remaining training examples that are looked at
+SAMPLE = 2000  # training examples that are looked at
+STIFFEST = 1e6  # the most damping that is tried
 ALONE = ("deviation", "negation")  # ways to leave examples out that do nothing else
 CROSS_ENTROPY = output_loss("cross_entropy")
-Which = Literal["auto", "learned", "laplace"]
+Which = Literal["laplace", "learned"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Request:
             :func:`bayesrule.forget`.
         memory: Examples that are remembered: a number, or below 1 a share of those that stay.
         memory_by: How they are chosen, see :meth:`bayesrule.Memory.select`.
-        posterior: "learned" is the run's own; "laplace" makes one around its weights by a pass over its data, which suits large
-            changes after short trainings, whose curvature has not been learned; "auto" is the former where there is one.
+        posterior: "laplace" makes one around the run's weights by a pass over its data; "learned" takes the run's own, whose
+            curvature has hardly moved after a short training, so that the model hardly moves either.
+        damping: Precision of one more pull to the old weights; None looks for one, see :func:`_damped`.
         epochs: Passes over what is added and remembered.
         lr: Learning rate; None is the default of :func:`bayesrule.adapt`.
         seed: Of the order of examples.
@@ -67,7 +69,8 @@ class Request:
     method: str = "posterior_correction"
     memory: float = 0.1
     memory_by: By = "surrogate_error"
-    posterior: Which = "auto"
+    posterior: Which = "laplace"
+    damping: float | None = None
     epochs: int = 100
     lr: float | None = None
     seed: int = 0
@@ -77,6 +80,8 @@ class Request:
             raise ValueError("nothing is to be changed; pass --add, --remove, --remove-class or --weight-decay")
         if not 0 < self.memory < math.inf or (self.memory >= 1 and self.memory != int(self.memory)):
             raise ValueError(f"memory must be a whole number of examples, or a share between 0 and 1; got {self.memory:g}")
+        if self.damping is not None and not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping must be a number >= 0, got {self.damping:g}")
         lookup("method", self.method, {**METHODS, **dict.fromkeys(ALONE)})
         if self.method in ALONE and (self.add or self.weight_decay is not None):
             raise ValueError(f"{self.method} leaves examples out and does nothing else; take --method posterior_correction")
@@ -166,7 +171,7 @@ def adapt(folder: Path, out: Path, request: Request, *, retrain: bool = False, b
         with appearing(out) as draft:
             _write(run, draft, settings, data, asked, *_adapted(run, data, gone, request, bars))
     after = read(out)
-    models, seconds = ["before", "adapted"], [run.seconds, float(read_record(out)[ADAPTED]["seconds"])]
+    models, seconds = ["before", "adapted"], [run.seconds, float(read_record(out)[ADAPTED]["took"]["seconds"])]
     each = [before, [after.probabilities(part, None) for _, part in parts]]
     if retrain:
         train(settings, out / AGAIN, resume=True, bars=bars)
@@ -180,7 +185,7 @@ def adapt(folder: Path, out: Path, request: Request, *, retrain: bool = False, b
         models=models,
         examples=examples,
         seconds=seconds,
-        notes=read_record(out)[ADAPTED]["notes"],
+        notes=read_record(out)[ADAPTED]["took"]["notes"],
         settings=flat(settings),
         thing=data.kind,
     )
@@ -206,7 +211,7 @@ def _settings(run: Run, request: Request, gone: Sequence[int]) -> RunSettings:
     usual = settle(run.settings.optimizer, {}, len(run.data.train), run.settings.optimizers)
     hyperparameters = {name: v for name, v in run.settings.hyperparameters.items() if usual.get(name) != v}
     if request.weight_decay is not None:
-        if not run.settings.optimizers[run.settings.optimizer].variational or "weight_decay" not in usual:
+        if prior_of(run.settings) is None:
             raise ValueError(f"the weight decay of {run.settings.optimizer} is no prior that can be exchanged; train again with it")
         hyperparameters["weight_decay"] = request.weight_decay
     also = tuple(str(Path(spec).resolve()) if Path(spec).exists() else spec for spec in request.add)
@@ -259,15 +264,14 @@ def _adapted(run: Run, data: Data, gone: Sequence[int], request: Request, bars: 
                 how["add"] = Ordered(data, torch.arange(len(stay), len(data.train)))
             if request.weight_decay is not None:
                 how["prior_precision"] = request.weight_decay * len(run.data.train)
-            chosen = perf_counter() - start
             before = residual_gradient(run.model, posterior, everything, CROSS_ENTROPY)
-            start = perf_counter()
             if request.method in ALONE:
                 way: Any = request.method
-                changed = br.forget(run.model, posterior, removed, method=way, **how).posterior
+                changed, damping = br.forget(run.model, posterior, removed, method=way, **how).posterior, 0.0
             else:
-                changed = br.adapt(run.model, posterior, method=request.method, **({"remove": removed} if gone else {}), **how)
-            seconds = chosen + perf_counter() - start
+                how |= {"method": request.method, **({"remove": removed} if gone else {})}
+                changed, damping = _damped(run, posterior, data, request.damping, how)
+            seconds = perf_counter() - start
             after = residual_gradient(run.model, changed, everything, CROSS_ENTROPY)
         except RuntimeError as error:
             raise ValueError(f"{run.folder}: {' '.join(str(error).split())}") from error
@@ -276,18 +280,72 @@ def _adapted(run: Run, data: Data, gone: Sequence[int], request: Request, bars: 
         f"{before:.3g}, and where training ends it is 0.",
         *dict.fromkeys(str(each.message) for each in heard),
     ]
-    return changed, {"seconds": seconds, "notes": notes, "residual_gradient": {"before": before, "after": after}}
+    if damping and request.damping is None:
+        notes.insert(1, f"A damping of {damping:g} pulled to the old weights: the loss of the changed data chose it.")
+    left = {"before": before, "after": after}
+    return changed, {"seconds": seconds, "damping": damping, "residual_gradient": left, "notes": notes}
+
+
+def _damped(
+    run: Run, posterior: br.Posterior, data: Data, damping: float | None, how: dict[str, Any]
+) -> tuple[br.Posterior, float]:
+    """The posterior of the changed run, and its damping: that given, or else found.
+
+    Training again would end where the loss of the changed data, with the prior, is least, so a change that raises it went too far.
+    Of the dampings 0, 1, 4, 16, ... the one with the least loss is taken. Where examples are left out the first that does not
+    raise it is: what remains hardly tells how far to go, as it was fitted before.
+    """
+    if damping is not None:
+        return br.adapt(run.model, posterior, damping=damping, **how), damping
+    sample = _some(data.train, torch.linspace(0, len(data.train) - 1, min(SAMPLE, len(data.train))).long())
+
+    def objective() -> float:
+        own = run.probabilities(sample, None).gather(1, sample.labels[:, None]).clamp_min(1e-38)
+        loss = -own.log().double().mean().item() * len(data.train)
+        for name, p in run.model.named_parameters():
+            if posterior.prior_precision is not None and name in posterior.prior_precision:
+                delta = how.get("prior_precision", posterior.prior_precision[name])
+                center = 0.0 if posterior.prior_mean is None else posterior.prior_mean[name]
+                loss += float((delta * (p.detach().cpu() - center) ** 2).sum() / 2)
+        return loss
+
+    before, damping, least, best, falls = objective(), 0.0, math.inf, (posterior, 0.0), False
+    while damping <= STIFFEST:
+        changed = br.adapt(run.model, posterior, damping=damping, **how)
+        if (now := objective()) < least:
+            least, best = now, (changed, damping)
+        elif falls:
+            break
+        falls = falls or now < before
+        if falls and "remove" in how:
+            break
+        damping = max(1.0, 4 * damping)
+    if not falls:
+        warnings.warn(
+            "the loss of the changed data rises with any damping; the least rise was taken. Train longer, or remember more",
+            stacklevel=2,
+        )
+    run.model.load_state_dict(best[0].mean, strict=False)
+    return best
 
 
 def _posterior(run: Run, which: Which, bars: Bars) -> br.Posterior:
     """What the run has learned, or Laplace's approximation around its weights."""
-    kept = run.folder / "posterior.safetensors"
-    if which == "learned" and not kept.exists():
-        raise ValueError(f"{run.folder} holds no posterior, as {run.title} leaves none; take --posterior laplace")
-    if which != "laplace" and kept.exists():
+    if which == "learned":
+        kept = run.folder / "posterior.safetensors"
+        if not kept.exists():
+            raise ValueError(f"{run.folder} holds no posterior, as {run.title} leaves none; take --posterior laplace")
         return br.Posterior.load(kept)
     everything = Ordered(run.data, torch.arange(len(run.data.train)), bars)
-    return br.Posterior.laplace(run.model, everything, "diag", "marglik")
+    decay = prior_of(run.settings)
+    return br.Posterior.laplace(run.model, everything, "diag", decay * len(run.data.train) if decay else "marglik")
+
+
+def prior_of(settings: RunSettings) -> float | None:
+    """The weight decay of a run, where that is a prior."""
+    if not settings.optimizers[settings.optimizer].variational:
+        return None
+    return settings.hyperparameters.get("weight_decay")
 
 
 def _is_there(out: Path, asked: dict[str, Any]) -> bool:
@@ -315,7 +373,7 @@ def _write(
     posterior.save(draft / "posterior.safetensors")
     write_lines(draft / "metrics.jsonl", run.history)
     record = describe(settings, data, run.record.processes)
-    record |= {"seconds": run.record.seconds, ADAPTED: {**asked, **took}, "finished": True}
+    record |= {"seconds": run.record.seconds, ADAPTED: {**asked, "took": took}, "finished": True}
     write_record(draft / "run.json", record)
 
 

@@ -31,8 +31,8 @@ class AdaptRun(Request):
         method: posterior_correction, kprior, prior, replay, functional; to take examples out alone also deviation, negation.
         memory: Examples that are remembered: a number, or below 1 a share of those that stay.
         memory_by: How they are chosen: surrogate_error, curvature, sensitivity, random.
-        posterior: learned is the run's own; laplace makes one by a pass over the data, better for large changes after short
-            trainings; auto is the former where there is one.
+        posterior: laplace makes one by a pass over the data; learned takes the run's own, which holds on after a short training.
+        damping: Precision of one more pull to the old weights. None looks for one by the loss of the changed data with the prior.
         epochs: Passes over what is added and remembered.
         lr: Learning rate. None is the default.
         seed: Of the order of examples.

@@ -57,6 +57,20 @@ def test_the_posterior_as_prior_is_laplace(task, structure, key):
     close(found.mean["weight"][0], tensor(GOLDEN["tasks"][task][key]), 1e-8)
 
 
+@pytest.mark.parametrize("task", CHANGES)
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_damping_pulls_to_the_old_weights_and_leaves_the_precision(task, structure):
+    problem, moved = Logistic(structure), []
+    old = problem.post.mean["weight"]
+    for damping in (0.0, 1.0, 100.0, 1e9):
+        problem = Logistic(structure)
+        found = quiet(problem, **CHANGES[task], method="posterior_correction", memory=problem.memory, damping=damping)
+        moved.append(float((found.mean["weight"] - old).norm()))
+    assert moved[0] > moved[1] > moved[2] > moved[3] and moved[3] < 1e-6
+    with pytest.raises(ValueError, match="damping must be a number >= 0, got -1"):
+        quiet(Logistic(structure), **CHANGES[task], damping=-1.0)
+
+
 def test_taking_away_without_a_memory_is_one_newton_step():
     problem, gone = Logistic(), GOLDEN["removed_indices"]
     found = problem.adapt(remove=[(X[gone], T[gone])], method="prior")

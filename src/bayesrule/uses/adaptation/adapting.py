@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -42,6 +43,7 @@ def adapt(
     epochs: int = 100,
     batch_size: int = 64,
     seed: int = 0,
+    damping: float = 0.0,
 ) -> Posterior:
     r"""Adapt a model to a change, at the cost of training on what changed and on a memory, not on all data.
 
@@ -73,6 +75,8 @@ def adapt(
         epochs: How often added and remembered examples are seen.
         batch_size: Of them together.
         seed: Of their order, and of draws.
+        damping: Precision of one more pull to the old weights, >= 0, as in Levenberg's and Marquardt's method: for models whose
+            posterior says too little of where the quadratic ends, so that they run away. It is not in the result.
 
     Returns:
         The posterior of the changed data. Its precision is the old one with the curvature of added examples, without that of
@@ -100,6 +104,8 @@ def adapt(
     if add is None and remove is None and prior_precision is None and new_model is None:
         raise ValueError("nothing changes: pass add, remove, prior_precision or new_model")
     _check(method, optimizer, epochs, batch_size, lr)
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping must be a number >= 0, got {damping!r}")
     how = METHODS[method]
     if (memory is None or how.memory is None) and (new_model is not None or how.memory in ("labels", "functions")):
         raise ValueError(f"method={method!r} needs a memory here: pass Memory.select(model, posterior, loader, size)")
@@ -117,9 +123,12 @@ def adapt(
     pull, beside = how.pull(past.known), past.known.beside
     if new_model is not None:
         pull, beside = (carried(anchor, new_model, mapping, posterior) for anchor in (pull, beside))
+    start = beside.center
     if prior_precision is not None:
         delta = _prior(prior_precision, pull)
         pull, beside = pull.under(delta), beside.under(delta)
+    stiff = beside.damped(damping, start) if damping else beside
+    pull = pull.damped(damping, start) if damping else pull
     exact = {name: m for name, m in posterior.mean.items() if name not in past.known.all.names}
 
     with moving(target, pull.names):
@@ -142,7 +151,7 @@ def adapt(
             known = [one for one in (memory, added) if one]
             return anchor.plus(sum((anchor.curvature(target, one.batches(target), found) for one in known), torch.zeros(())))
 
-        result = _solved(objective, here, beside, optimizer, lr, epochs, batch_size, seed)
+        result = _solved(objective, here, beside, stiff, optimizer, lr, epochs, batch_size, seed)
         check_positive(result, "the adapted posterior")
     return result.posterior(posterior, {n: m for n, m in exact.items() if n in dict(target.named_parameters())}, fewer)
 
@@ -151,18 +160,19 @@ def _solved(
     objective: Objective,
     here: Callable[[Anchor], Anchor],
     beside: Anchor,
+    stiff: Anchor,
     optimizer: Solver,
     lr: float | None,
     epochs: int,
     batch_size: int,
     seed: int,
 ) -> Anchor:
-    """The Gaussian at the minimum."""
+    """The Gaussian at the minimum; ``stiff`` is what lies beside, with the damping."""
     if objective.losses is None and not objective.whole:  # a pull alone
         objective.put(objective.anchor.center)
         return here(beside).about(objective.theta)
     if optimizer == "newton":
-        newton(objective, here(beside).q.solve)
+        newton(objective, here(stiff).q.solve)
         return here(beside).about(objective.theta)
     if optimizer != "ivon":
         descend(objective, adam(lr) if isinstance(optimizer, str) else optimizer, epochs, batch_size, seed)

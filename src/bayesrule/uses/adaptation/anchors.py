@@ -145,6 +145,11 @@ class Anchor:
         moved = wider.about(self.center + wider.q.solve(change * (self.prior_mean - self.center)))
         return replace(moved, prior_precision=prior_precision)
 
+    def damped(self, damping: float, center: Tensor) -> Self:
+        """With a pull of so much precision to some weights beside its own."""
+        stiffer = self.plus(self.q.keep_diagonal(torch.full_like(center, damping)))
+        return stiffer.about(stiffer.q.solve(self.stretch(self.center) + damping * center))
+
     def curvature(self, model: nn.Module, batches: Iterable[tuple[Any, Tensor, Tensor]], loss: OutputLoss) -> Tensor:
         """The curvature of examples at the model's weights, in the structure of Q. Costs a backward for each output.
 
