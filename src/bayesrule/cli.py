@@ -258,6 +258,8 @@ def parse(arguments: Sequence[str]) -> Any:
         about = "Train a model on real data and keep the run in a folder."
         recipe: Any = RECIPES.get(next(iter(arguments), ""))
         before = said_before(arguments, recipe, recipe.settings) if recipe else {}
+        said = {f"--{name.replace('_', '-')}" for name, value in before.items() if value is True}
+        arguments = [word for word in arguments if word not in said]  # a switch that is on already
     known: dict[Any, Any] = {recipe: {"default": recipe(**(required(recipe) | before))}} if before else {}
     commands = [Annotated[kind, tyro.conf.subcommand(name, **known.get(kind, {}))] for name, kind in offered.items()]
     any_command: Any = Union[tuple(commands)]  # noqa: UP007 (made from a table)

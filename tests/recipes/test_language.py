@@ -307,6 +307,10 @@ class TestCommand:
 
         return call
 
+    def test_the_same_command_with_a_switch_goes_on(self, call):
+        command = "train gpt --data {text} --optimizer ivon --fresh-draws --out {new} SMALL --resume"
+        assert [call(command)[0] for _ in range(2)] == [0, 0]
+
     def test_trains_writes_and_is_measured_again(self, call, tmp_path):
         code, out, _ = call("train gpt --data {text} --optimizer ivon --out {new} SMALL --sample 9 --draw 0 --json")
         found = json.loads(out)
