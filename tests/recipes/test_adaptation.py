@@ -99,6 +99,20 @@ class TestAdapt:
         mine, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out" / AGAIN, tmp_path / "again"))
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs) and found.models[-1] == "trained again"
 
+    def test_a_list_that_changed_is_another_request(self, base, tmp_path):
+        (tmp_path / "some.csv").write_text("index\n3\n4\n")
+        request = Request(remove=(str(tmp_path / "some.csv"),), method="deviation")
+        adapt(base("ivon"), tmp_path / "out", request)
+        (tmp_path / "some.csv").write_text("index\n9\n")
+        with pytest.raises(FileExistsError, match="already holds another run"):
+            adapt(base("ivon"), tmp_path / "out", request)
+
+    def test_the_prior_is_that_of_training_again(self, base, tmp_path):
+        adapt(base("ivon"), tmp_path / "out", Request(remove=("0-59",), epochs=2, damping=4.0), retrain=True)
+        posts = [br.Posterior.load(folder / "posterior.safetensors") for folder in (tmp_path / "out", tmp_path / "out" / AGAIN)]
+        mine, theirs = ({name: float(t.mean()) for name, t in post.prior_precision.items()} for post in posts)
+        assert mine == pytest.approx(theirs)
+
     def test_the_same_again_does_nothing_and_another_is_refused(self, base, tmp_path):
         request = Request(remove=("0-9",), epochs=5)
         first = adapt(base("adamw"), tmp_path / "out", request)

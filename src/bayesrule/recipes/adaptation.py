@@ -18,7 +18,7 @@ from bayesrule.estimators.output_losses import output_loss
 from bayesrule.recipes.comparison import describe as flat
 from bayesrule.recipes.data import Bars, Data, Part, quiet
 from bayesrule.recipes.dependence import Ordered
-from bayesrule.recipes.folder import appearing, claim, read_record, write_lines, write_record
+from bayesrule.recipes.folder import appearing, claim, digest, read_record, write_lines, write_record
 from bayesrule.recipes.formats.pieces import nearest
 from bayesrule.recipes.names import lookup
 from bayesrule.recipes.optimizers import settle
@@ -164,7 +164,7 @@ def adapt(folder: Path, out: Path, request: Request, *, retrain: bool = False, b
     data = settings.load(run.record.scale)
     complete = settle(settings.optimizer, settings.hyperparameters, len(data.train), settings.optimizers)
     settings = replace(settings, hyperparameters=complete)
-    asked = {"from": str(folder.resolve()), **asdict(request)}
+    asked = {"from": str(folder.resolve()), **asdict(request), "data": data.fingerprint, "weights": _weights(run)}
     parts = _parts(run, data, gone)
     before = [run.probabilities(part, None) for _, part in parts]
     if not _is_there(out, asked):
@@ -189,6 +189,10 @@ def adapt(folder: Path, out: Path, request: Request, *, retrain: bool = False, b
         settings=flat(settings),
         thing=data.kind,
     )
+
+
+def _weights(run: Run) -> str:
+    return digest(run.folder / run.settings.weights_file, run.folder / "posterior.safetensors")
 
 
 def _gone(run: Run, request: Request) -> list[int]:
@@ -262,8 +266,9 @@ def _adapted(run: Run, data: Data, gone: Sequence[int], request: Request, bars: 
                 how["memory"] = br.Memory.select(run.model, posterior, stayed, size, request.memory_by, seed=request.seed)
             if len(data.train) > len(stay):
                 how["add"] = Ordered(data, torch.arange(len(stay), len(data.train)))
-            if request.weight_decay is not None:
-                how["prior_precision"] = request.weight_decay * len(run.data.train)
+            decay = prior_of(run.settings) if request.weight_decay is None else request.weight_decay
+            if decay and request.method not in ALONE:  # of the mean loss, whatever the number of examples
+                how["prior_precision"] = decay * len(data.train)
             before = residual_gradient(run.model, posterior, everything, CROSS_ENTROPY)
             if request.method in ALONE:
                 way: Any = request.method

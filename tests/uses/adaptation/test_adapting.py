@@ -57,6 +57,14 @@ def test_the_posterior_as_prior_is_laplace(task, structure, key):
     close(found.mean["weight"][0], tensor(GOLDEN["tasks"][task][key]), 1e-8)
 
 
+@pytest.mark.parametrize("delta", [0.02, 200.0])
+@pytest.mark.parametrize("method", ["posterior_correction", "kprior", "replay"])
+def test_another_prior_starts_at_the_old_weights(method, delta):
+    problem = Logistic("diag")
+    how = {"method": method, "memory": problem.memory, "optimizer": "adam", "lr": 1e-12, "epochs": 1}
+    close(quiet(problem, prior_precision=delta, **how).mean["weight"], problem.post.mean["weight"], 1e-9)
+
+
 @pytest.mark.parametrize("task", CHANGES)
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_damping_pulls_to_the_old_weights_and_leaves_the_precision(task, structure):

@@ -25,6 +25,14 @@ def checks_of(base, models, alphas, names=None, cuts=(), method="gradient_matchi
     return checks
 
 
+@pytest.mark.parametrize("method", ["gradient_matching", "fisher"])
+@pytest.mark.parametrize("odd", [-0.01, float("nan"), float("inf")])
+def test_precisions_that_are_none_are_named(method, odd):
+    base, good = piece([0.0, 0.0], [1.0, 1.0]), piece([1.0, 1.0], [2.0, 2.0])
+    with pytest.raises(ValueError, match=r"the precision of 'b' holds .*; measure it again"):
+        checks_of(base, [good, piece([1.0, 1.0], [2.0, odd])], [0.9, 0.1], ["a", "b"], method=method)
+
+
 class TestSigns:
     def random(self, seed=0, size=500):
         generator = torch.Generator().manual_seed(seed)

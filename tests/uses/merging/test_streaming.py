@@ -171,6 +171,18 @@ class TestFolder:
         with pytest.raises(FileExistsError, match="already exists"):
             merge_checkpoints(root / "base", [root / "a"], root / "out")
 
+    def test_a_result_that_was_damaged_is_not_called_done(self, root):
+        merged(root, method="linear")
+        (root / "out" / "model.safetensors").write_bytes(b"x")
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
+            merged(root, method="linear")
+
+    def test_a_link_to_nowhere_is_in_the_way(self, root):
+        (root / "out").symlink_to(root / "nowhere")
+        with pytest.raises(FileExistsError, match="already exists"):
+            merged(root, method="linear")
+        assert (root / "out").is_symlink() and not (root / "nowhere").exists()
+
     def test_precisions_can_be_merged_further(self, root):
         merged(root, "ab", "ab")
         merged(root, "more", ["ab", "c"])

@@ -133,7 +133,7 @@ def adapt(
 
     with moving(target, pull.names):
         put(target, exact)
-        _begin(target, beside, new_model)
+        _begin(target, beside.about(start), new_model)
         added = None if add is None else seen(target, add, found)
         if add is not None and added is None:
             raise ValueError("there is nothing to add: the loader gave no example")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,7 +70,7 @@ class Memory:
         noise_variance: float | None = None,
         seed: int = 0,
         first: int = 0,
-    ) -> Self:
+    ) -> Memory:
         r"""Choose examples of the data that a model learned from. Data stream through, once; memory is that of some batches.
 
         ================= ============================================================ ==================================
@@ -114,7 +114,7 @@ class Memory:
         products, score = Products(model, posterior, "vjp_jvp"), SCORES[by]
         generator = torch.Generator().manual_seed(seed)
         slope: dict[str, Tensor] = {}
-        kept: Self | None = None
+        kept: Memory | None = None
         scores, classes, seen = torch.zeros(0), torch.zeros(0), 0
         with products.at_the_mean():
             for inputs, labels in pairs(loader, model):
@@ -144,7 +144,7 @@ class Memory:
         return kept if score else replace(kept, weights=_shares(_classes(kept.labels, found), classes, balanced))
 
     @classmethod
-    def of(cls, inputs: Any, labels: Tensor, outputs: Tensor, indices: Tensor | None = None) -> Self:
+    def of(cls, inputs: Any, labels: Tensor, outputs: Tensor, indices: Tensor | None = None) -> Memory:
         """Examples that each stand for themselves.
 
         Args:
@@ -161,12 +161,12 @@ class Memory:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def rows(self, chosen: Tensor) -> Self:
+    def rows(self, chosen: Tensor) -> Memory:
         """Some of the examples."""
         others = (self.labels, self.outputs, self.weights, self.indices)
-        return type(self)(rows_of(self.inputs, chosen, len(self)), *(x[chosen] for x in others))
+        return Memory(rows_of(self.inputs, chosen, len(self)), *(x[chosen] for x in others))
 
-    def extend(self, *others: Memory) -> Self:
+    def extend(self, *others: Memory) -> Memory:
         """These examples and others, which the same model has seen.
 
         Raises:
@@ -179,9 +179,9 @@ class Memory:
             raise ValueError(f"{few} outputs are remembered of some examples and {many} of others; pad({many}) the fewer")
         inputs, outputs = joined([one.inputs for one in every]), joined([one.outputs for one in every], 0)
         labels = joined([one.labels for one in every], IGNORED)
-        return type(self)(inputs, labels, outputs, torch.cat([m.weights for m in every]), torch.cat([m.indices for m in every]))
+        return Memory(inputs, labels, outputs, torch.cat([m.weights for m in every]), torch.cat([m.indices for m in every]))
 
-    def pad(self, outputs: int, pad_value: float = -math.inf) -> Self:
+    def pad(self, outputs: int, pad_value: float = -math.inf) -> Memory:
         """Outputs for classes that the model did not know, behind those that it did.
 
         Args:
@@ -194,7 +194,7 @@ class Memory:
         padding = self.outputs.new_full((*self.outputs.shape[:-1], more), pad_value)
         return replace(self, outputs=torch.cat([self.outputs, padding], -1))
 
-    def refresh(self, model: nn.Module) -> Self:
+    def refresh(self, model: nn.Module) -> Memory:
         """The same examples, and what a model says of them now: after each adaptation, before the next."""
         check_mode(model)
         found = []
@@ -223,7 +223,7 @@ class Memory:
         write_tensors(path, {**tensors, **rest}, {"bayesrule": json.dumps({"format": FORMAT, "version": VERSION})})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> Memory:
         """Read a file that :meth:`save` wrote.
 
         Raises:

@@ -77,7 +77,16 @@ class Checks:
         self._kinships = [torch.zeros(3, dtype=torch.float64) for _ in self.names]
 
     def update(self, base: Piece, models: Sequence[Piece], merged: Piece) -> None:
-        """Take in a block: at least as many dimensions as the tensor has, up to two."""
+        """Take in a block: at least as many dimensions as the tensor has, up to two.
+
+        Raises:
+            ValueError: A model's precision is negative, or no number.
+        """
+        for name, model in zip(self.names, models, strict=True):
+            if model.precision is not None:
+                low, high = (end.item() for end in model.precision.aminmax())
+                if not (low >= 0 and high < math.inf):
+                    raise ValueError(f"the precision of {name!r} holds {low:.3g} to {high:.3g}; measure it again")
         if merged.precision is not None and base.precision is not None and not self.method.averages:
             self._see_signs(base.precision, models, merged.precision)
         for model, scale, kinship in zip(models, self._scales, self._kinships, strict=True):

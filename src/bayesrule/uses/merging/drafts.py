@@ -52,7 +52,7 @@ def drafting(out: Path, request: str) -> Iterator[Draft]:
         OSError: It cannot be written; the message names ``out``.
     """
     folder = out.with_name(f".{out.name}.draft")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} already exists; choose another place or delete it first")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -134,6 +134,7 @@ def merge_checkpoints(
     states = [_state(file) for file in files]
     request = hashlib.sha256(json.dumps([asked, states]).encode()).hexdigest()
     if (place / RECORD).is_file() and (record := read_json(place / RECORD)).get("request") == request:
+        open_checkpoint(place, False)  # refuses what was damaged since
         return record
     meetings = meet(anchor, others, chosen, prior_precision)
     merger = Merger(chosen, weights, names, seed, None if dtype == "same" else KINDS[dtype], block_bytes)
