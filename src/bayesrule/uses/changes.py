@@ -39,7 +39,8 @@ class Examples:
         """How a model agrees with another: the share of equal answers, and the mean total variation of their probabilities.
 
         Example:
-            >>> two = [torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]])]
+            >>> import torch
+        >>> two = [torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]])]
             >>> same, apart = Examples("", torch.zeros(2), two).agreement(0, 1)
             >>> round(same, 3), round(apart, 3)
             (0.5, 0.2)
