@@ -56,7 +56,7 @@ class Request:
         memory_by: How they are chosen, see :meth:`bayesrule.Memory.select`.
         posterior: "laplace" makes one around the run's weights by a pass over its data; "learned" takes the run's own, whose
             curvature has hardly moved after a short training, so that the model hardly moves either.
-        damping: Precision of one more pull to the old weights; None looks for one, see :func:`_damped`.
+        damping: Precision of one more pull to the old weights; None looks for one by the loss of the changed data.
         epochs: Passes over what is added and remembered.
         lr: Learning rate; None is the default of :func:`bayesrule.adapt`.
         seed: Of the order of examples.
